@@ -1,0 +1,81 @@
+// Package storage reads and edits objects as Kubernetes stores them in etcd:
+// which key a kind's objects have, what the bytes of a value are, and how one
+// field of it is changed without touching any other byte.
+//
+// Values are edited on the wire. They are never decoded into a typed object and
+// encoded again, since that loses every field that this build does not know.
+// Decoding into types serves display, and the check after an edit that exactly
+// the intended fields changed.
+//
+// This package must never talk to etcd or write a file; it only turns bytes
+// into bytes. It stands on floor 4, below agent/action.
+package storage
+
+import "google.golang.org/protobuf/encoding/protowire"
+
+// DefaultPrefix is the key prefix of a stock API server (--etcd-prefix).
+const DefaultPrefix = "/registry"
+
+// MaxRequestBytes is etcd's default limit of a request (--max-request-bytes,
+// server/embed/config.go: DefaultMaxRequestBytes, 1.5 MiB). An edit that makes a
+// value larger than this less some room for the key is refused before etcd is
+// asked.
+const MaxRequestBytes = 1536 * 1024
+
+// FieldName names a field that Halligan can change, the same for all kinds.
+type FieldName string
+
+// The fields that have edit rows.
+const (
+	Replicas      FieldName = "replicas"      // int
+	Suspend       FieldName = "suspend"       // bool: Job, CronJob
+	Parallelism   FieldName = "parallelism"   // int: Job
+	NodeSelector  FieldName = "nodeSelector"  // map of strings in a DaemonSet's pod template
+	Subjects      FieldName = "subjects"      // list of messages: RoleBinding, ClusterRoleBinding
+	Generation    FieldName = "generation"    // int: metadata.generation
+	Paused        FieldName = "paused"        // bool: Deployment
+	Unschedulable FieldName = "unschedulable" // bool: Node
+	MinReplicas   FieldName = "minReplicas"   // int: HorizontalPodAutoscaler
+	MaxReplicas   FieldName = "maxReplicas"   // int: HorizontalPodAutoscaler
+)
+
+// FieldType says how a field is encoded.
+type FieldType int
+
+// The types of fields.
+const (
+	Int    FieldType = iota + 1 // varint; JSON number
+	Bool                        // varint; JSON true, false
+	Map                         // map<string,string> entries
+	List                        // repeated messages
+)
+
+// Field is the place of a field inside an object.
+type Field struct {
+	Type FieldType
+	// JSON is the path in the JSON form, such as spec, replicas.
+	JSON []string
+	// Wire is the same path as protobuf field numbers inside runtime.Unknown's
+	// raw; nil for kinds that are stored as JSON.
+	Wire []protowire.Number
+}
+
+// Kind is a row of the kind table: how one kind is named, where its objects lie
+// and which fields can be edited.
+type Kind struct {
+	Group, Version, Kind string
+	Plural, Singular     string
+	ShortNames           []string
+	Namespaced           bool
+	// Dir is the part of the key between prefix and namespace or name, such as
+	// deployments or services/specs.
+	Dir string
+	// Custom says that a CustomResourceDefinition defines the kind: objects are
+	// JSON.
+	Custom bool
+	// Generation says that the API server counts metadata.generation up when
+	// the spec changes.
+	Generation bool
+	// Fields holds the edit rows.
+	Fields map[FieldName]Field
+}
