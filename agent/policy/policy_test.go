@@ -1,0 +1,100 @@
+package policy
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/halligan-io/halligan/internal/fault"
+)
+
+func TestShippedPolicy(t *testing.T) {
+	p := Default()
+	for _, c := range []struct {
+		action, resource, ns, name string
+		refused                    bool
+	}{
+		{"delete", "namespaces", "", "telemetry", true},
+		{"scale", "deployments.apps", "kube-system", "coredns", true},
+		{"delete", "daemonsets.apps", "kube-system", "kube-proxy", true},
+		{"scale", "daemonsets.apps", "calico-system", "calico-node", true},
+		{"scale", "deployments.apps", "kube-system", "metrics-agent", false},
+		{"delete", "pods", "kube-system", "metrics-agent-x", false},
+		{"delete", "pods", "kube-system", "etcd-cp-1", true},
+		{"delete", "leases.coordination.k8s.io", "kube-node-lease", "n1", true},
+		{"delete", "configmaps", "kube-system", "extension-apiserver-authentication", true},
+		{"delete", "clusterrolebindings.rbac.authorization.k8s.io", "", "cluster-admin", true},
+		{"delete", "clusterrolebindings.rbac.authorization.k8s.io", "", "collector", false},
+		{"delete", "services", "default", "kubernetes", true},
+		{"delete", "services", "default", "web", false},
+		{"delete", "persistentvolumeclaims", "db", "data-0", true},
+		{"undo", "secrets", "apps", "s", true},
+		{"undo", "configmaps", "apps", "s", false},
+		{"scale", "daemonsets.apps", "telemetry", "collector", false},
+		{"delete", "configmaps", "telemetry", "coredns", false},
+	} {
+		err := p.Object(c.action, c.resource, c.ns, c.name)
+		if refused := fault.Is(err, fault.Refused); refused != c.refused || (err != nil) != c.refused {
+			t.Errorf("%v: got %v", c, err)
+		}
+	}
+	for subject, refused := range map[string]bool{
+		"system:masters": true, "system:nodes": true, "system:node:worker-7": true, "system:kube-scheduler": true,
+		"system:serviceaccount:kube-system:coredns":               true,
+		"system:serviceaccount:kube-system:deployment-controller": true,
+		"system:serviceaccount:kube-system:telemetry":             false,
+		"system:serviceaccount:telemetry:collector":               false,
+		"alice": false, "developers": false,
+	} {
+		if err := p.Subject(subject); fault.Is(err, fault.Refused) != refused {
+			t.Errorf("%s: got %v", subject, err)
+		}
+	}
+}
+
+func TestLocalFileOnlyTightens(t *testing.T) {
+	for _, c := range []struct{ name, text, want string }{
+		{"tighter", "version: 1\nprotect:\n- {namespaces: [payments], why: money}\nkeepSubjects:\n- {subjects: [alice], why: on call}\ncaps: {objectsPerAction: 10}\n", ""},
+		{"looser cap", "version: 1\ncaps: {objectsPerAction: 10001}\n", "outside 1 to 10000"},
+		{"negative cap", "version: 1\ncaps: {objectsPerHour: -1}\n", "outside 1 to 50000"},
+		{"unknown key", "version: 1\nallow: []\n", "unknown field"},
+		{"no version", "protect: []\n", "version 0"},
+		{"no reason", "version: 1\nprotect:\n- {namespaces: [a]}\n", "no why"},
+		{"bad pattern", "version: 1\nprotect:\n- {names: ['[a'], why: x}\n", "malformed"},
+		{"not yaml", "version: [", "yaml"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "policy.yaml")
+			if err := os.WriteFile(file, []byte(c.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			p, err := Load(file)
+			if c.want != "" {
+				if err == nil || !strings.Contains(err.Error(), c.want) || fault.CodeOf(err) != fault.Usage {
+					t.Fatalf("got %v, want %q", err, c.want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p.Object("scale", "deployments.apps", "payments", "x") == nil || p.Subject("alice") == nil {
+				t.Error("the file's rules do not hold")
+			}
+			if p.Object("delete", "namespaces", "", "x") == nil || p.Subject("system:masters") == nil {
+				t.Error("the shipped rules were lost")
+			}
+			if got := p.Caps(); got.ObjectsPerAction != 10 || got.ObjectsPerHour != defaultCaps.ObjectsPerHour {
+				t.Errorf("caps %+v", got)
+			}
+		})
+	}
+	if _, err := Load("/nonexistent/policy.yaml"); fault.CodeOf(err) != fault.Usage {
+		t.Errorf("missing file: %v", err)
+	}
+	// Loading must never change the table that later agents start from.
+	if Default().Subject("alice") != nil {
+		t.Error("a local file leaked into the shipped table")
+	}
+}
