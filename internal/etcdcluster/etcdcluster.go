@@ -226,6 +226,10 @@ func (c *Cluster) ready(ctx context.Context) error {
 				return err
 			}
 			defer cli.Close()
+			select {
+			case <-c.etcd(i).Server.ReadyNotify():
+			case <-ctx.Done():
+			}
 			for {
 				try, cancel := context.WithTimeout(ctx, time.Second)
 				_, err := cli.Get(try, "ready")
@@ -289,16 +293,25 @@ func (c *Cluster) Member(i int) Member { return c.opts.Members[i] }
 // Len returns the number of members.
 func (c *Cluster) Len() int { return len(c.opts.Members) }
 
-// Stop stops member i, if it runs. Streams that a client holds open may make
-// that take some seconds.
+// Stop stops member i, if it runs, in about a second, as a crash would: a
+// leader hands nothing over. Streams that a client holds open may make that take
+// some seconds more.
 func (c *Cluster) Stop(i int) {
 	c.mu.Lock()
 	e := c.running[i]
 	c.running[i] = nil
 	c.mu.Unlock()
-	if e != nil {
-		e.Close()
+	if e == nil {
+		return
 	}
+	// etcd's own Close waits seconds for clients that connect again meanwhile and
+	// for a leadership that nobody is left to take, and forever for a member that
+	// never got ready.
+	for _, l := range e.Clients {
+		l.Close()
+	}
+	e.Server.HardStop()
+	e.Close()
 }
 
 // Restart stops member i, starts it on its folder again and returns when every
