@@ -44,10 +44,10 @@ type FieldType int
 
 // The types of fields.
 const (
-	Int    FieldType = iota + 1 // varint; JSON number
-	Bool                        // varint; JSON true, false
-	Map                         // map<string,string> entries
-	List                        // repeated messages
+	Int  FieldType = iota + 1 // varint; JSON number
+	Bool                      // varint; JSON true, false
+	Map                       // map<string,string> entries
+	List                      // repeated messages
 )
 
 // Field is the place of a field inside an object.
@@ -76,6 +76,12 @@ type Kind struct {
 	// Generation says that the API server counts metadata.generation up when
 	// the spec changes.
 	Generation bool
-	// Fields holds the edit rows.
+	// Fields holds the edit rows; of a custom kind, those of the version that
+	// it is stored as now. An edit asks Kind.Field, which goes by the version
+	// that the object at hand has.
 	Fields map[FieldName]Field
+
+	// versions holds the edit rows by apiVersion: of a custom kind its own for
+	// each version, of a native kind nil for each further one that Fields fits.
+	versions map[string]map[FieldName]Field
 }
