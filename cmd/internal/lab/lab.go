@@ -1,0 +1,306 @@
+// Package lab runs a control plane's worth of processes on loopback addresses,
+// for demonstrations and tests: three etcd members with TLS, and one agent for
+// each. Everything it knows lies in one folder, and nothing of it outlives the
+// process.
+//
+// It must never listen on anything but loopback, never touch a folder that is
+// not a lab's, and never leave a process behind, however it ends. It stands on
+// floor 5.
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"sigs.k8s.io/yaml"
+
+	"github.com/halligan-io/halligan/internal/durable"
+	"github.com/halligan-io/halligan/internal/etcdcluster"
+	"github.com/halligan-io/halligan/internal/fault"
+)
+
+// Ports and host numbers of a lab: the ones that a stacked control plane has.
+const (
+	clientPort   = 2379
+	peerPort     = 2380
+	apiPort      = 6443
+	controlNodes = 3
+	firstHost    = 11 // cp-1 is NET.11
+)
+
+// DefaultNet is the part of the addresses that all nodes share.
+const DefaultNet = "127.0.0"
+
+// Options says what lab to run.
+type Options struct {
+	// Dir is the lab's folder. It is made, or an empty one or that of an earlier
+	// lab is taken.
+	Dir string
+	// Net is the first three numbers of the nodes' addresses, such as 127.0.0;
+	// labs with different ones do not collide.
+	Net string
+	// Objects is about how many Kubernetes objects are seeded into an empty
+	// etcd; 0: none.
+	Objects int
+	// Nodes is how many Node objects, besides the three of the control plane, the
+	// seeded cluster has.
+	Nodes int
+	// Agent is the command line of an agent, to which --config FILE is added;
+	// default: halligan-agent beside this process's executable.
+	Agent []string
+	// Progress takes lines for people.
+	Progress io.Writer
+}
+
+// Lab is a running lab.
+type Lab struct {
+	opts    Options
+	lock    *os.File
+	cluster *etcdcluster.Cluster
+	agents  []*daemon
+	failed  chan error // first daemon that cannot be kept up
+	seeded  Seeded
+}
+
+// Up starts a lab and returns when every agent answers and sees a leader. On an
+// error everything is stopped again.
+func Up(ctx context.Context, o Options) (_ *Lab, err error) {
+	if o.Net == "" {
+		o.Net = DefaultNet
+	}
+	if ip := net.ParseIP(o.Net + ".1"); ip == nil || !ip.IsLoopback() {
+		return nil, fault.New(fault.Usage, "give three numbers such as 127.0.1", "%q is not the beginning of loopback addresses", o.Net)
+	}
+	if o.Progress == nil {
+		o.Progress = io.Discard
+	}
+	if len(o.Agent) == 0 {
+		if o.Agent, err = beside("halligan-agent"); err != nil {
+			return nil, err
+		}
+	}
+	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
+		return nil, err
+	}
+	l := &Lab{opts: o, failed: make(chan error, controlNodes)}
+	if l.lock, err = claim(o.Dir); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			l.Close()
+		}
+	}()
+	// sun_path of a Unix socket holds 108 bytes, a zero among them (unix(7)).
+	if s := l.Socket(0); len(s) > 107 {
+		return nil, fault.New(fault.Usage, "choose a folder with a shorter name", "%s is too long for a socket's name", s)
+	}
+
+	began := time.Now()
+	members := make([]etcdcluster.Member, controlNodes)
+	for i := range members {
+		members[i] = etcdcluster.Member{Name: nodeName(i), IP: l.ip(i), ClientPort: clientPort, PeerPort: peerPort}
+	}
+	l.cluster, err = etcdcluster.Start(ctx, etcdcluster.Options{Dir: filepath.Join(o.Dir, "etcd"), Members: members, QuotaBytes: quota(o.Objects)})
+	if err != nil {
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return nil, fault.New(fault.Failed, "stop the other lab, or choose other addresses with --net 127.0.1", "%s", strings.SplitN(err.Error(), ";", 2)[0])
+		}
+		return nil, err
+	}
+	l.say("etcd: three members on %s after %s", strings.Join(l.cluster.Endpoints(), ", "), since(began))
+	if err := l.seed(ctx); err != nil {
+		return nil, fmt.Errorf("seeding: %w", err)
+	}
+	began = time.Now()
+	if err := l.startAgents(ctx); err != nil {
+		return nil, err
+	}
+	l.say("agents: %d answer on their consoles after %s", len(l.agents), since(began))
+	return l, l.writeEnv()
+}
+
+// Wait returns nil when the context ends, or the error of the first part of the
+// lab that could not be kept running.
+func (l *Lab) Wait(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-l.failed:
+		return err
+	}
+}
+
+// Close stops everything and gives the folder free. It is safe to call again.
+func (l *Lab) Close() error {
+	var g errgroup.Group
+	for _, a := range l.agents {
+		g.Go(a.stop)
+	}
+	err := g.Wait()
+	l.agents = nil
+	if l.cluster != nil {
+		err = errors.Join(err, l.cluster.Close())
+		l.cluster = nil
+	}
+	if l.lock != nil {
+		err = errors.Join(err, l.lock.Close())
+		l.lock = nil
+	}
+	return err
+}
+
+// Cluster is the lab's etcd, for looking at it without an agent.
+func (l *Lab) Cluster() *etcdcluster.Cluster { return l.cluster }
+
+// Socket is the console of the agent on node i, counted from 0.
+func (l *Lab) Socket(i int) string { return filepath.Join(l.opts.Dir, nodeName(i), "console.sock") }
+
+// API is where node i's API server would listen.
+func (l *Lab) API(i int) string { return net.JoinHostPort(l.ip(i), strconv.Itoa(apiPort)) }
+
+func (l *Lab) ip(i int) string { return l.opts.Net + "." + strconv.Itoa(firstHost+i) }
+
+func nodeName(i int) string { return "cp-" + strconv.Itoa(i+1) }
+
+func (l *Lab) say(format string, args ...any) { fmt.Fprintf(l.opts.Progress, format+"\n", args...) }
+
+func since(t time.Time) time.Duration { return time.Since(t).Round(10 * time.Millisecond) }
+
+// claim makes the folder and takes its lock, which the kernel gives back when
+// the process ends in whatever way. It refuses a folder with other things in it.
+func claim(dir string) (*os.File, error) {
+	lock := filepath.Join(dir, "lock")
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if err == nil {
+		if _, lerr := os.Lstat(lock); lerr != nil && len(entries) > 0 {
+			return nil, fault.New(fault.Usage, "give a folder that is new, empty or an earlier lab's", "%s holds things that are not a lab's", dir)
+		}
+		if err := os.Chmod(dir, 0o700); err != nil {
+			return nil, err
+		}
+	} else if err := durable.Dir(dir); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(lock, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		pid, _ := io.ReadAll(io.LimitReader(f, 32))
+		f.Close()
+		return nil, fault.New(fault.Failed, "stop it, or give another folder", "a lab runs in %s (process %s): %w", dir, strings.TrimSpace(string(pid)), err)
+	}
+	if err := f.Truncate(0); err != nil {
+		f.Close()
+		return nil, err
+	}
+	if _, err := fmt.Fprintln(f, os.Getpid()); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// writeEnv writes the files that a shell sources.
+func (l *Lab) writeEnv() error {
+	c := l.cluster
+	endpoints := make([]string, c.Len())
+	for i, e := range c.Endpoints() {
+		endpoints[i] = "https://" + e
+	}
+	env := exports(
+		"ETCDCTL_ENDPOINTS", strings.Join(endpoints, ","),
+		"ETCDCTL_CACERT", c.CAFile(),
+		"ETCDCTL_CERT", c.CertFile(),
+		"ETCDCTL_KEY", c.KeyFile(),
+	)
+	if err := durable.Write(filepath.Join(l.opts.Dir, "env"), env); err != nil {
+		return err
+	}
+	return durable.Write(filepath.Join(l.opts.Dir, "env.console"), exports("HALLIGAN_SOCKET", l.Socket(0)))
+}
+
+// exports writes name, value, name, value ... as lines for a POSIX shell.
+func exports(pairs ...string) []byte {
+	var b strings.Builder
+	for i := 0; i < len(pairs); i += 2 {
+		fmt.Fprintf(&b, "export %s='%s'\n", pairs[i], strings.ReplaceAll(pairs[i+1], "'", `'\''`))
+	}
+	return []byte(b.String())
+}
+
+// agentConfig is the part of an agent's configuration that a lab writes.
+func (l *Lab) agentConfig(i int) ([]byte, error) {
+	c := l.cluster
+	dir := filepath.Join(l.opts.Dir, nodeName(i))
+	return yaml.Marshal(map[string]any{
+		"node":     nodeName(i),
+		"stateDir": filepath.Join(dir, "state"),
+		"socket":   l.Socket(i),
+		"etcd": map[string]any{
+			"endpoints": []string{c.Endpoints()[i]},
+			"caFile":    c.CAFile(),
+			"certFile":  c.CertFile(),
+			"keyFile":   c.KeyFile(),
+		},
+	})
+}
+
+func (l *Lab) startAgents(ctx context.Context) error {
+	var g errgroup.Group
+	for i := range controlNodes {
+		dir := filepath.Join(l.opts.Dir, nodeName(i))
+		if err := durable.Dir(dir); err != nil {
+			return err
+		}
+		config, err := l.agentConfig(i)
+		if err != nil {
+			return err
+		}
+		file := filepath.Join(dir, "agent.yaml")
+		if err := durable.Write(file, config); err != nil {
+			return err
+		}
+		argv := append(append([]string(nil), l.opts.Agent...), "--config", file)
+		a, err := startDaemon("agent "+nodeName(i), filepath.Join(dir, "agent.log"), argv, l.opts.Progress, l.failed)
+		if err != nil {
+			return err
+		}
+		l.agents = append(l.agents, a)
+		g.Go(func() error { return a.ready(ctx, l.Socket(i)) })
+	}
+	return g.Wait()
+}
+
+// beside finds one of our programs next to this process's executable, where the
+// build puts them all.
+func beside(name string) ([]string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	path := filepath.Join(filepath.Dir(self), name)
+	if _, err := os.Stat(path); err != nil {
+		return nil, fault.New(fault.Failed, "build it with make build", "%s is missing: %w", path, err)
+	}
+	return []string{path}, nil
+}
+
+// quota leaves room for the objects: 8 KiB for each, since etcd keeps old
+// revisions too; at least etcd's own default of 2 GiB.
+func quota(objects int) int64 { return max(2<<30, int64(objects)*8<<10) }
