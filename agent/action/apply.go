@@ -1,0 +1,540 @@
+package action
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/halligan-io/halligan/agent/etcd"
+	"github.com/halligan-io/halligan/agent/journal"
+	"github.com/halligan-io/halligan/agent/storage"
+	"github.com/halligan-io/halligan/api"
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+// Results of an action.
+const (
+	resultApplied    = "applied"
+	resultPartial    = "partial"
+	resultUnverified = "unverified"
+	resultUnknown    = "unknown"
+	resultStale      = "stale"
+	resultRefused    = "refused"
+	resultFailed     = "failed"
+)
+
+// Outcomes of an object, beside journal.Applied.
+const (
+	outcomeStale      = "stale"
+	outcomeFailed     = "failed"
+	outcomeUnknown    = "unknown"
+	outcomeUnverified = "unverified"
+	// outcomeSkipped: nothing had to be done, or nothing was tried.
+	outcomeSkipped = "skipped"
+)
+
+// Apply carries out a plan and returns what came of it, whatever that is.
+// progress may be nil. A cancelled context stops it between two objects; what
+// was written by then is recorded.
+func (e *Engine) Apply(ctx context.Context, who trust.Identity, id, sha string, progress func(*halliganv1.Progress)) *halliganv1.Result {
+	result := &halliganv1.Result{Action: id, Result: resultFailed, Via: "etcd", TimingsMs: map[string]float64{}}
+	refuse := func(err error) *halliganv1.Result {
+		result.Error = api.ErrorOf(err)
+		switch fault.CodeOf(err) {
+		case fault.Stale:
+			result.Result = resultStale
+		case fault.Refused:
+			result.Result = resultRefused
+		}
+		return result
+	}
+	p, err := e.take(who, id, sha)
+	if err != nil {
+		return refuse(err)
+	}
+	result.Plan = proto.CloneOf(p.plan)
+	r, err := authorize(who, p.plan.Action)
+	if err != nil {
+		return refuse(err)
+	}
+	if err := e.hourly(who, len(p.steps)); err != nil {
+		return refuse(err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.timeout)
+	defer cancel()
+	if len(p.steps) == 0 {
+		result.Result = resultApplied
+		return result
+	}
+	if cluster, err := e.etcd.ClusterID(ctx); err != nil || cluster != p.plan.Cluster {
+		return refuse(errors.Join(err, fault.New(fault.Stale, "plan again", "etcd is not the cluster that the plan was made for")))
+	}
+	e.mu.Lock()
+	e.doing[who.Person] += len(p.steps)
+	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if e.doing[who.Person] -= len(p.steps); e.doing[who.Person] == 0 {
+			delete(e.doing, who.Person)
+		}
+	}()
+
+	run := &application{engine: e, plan: p, result: result, outcomes: make([]outcome, len(p.steps)), progress: progress, began: time.Now()}
+	err = run.all(ctx)
+	result.TimingsMs["plan"] = ms(p.took)
+	result.TimingsMs["total"] = ms(time.Since(run.began))
+	e.log.Info().Str("action", id).Str("verb", p.plan.Action).Str("actor", who.Person).Str("result", result.Result).
+		Int("objects", len(p.steps)).Dur("took", time.Since(run.began)).AnErr("problem", err).Msg("action applied")
+	return result
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// outcome is what became of one object.
+type outcome struct {
+	what     string
+	revision int64
+	err      error
+}
+
+// application is one plan being applied.
+type application struct {
+	engine   *Engine
+	plan     *prepared
+	result   *halliganv1.Result
+	progress func(*halliganv1.Progress)
+	began    time.Time
+
+	// record is made with the first object that may be written.
+	once   sync.Once
+	record *journal.Action
+	refuse error
+
+	mu       sync.Mutex // guards all below
+	outcomes []outcome
+	done     int
+	failed   int
+	told     time.Time
+	phases   map[string]time.Duration
+	// stop is the error after which no more objects are tried.
+	stop error
+}
+
+// all writes every object and settles the result. The error is the first one
+// that an object met.
+func (a *application) all(ctx context.Context) error {
+	steps := a.plan.steps
+	a.phases = map[string]time.Duration{}
+	if len(steps) <= smallAction {
+		for i := range steps {
+			a.one(ctx, i)
+		}
+	} else {
+		a.many(ctx)
+	}
+	return a.finish()
+}
+
+func (a *application) many(ctx context.Context) {
+	pace := a.engine.pace.start()
+	var workers sync.WaitGroup
+	next := make(chan int)
+	for range pace.most {
+		workers.Go(func() {
+			for i := range next {
+				if err := pace.begin(ctx); err != nil {
+					a.settle(i, outcome{what: outcomeSkipped, err: err})
+					continue
+				}
+				began := time.Now()
+				a.one(ctx, i)
+				pace.end(time.Since(began))
+			}
+		})
+	}
+	for i := range a.plan.steps {
+		next <- i
+	}
+	close(next)
+	workers.Wait()
+}
+
+// one carries out one step: read again, check, compute, record, write, read
+// back.
+func (a *application) one(ctx context.Context, i int) {
+	a.mu.Lock()
+	stop := a.stop
+	a.mu.Unlock()
+	if stop == nil {
+		stop = ctx.Err()
+	}
+	if stop != nil {
+		a.settle(i, outcome{what: outcomeSkipped, err: fmt.Errorf("not tried: %w", stop)})
+		return
+	}
+	out := a.step(ctx, i)
+	a.settle(i, out)
+}
+
+func (a *application) step(ctx context.Context, i int) outcome {
+	e, s := a.engine, a.plan.steps[i]
+	lap := a.lap()
+
+	// Read again: a linearizable read answers only where there is a leader.
+	e.steps("read")
+	kv, found, view, err := e.etcd.Get(ctx, s.key)
+	if err != nil {
+		return failed(err)
+	}
+	if view.Stale != "" {
+		return failed(fault.New(fault.NoQuorum, "reads work; bring etcd's members back first", "nothing can be changed: %s", view.Stale))
+	}
+	if err := s.fits(kv, found); err != nil {
+		if s.op == opDelete && !found && len(a.plan.steps) > 1 {
+			return outcome{what: outcomeSkipped, err: errors.New("gone already")}
+		}
+		return outcome{what: outcomeStale, err: err}
+	}
+	lap("read")
+
+	// Compute what is to be stored, and prove that it reads back.
+	write, image, err := a.compute(ctx, s, kv, view.Revision)
+	if err != nil {
+		return failed(err)
+	}
+	image.Index = i
+	lap("compute")
+
+	// Intent and before-image are on disk before anything is written.
+	e.steps("record")
+	if err := a.begin(); err != nil {
+		return failed(err)
+	}
+	if err := a.record.Image(image); err != nil {
+		return failed(err)
+	}
+	lap("record")
+
+	e.steps("write")
+	revision, err := e.etcd.Commit(ctx, write)
+	if err != nil {
+		switch fault.CodeOf(err) {
+		case fault.Stale:
+			return outcome{what: outcomeStale, err: err}
+		case fault.Unknown:
+			return outcome{what: outcomeUnknown, err: err}
+		}
+		return failed(err)
+	}
+	lap("write")
+	e.steps("verify")
+	if err := a.verify(ctx, s, write, revision); err != nil {
+		return outcome{what: outcomeUnverified, revision: revision, err: err}
+	}
+	lap("verify")
+	return outcome{what: journal.Applied, revision: revision}
+}
+
+func failed(err error) outcome { return outcome{what: outcomeFailed, err: err} }
+
+// lap measures the phases of a step.
+func (a *application) lap() func(string) {
+	last := time.Now()
+	return func(phase string) {
+		now := time.Now()
+		a.mu.Lock()
+		a.phases[phase] += now.Sub(last)
+		a.mu.Unlock()
+		last = now
+	}
+}
+
+// fits demands that the key is what the plan saw.
+func (s *step) fits(kv etcd.KV, found bool) error {
+	what := s.kind.Resource() + "/" + s.name
+	switch {
+	case s.op == opCreate && found:
+		return fault.New(fault.Stale, "plan again", "%s was made again since the plan", what)
+	case s.op != opCreate && !found:
+		return fault.New(fault.Stale, "plan again", "%s was deleted since the plan", what)
+	case kv.ModRevision != s.revision:
+		return fault.New(fault.Stale, "plan again", "%s was changed since the plan (revision %d, now %d)", what, s.revision, kv.ModRevision)
+	}
+	return nil
+}
+
+// compute makes the write and the before-image of a step.
+func (a *application) compute(ctx context.Context, s *step, kv etcd.KV, now int64) (etcd.Write, journal.Image, error) {
+	write := etcd.Write{Key: s.key, ModRevision: s.revision, Since: now}
+	image := journal.Image{Key: s.key, UID: s.uid, Revision: s.revision, Since: now, Lease: kv.Lease, Value: kv.Value}
+	if s.op == opCreate {
+		value, err := a.stored(ctx, s)
+		if err != nil {
+			return write, image, err
+		}
+		write.Value, write.Lease = value, s.lease
+		image.AfterSHA256 = sum256(value)
+		return write, image, nil
+	}
+	e := a.engine
+	plain, err := e.encryption.Open(ctx, s.kind, s.key, kv.Value)
+	if err != nil {
+		return write, image, err
+	}
+	obj, err := storage.Decode(plain)
+	if err != nil {
+		return write, image, err
+	}
+	if err := obj.Check(s.kind, s.namespace, s.name); err != nil {
+		return write, image, err
+	}
+	if string(obj.Meta.UID) != s.uid {
+		return write, image, fault.New(fault.Stale, "plan again", "%s/%s is another object than the planned one (UID)", s.kind.Resource(), s.name)
+	}
+	if s.op == opDelete {
+		image.Delete = true
+		return write, image, nil
+	}
+	var changes []storage.Change
+	if s.revert != nil {
+		plain, changes, err = s.kind.Revert(obj.Plain(), s.revert)
+	} else {
+		plain, changes, err = s.kind.Apply(obj.Plain(), s.edits...)
+	}
+	if err != nil {
+		return write, image, err
+	}
+	if !slices.EqualFunc(changes, s.changes, equalChange) {
+		return write, image, fault.New(fault.Stale, "plan again", "the change of %s/%s would not be the planned one", s.kind.Resource(), s.name)
+	}
+	value, err := e.seal(ctx, s.kind, s.key, plain)
+	if err != nil {
+		return write, image, err
+	}
+	write.Value, write.KeepLease = value, kv.Lease != 0
+	image.AfterSHA256, image.Changes = sum256(value), changes
+	return write, image, nil
+}
+
+func equalChange(a, b storage.Change) bool {
+	return a.Path == b.Path && bytes.Equal(a.Before, b.Before) && bytes.Equal(a.After, b.After)
+}
+
+// seal encrypts as the cluster's configuration says, and decrypts again to be
+// sure that the API server will.
+func (e *Engine) seal(ctx context.Context, kind *storage.Kind, key string, plain []byte) ([]byte, error) {
+	value, err := e.encryption.Seal(ctx, kind, key, plain)
+	if err != nil {
+		return nil, err
+	}
+	again, err := e.encryption.Open(ctx, kind, key, value)
+	if err != nil {
+		return nil, fmt.Errorf("checking the encrypted value: %w", err)
+	}
+	if !bytes.Equal(again, plain) {
+		return nil, fault.New(fault.Encrypted, "report this", "the encrypted value of %s does not decrypt to itself", key)
+	}
+	if len(value) > storage.MaxRequestBytes-2048 {
+		return nil, fault.New(fault.TooLarge, "delete works on an object of this size", "%s would have %d bytes, more than etcd takes", key, len(value))
+	}
+	return value, nil
+}
+
+// stored returns the value that puts a deleted object back, encrypted anew
+// since the key that it was encrypted with may be gone tomorrow.
+func (a *application) stored(ctx context.Context, s *step) ([]byte, error) {
+	e := a.engine
+	raw, err := e.journal.Value(s.image.action, s.image.ref)
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(sum256(raw), s.image.ref.ValueSHA256) {
+		return nil, fault.New(fault.Failed, "restore the object from a backup", "the before-image of %s does not have its hash", s.key)
+	}
+	plain, err := e.encryption.Open(ctx, s.kind, s.key, raw)
+	if err != nil {
+		return nil, err
+	}
+	obj, err := storage.Decode(plain)
+	if err != nil {
+		return nil, err
+	}
+	if err := obj.Check(s.kind, s.namespace, s.name); err != nil {
+		return nil, err
+	}
+	return e.seal(ctx, s.kind, s.key, plain)
+}
+
+// begin makes the record, once, before the first object that may be written.
+func (a *application) begin() error {
+	a.once.Do(func() {
+		var bytes int64
+		for _, s := range a.plan.steps {
+			bytes += int64(s.size)
+		}
+		a.record, a.refuse = a.engine.journal.Begin(a.plan.plan, bytes)
+	})
+	return a.refuse
+}
+
+// verify reads the key back. Somebody may have written it since, a controller
+// its status for one: then the planned fields have to hold all the same.
+func (a *application) verify(ctx context.Context, s *step, w etcd.Write, revision int64) error {
+	kv, found, view, err := a.engine.etcd.Get(ctx, s.key)
+	switch {
+	case err != nil:
+		return fault.New(fault.Unverified, "look with: halligan get", "written at revision %d, but reading it back failed: %w", revision, err)
+	case view.Stale != "":
+		return fault.New(fault.Unverified, "look again when etcd has a quorum", "written at revision %d, but not read back: %s", revision, view.Stale)
+	case s.op == opDelete && !found:
+		return nil
+	case s.op == opDelete:
+		return fault.New(fault.Unverified, "find out who makes it, and stop that first", "%s was made again at revision %d", s.key, kv.ModRevision)
+	case found && kv.ModRevision == revision:
+		if bytes.Equal(kv.Value, w.Value) {
+			return nil
+		}
+	case found && s.op == opUpdate:
+		obj, err := (&planner{engine: a.engine}).open(ctx, s.kind, s.namespace, s.name, kv)
+		if err == nil && holds(s, obj) {
+			return nil
+		}
+	}
+	return fault.New(fault.Unverified, "find out who writes it, and stop that first", "%s does not hold what was written at revision %d", s.key, revision)
+}
+
+// holds reports whether the planned fields still have their planned values:
+// reverting the changes must be possible.
+func holds(s *step, o *object) bool {
+	_, _, err := s.kind.Revert(o.Plain(), s.changes)
+	return err == nil
+}
+
+// settle notes what became of one object.
+func (a *application) settle(i int, out outcome) {
+	if a.record != nil && out.what != outcomeSkipped {
+		n := journal.Note{Index: i, Revision: out.revision, Outcome: out.what}
+		if n.Outcome == outcomeUnverified {
+			n.Outcome = journal.Applied // it was written; undo must know
+		}
+		if out.err != nil {
+			n.Error = fault.Of(out.err).Message
+		}
+		if out.what == outcomeUnknown {
+			// Not noted: without a note the next start settles it again.
+		} else if err := a.record.Wrote(n); err != nil && out.err == nil {
+			out.err = err
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.outcomes[i] = out
+	a.done++
+	if out.what != journal.Applied {
+		a.failed++
+	}
+	// Errors that will meet every other object too end the action.
+	switch fault.CodeOf(out.err) {
+	case fault.AuditUnavailable, fault.NoQuorum, fault.NoSpace, fault.Unreachable, fault.Unauthenticated:
+		if a.stop == nil && out.what != outcomeSkipped {
+			a.stop = out.err
+		}
+	}
+	if now := time.Now(); a.progress != nil && (now.Sub(a.told) > 200*time.Millisecond || a.done == len(a.outcomes)) {
+		a.told = now
+		a.progress(&halliganv1.Progress{Done: int64(a.done), Total: int64(len(a.outcomes)), Failed: int64(a.failed),
+			PerSecond: float64(a.done) / max(now.Sub(a.began).Seconds(), 1e-6)})
+	}
+}
+
+// finish sums the outcomes up and closes the record.
+func (a *application) finish() error {
+	count := map[string]int{}
+	var first error
+	touched := false
+	for i, out := range a.outcomes {
+		count[out.what]++
+		if out.err != nil && first == nil && out.what != outcomeSkipped {
+			first = out.err
+		}
+		touched = touched || out.what == journal.Applied || out.what == outcomeUnknown || out.what == outcomeUnverified
+		s := a.plan.steps[i]
+		o := &halliganv1.ObjectResult{Key: s.key, Uid: s.uid, RevisionBefore: s.revision, RevisionAfter: out.revision, Outcome: out.what}
+		if out.err != nil {
+			o.Error = fault.Of(out.err).Message
+		}
+		a.result.Objects = append(a.result.Objects, o)
+	}
+	total, good := len(a.outcomes), count[journal.Applied]
+	if a.stop == nil {
+		good += count[outcomeSkipped]
+	}
+	switch {
+	case good == total:
+		a.result.Result, first = resultApplied, nil
+	case count[outcomeUnknown] > 0:
+		a.result.Result = resultUnknown
+	case good+count[outcomeUnverified] == total:
+		a.result.Result = resultUnverified
+	case count[journal.Applied]+count[outcomeUnverified] > 0:
+		a.result.Result = resultPartial
+	case count[outcomeStale] > 0 && count[outcomeFailed] == 0:
+		a.result.Result = resultStale
+	case fault.Is(first, fault.Stale):
+		a.result.Result = resultStale
+	default:
+		a.result.Result = resultFailed
+	}
+	if first == nil && good != total {
+		first = fault.New(fault.Cancelled, "the rest can be planned again", "stopped after %d of %d objects", good, total)
+	}
+	if first != nil && total > 1 {
+		f := fault.Of(first)
+		first = fault.New(f.Code, f.Next, "%d of %d objects changed: %w", count[journal.Applied]+count[outcomeUnverified], total, errors.New(f.Message))
+	}
+	a.engine.steps("outcome")
+	if err := a.close(touched, first); err != nil && first == nil {
+		// What was done is done and can be settled from etcd; say that the
+		// record of its end is missing.
+		first = fmt.Errorf("done, but its outcome could not be recorded: %w", err)
+	}
+	a.engine.steps("end")
+	for phase, took := range a.phases {
+		a.result.TimingsMs[phase] = ms(took)
+	}
+	if first != nil {
+		a.result.Error = api.ErrorOf(first)
+	}
+	return first
+}
+
+// close ends the record. One whose action touched nothing is removed, so that
+// the history shows deeds; one with an unknown outcome stays unfinished, so that
+// the engine settles it later.
+func (a *application) close(touched bool, first error) error {
+	began := time.Now()
+	defer func() { a.phases["outcome"] += time.Since(began) }()
+	switch {
+	case a.record == nil:
+		return nil
+	case !touched:
+		return a.record.Abandon()
+	case a.result.Result == resultUnknown:
+		a.record.Release()
+		return nil
+	}
+	problem := ""
+	if first != nil {
+		problem = fault.Of(first).Message
+	}
+	return a.record.Finish(a.result.Result, problem)
+}

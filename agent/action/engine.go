@@ -1,0 +1,292 @@
+package action
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base32"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/halligan-io/halligan/agent/etcd"
+	"github.com/halligan-io/halligan/agent/journal"
+	"github.com/halligan-io/halligan/agent/policy"
+	"github.com/halligan-io/halligan/agent/storage"
+	"github.com/halligan-io/halligan/api"
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+// Options of an engine.
+type Options struct {
+	Node    string
+	Version string
+	// Prefix of Kubernetes' keys; default /registry.
+	Prefix       string
+	Distribution string
+	Etcd         *etcd.Client
+	Encryption   *storage.Transformers
+	Journal      *journal.Journal
+	Policy       *policy.Policy
+	Log          zerolog.Logger
+	// PlanTTL is how long a plan may be applied; default 10 min.
+	PlanTTL time.Duration
+	// SettleAfter is how long after a crash a write that is not seen in etcd
+	// counts as never made; default 8 s, which is more than the 7 s after
+	// which an etcd server gives up a request (server/config/config.go,
+	// ReqTimeout: 5 s and two election timeouts).
+	SettleAfter time.Duration
+	// Pace bounds actions on many objects; the zero value is the default.
+	Pace Pace
+	// Steps, when set, is told of every step of an application before it is
+	// taken. Tests crash the process there.
+	Steps func(step string)
+}
+
+// Engine plans, applies and takes back actions. Its methods may be called
+// concurrently.
+type Engine struct {
+	node, version, prefix, distribution string
+
+	etcd       *etcd.Client
+	encryption *storage.Transformers
+	journal    *journal.Journal
+	policy     *policy.Policy
+	log        zerolog.Logger
+	kinds      catalogue
+	planTTL    time.Duration
+	settle     time.Duration
+	pace       Pace
+	steps      func(string)
+
+	mu    sync.Mutex // guards plans and doing
+	plans []*prepared
+	// doing counts objects of actions under way, by person, so that two
+	// actions at once cannot pass the hourly cap together.
+	doing map[string]int
+}
+
+// prepared is a plan that waits to be applied.
+type prepared struct {
+	plan  *halliganv1.Plan
+	steps []*step
+	took  time.Duration
+}
+
+// Plans are kept in memory only: bounded in number and in objects, the oldest
+// go first.
+const (
+	maxPlans       = 256
+	maxPlanObjects = 40_000
+)
+
+// New returns an engine. Call Recover before it serves anybody.
+func New(o Options) *Engine {
+	if o.Prefix == "" {
+		o.Prefix = storage.DefaultPrefix
+	}
+	if o.PlanTTL == 0 {
+		o.PlanTTL = 10 * time.Minute
+	}
+	if o.SettleAfter == 0 {
+		o.SettleAfter = 8 * time.Second
+	}
+	if o.Steps == nil {
+		o.Steps = func(string) {}
+	}
+	return &Engine{node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, encryption: o.Encryption,
+		journal: o.Journal, policy: o.Policy, log: o.Log, planTTL: o.PlanTTL, settle: o.SettleAfter, pace: o.Pace, steps: o.Steps,
+		kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]int{}}
+}
+
+// Describe returns the actions.
+func (e *Engine) Describe() []*halliganv1.Action { return Describe() }
+
+// Plan computes what an action would do. It writes nothing anywhere.
+func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.PlanRequest) (*halliganv1.Plan, error) {
+	began := time.Now()
+	r, err := authorize(who, req.Action)
+	if err != nil {
+		return nil, err
+	}
+	if r.plan == nil {
+		return nil, fault.New(fault.Usage, "it needs no plan: call it by its own name", "%s only reads", r.name)
+	}
+	if len(req.Reason) > 1024 || len(req.Incident) > 128 {
+		return nil, fault.New(fault.Usage, "say it in at most 1024 bytes (reason) and 128 bytes (incident)", "reason or incident is too long")
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.timeout)
+	defer cancel()
+	cluster, err := e.etcd.ClusterID(ctx)
+	if err != nil {
+		return nil, err
+	}
+	p := &planner{engine: e, who: who, plan: &halliganv1.Plan{
+		Id: newID(began), Action: r.name, Parameters: req.Parameters, Actor: who.Person, Role: who.Role.String(), Reason: req.Reason, Incident: req.Incident,
+		Node: e.node, Cluster: cluster, Via: "etcd", ViaReason: "the only way that this agent has",
+		Created: timestamppb.New(began), Expires: timestamppb.New(began.Add(e.planTTL)),
+	}}
+	if err := r.plan(ctx, p, req.Parameters); err != nil {
+		return nil, err
+	}
+	if p.stale != "" {
+		return nil, fault.New(fault.NoQuorum, "reads work (halligan get); bring etcd's members back first", "nothing can be changed: %s", p.stale)
+	}
+	if p.expired > 0 {
+		p.warn("%d objects are left out: their lease ran out, so that they would be gone by now anyway", p.expired)
+	}
+	for _, s := range p.steps {
+		if err := e.policy.Object(r.name, s.kind.Resource(), s.namespace, s.name); err != nil {
+			return nil, err
+		}
+	}
+	if most := e.policy.Caps().ObjectsPerAction; len(p.steps) > most {
+		return nil, fault.New(fault.Refused, "take fewer objects at a time", "%d objects are more than the %d that policy lets one action change", len(p.steps), most)
+	}
+	if err := e.hourly(who, len(p.steps)); err != nil {
+		return nil, err
+	}
+	if p.plan.Sha256, err = api.PlanSHA256(p.plan); err != nil {
+		return nil, err
+	}
+	e.keep(&prepared{plan: p.plan, steps: p.steps, took: time.Since(began)})
+	return proto.CloneOf(p.plan), nil
+}
+
+// hourly refuses what would take a person over the hourly cap.
+func (e *Engine) hourly(who trust.Identity, objects int) error {
+	e.mu.Lock()
+	sum := e.doing[who.Person]
+	e.mu.Unlock()
+	since := time.Now().Add(-time.Hour)
+	for _, j := range e.journal.Entries() {
+		if j.Time.Before(since) {
+			break
+		}
+		if j.Actor == who.Person && j.Result != "" {
+			sum += j.Applied
+		}
+	}
+	if most := e.policy.Caps().ObjectsPerHour; sum+objects > most {
+		return fault.New(fault.Refused, "wait, or ask another person", "%s changed %d objects within the hour; with %d more it would pass the cap of %d",
+			who.Person, sum, objects, most)
+	}
+	return nil
+}
+
+func (e *Engine) keep(p *prepared) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.plans = append(e.plans, p)
+	objects := 0
+	for i := len(e.plans) - 1; i >= 0; i-- {
+		objects += len(e.plans[i].steps)
+		old := time.Now().After(e.plans[i].plan.Expires.AsTime().Add(time.Hour))
+		if len(e.plans)-i > maxPlans || old || objects > maxPlanObjects && i < len(e.plans)-1 {
+			e.plans = append([]*prepared(nil), e.plans[i+1:]...)
+			return
+		}
+	}
+}
+
+// take hands out a plan once.
+func (e *Engine) take(who trust.Identity, id, sha string) (*prepared, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for i, p := range e.plans {
+		if p.plan.Id != id {
+			continue
+		}
+		switch {
+		case p.plan.Actor != who.Person:
+			return nil, fault.New(fault.Refused, "make a plan of your own", "plan %s was made by %s", id, p.plan.Actor)
+		case p.plan.Sha256 != sha:
+			return nil, fault.New(fault.Stale, "plan again", "plan %s is not the one with the hash %.16q", id, sha)
+		case time.Now().After(p.plan.Expires.AsTime()):
+			return nil, fault.New(fault.Stale, "plan again", "plan %s expired at %s", id, p.plan.Expires.AsTime().Format(time.RFC3339))
+		case p.plan.Reason == "":
+			return nil, fault.New(fault.Usage, "plan again with a reason (--reason TEXT)", "plan %s has no reason, which the record needs", id)
+		}
+		e.plans = append(e.plans[:i:i], e.plans[i+1:]...)
+		return p, nil
+	}
+	if entry, err := e.journal.Find(id); err == nil && entry.ID == id {
+		return nil, fault.New(fault.Stale, "see: halligan history "+id, "plan %s was applied already", id)
+	}
+	return nil, fault.New(fault.Stale, "plan again", "this agent has no plan %.64q: it was restarted, or the plan is too old", id)
+}
+
+// Status tells what works now. It never fails because something is broken.
+func (e *Engine) Status(ctx context.Context, who trust.Identity) (*halliganv1.StatusResponse, error) {
+	if !who.May(trust.Observer) {
+		return nil, fault.New(fault.Refused, "take a role", "status needs the role observer")
+	}
+	st := e.etcd.Status(ctx)
+	out := &halliganv1.StatusResponse{
+		Node: e.node, Version: e.version, Time: timestamppb.Now(), Actor: who.Person, Role: who.Role.String(), Distribution: e.distribution,
+		Encryption: e.encryption.Providers(),
+		Etcd: &halliganv1.EtcdStatus{Endpoint: st.Endpoint, Version: st.Version, MemberId: hexID(st.MemberID), LeaderId: hexID(st.LeaderID),
+			Revision: st.Revision, DbSizeBytes: st.DBSize, DbQuotaBytes: st.DBQuota, Alarms: st.Alarms, Quorum: st.Quorum,
+			LatencyMs: float64(st.Latency) / float64(time.Millisecond)},
+	}
+	if st.Err != nil {
+		out.Etcd.Error = fault.Of(st.Err).Error()
+	}
+	out.StateFreeBytes, out.StateUsedBytes = e.journal.Space()
+	switch err := e.journal.Check(0); {
+	case err != nil:
+		out.ReadOnly = fault.Of(err).Error()
+	case !st.Quorum:
+		out.ReadOnly = "etcd has no quorum: only reads work"
+	}
+	return out, nil
+}
+
+func hexID(id uint64) string {
+	if id == 0 {
+		return ""
+	}
+	return strconv.FormatUint(id, 16)
+}
+
+// recordReveal makes durable that somebody is about to see a Secret.
+func (e *Engine) recordReveal(ctx context.Context, who trust.Identity, par getParameters) error {
+	cluster, err := e.etcd.ClusterID(ctx)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	plan := &halliganv1.Plan{Id: newID(now), Action: getRow.name, Actor: who.Person, Role: who.Role.String(), Node: e.node, Cluster: cluster,
+		Summary: fmt.Sprintf("reveal %s in namespace %s", par.Target, par.Namespace), Created: timestamppb.New(now)}
+	plan.Parameters, err = structpb.NewStruct(map[string]any{"target": par.Target, "namespace": par.Namespace, "reveal": true})
+	if err != nil {
+		return fault.New(fault.Usage, "see the action's help", "parameters: %w", err)
+	}
+	a, err := e.journal.Begin(plan, 0)
+	if err != nil {
+		return err
+	}
+	return a.Finish(resultApplied, "")
+}
+
+// newID returns an identifier that sorts by time and that a person can read out
+// on a phone.
+func newID(at time.Time) string {
+	var random [5]byte
+	_, _ = rand.Read(random[:]) // never fails: crypto/rand
+	return at.UTC().Format("20060102-150405") + "-" + strings.ToLower(base32.StdEncoding.EncodeToString(random[:]))
+}
+
+func sum256(b []byte) []byte {
+	s := sha256.Sum256(b)
+	return s[:]
+}

@@ -1,0 +1,93 @@
+package action
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/halligan-io/halligan/agent/journal"
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+var historyRow = row{
+	name:    "history",
+	summary: "Show what was done from this node, newest first",
+	role:    trust.Observer, effect: read, timeout: 30 * time.Second,
+	parameters: []*halliganv1.Parameter{
+		{Name: "action", Type: "string", Positional: true, Placeholder: "ACTION-ID", Description: "one action with its whole plan"},
+		{Name: "limit", Type: "int", Placeholder: "N", Description: "how many at most (default 50)"},
+	},
+	examples: []string{"history", "history 20261123-114502-k3xq"},
+}
+
+const defaultHistory = 50
+
+// History sends recorded actions, newest first.
+func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv1.HistoryRequest, send func(*halliganv1.HistoryEntry) error) error {
+	if _, err := authorize(who, historyRow.name); err != nil {
+		return err
+	}
+	if req.Limit < 0 {
+		return fault.New(fault.Usage, "give a positive number", "a limit of %d cannot be meant", req.Limit)
+	}
+	if req.ActionId != "" {
+		entry, err := e.journal.Find(req.ActionId)
+		if err != nil {
+			return err
+		}
+		record, err := e.journal.Read(entry.ID)
+		if err != nil {
+			return err
+		}
+		out := e.historyEntry(entry)
+		out.Plan = record.Plan
+		out.Results = objectResults(record)
+		return send(out)
+	}
+	limit := req.Limit
+	if limit == 0 {
+		limit = defaultHistory
+	}
+	for _, entry := range e.journal.Entries() {
+		if limit--; limit < 0 || ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err := send(e.historyEntry(entry)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (e *Engine) historyEntry(j journal.Entry) *halliganv1.HistoryEntry {
+	result := j.Result
+	if result == "" {
+		result = "unfinished"
+	}
+	return &halliganv1.HistoryEntry{
+		ActionId: j.ID, Action: j.Action, Actor: j.Actor, Reason: j.Reason, Incident: j.Incident, Time: timestamppb.New(j.Time),
+		Summary: j.Summary, Result: result, Objects: int64(j.Objects), Applied: int64(j.Applied), Undoes: j.Undoes, UndoneBy: e.undoneBy(j.ID),
+	}
+}
+
+// undoneBy returns the action that took the given one back, if any did.
+func (e *Engine) undoneBy(id string) string {
+	for _, u := range e.journal.Entries() {
+		if u.Undoes == id && u.Result == resultApplied {
+			return u.ID
+		}
+	}
+	return ""
+}
+
+func objectResults(r *journal.Record) []*halliganv1.ObjectResult {
+	out := make([]*halliganv1.ObjectResult, 0, len(r.Notes))
+	for _, n := range r.Notes {
+		o := r.Plan.Objects[n.Index]
+		out = append(out, &halliganv1.ObjectResult{Key: o.Key, Uid: o.Uid, RevisionBefore: o.Revision, RevisionAfter: n.Revision, Outcome: n.Outcome, Error: n.Error})
+	}
+	return out
+}

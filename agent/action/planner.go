@@ -1,0 +1,376 @@
+package action
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	rbacv1 "k8s.io/api/rbac/v1"
+
+	"github.com/halligan-io/halligan/agent/etcd"
+	"github.com/halligan-io/halligan/agent/journal"
+	"github.com/halligan-io/halligan/agent/storage"
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+// operation is what a step does to its key.
+type operation string
+
+const (
+	opUpdate operation = "update"
+	opDelete operation = "delete"
+	opCreate operation = "create"
+)
+
+// step is one compare-and-swap of a plan.
+type step struct {
+	kind                 *storage.Kind
+	namespace, name, key string
+	uid                  string
+	op                   operation
+	// revision to compare with; 0: must not exist.
+	revision int64
+	// since is a revision at which the write had not happened.
+	since int64
+	lease int64
+	// size of the stored value in bytes, for the room that the record needs.
+	size int
+	// edits or revert say how an update is computed from the value.
+	edits  []storage.Edit
+	revert []storage.Change
+	// changes are what the computation gave when it was planned.
+	changes []storage.Change
+	// image is what a creation stores.
+	image *imageOf
+}
+
+type imageOf struct {
+	action string
+	ref    journal.ImageRef
+}
+
+// object is one stored object with its place.
+type object struct {
+	*storage.Object
+	kind                 *storage.Kind
+	key, namespace, name string
+	revision, lease      int64
+	size                 int
+}
+
+func (o *object) title() string {
+	t := o.kind.Resource() + "/" + o.name
+	if o.namespace != "" {
+		t += " in namespace " + o.namespace
+	}
+	return t
+}
+
+func (o *object) subjects() ([]rbacv1.Subject, error) {
+	f, ok := o.kind.Field(storage.Subjects, o.APIVersion)
+	if !ok {
+		return nil, fmt.Errorf("%s has no subjects", o.kind.Resource())
+	}
+	return o.Subjects(f)
+}
+
+// planner collects what a plan would do.
+type planner struct {
+	engine *Engine
+	who    trust.Identity
+	plan   *halliganv1.Plan
+	steps  []*step
+	// stale is set when something was read without a quorum: why.
+	stale string
+	// expired counts objects whose lease ran out.
+	expired int
+}
+
+func (p *planner) summary(format string, args ...any) { p.plan.Summary = fmt.Sprintf(format, args...) }
+func (p *planner) warn(format string, args ...any) {
+	if w := fmt.Sprintf(format, args...); !slices.Contains(p.plan.Warnings, w) {
+		p.plan.Warnings = append(p.plan.Warnings, w)
+	}
+}
+func (p *planner) needs(what ...string)  { p.plan.Needs = append(p.plan.Needs, what...) }
+func (p *planner) bypass(what ...string) { p.plan.Bypassed = append(p.plan.Bypassed, what...) }
+
+// see notes from which view of etcd the plan is made.
+func (p *planner) see(v etcd.View) {
+	p.plan.Revision = max(p.plan.Revision, v.Revision)
+	if v.Stale != "" {
+		p.stale = v.Stale
+	}
+}
+
+// target resolves KIND or KIND/NAME.
+func (p *planner) target(ctx context.Context, text string) (*storage.Kind, string, error) {
+	kindName, name, _ := strings.Cut(text, "/")
+	k, err := p.engine.resolve(ctx, kindName)
+	if err != nil {
+		return nil, "", err
+	}
+	if strings.Contains(text, "/") {
+		// The catalogue judges the whole of it, so that every door refuses the
+		// same names.
+		if _, name, err = p.engine.parseTarget(text); err != nil {
+			return nil, "", err
+		}
+	}
+	return k, name, nil
+}
+
+// load reads one object, decrypted and checked against its key.
+func (p *planner) load(ctx context.Context, kind *storage.Kind, namespace, name string) (*object, error) {
+	key, err := kind.Key(p.engine.prefix, namespace, name)
+	if err != nil {
+		return nil, err
+	}
+	kv, found, view, err := p.engine.etcd.Get(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	p.see(view)
+	if !found {
+		next := "see: halligan get " + kind.Plural
+		if kind.Namespaced {
+			next += " -n " + namespace
+			if others := p.elsewhere(ctx, kind, name); len(others) > 0 {
+				next = "there is one in namespace " + strings.Join(others, ", ")
+			}
+		}
+		where := ""
+		if namespace != "" {
+			where = " in namespace " + namespace
+		}
+		return nil, fault.New(fault.NotFound, next, "no %s/%s%s", kind.Resource(), name, where)
+	}
+	return p.open(ctx, kind, namespace, name, kv)
+}
+
+// elsewhere looks for objects of that name in other namespaces, briefly.
+func (p *planner) elsewhere(ctx context.Context, kind *storage.Kind, name string) []string {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	root := kind.Range(p.engine.prefix, "")
+	var found []string
+	_, _ = p.engine.etcd.Walk(ctx, root, func(kv etcd.KV) error {
+		if ns, ok := strings.CutSuffix(strings.TrimPrefix(kv.Key, root), "/"+name); ok && len(found) < 3 {
+			found = append(found, ns)
+		}
+		return nil
+	})
+	return found
+}
+
+func (p *planner) open(ctx context.Context, kind *storage.Kind, namespace, name string, kv etcd.KV) (*object, error) {
+	o := &object{kind: kind, key: kv.Key, namespace: namespace, name: name, revision: kv.ModRevision, lease: kv.Lease, size: len(kv.Value)}
+	plain, err := p.engine.encryption.Open(ctx, kind, kv.Key, kv.Value)
+	if err != nil {
+		return o, err
+	}
+	if o.Object, err = storage.Decode(plain); err != nil {
+		return o, fmt.Errorf("%s: %w", o.title(), err)
+	}
+	return o, o.Check(kind, namespace, name)
+}
+
+// walk visits every object of a kind; fn gets the place of an object that could
+// not be opened with the problem.
+func (p *planner) walk(ctx context.Context, kind *storage.Kind, namespace string, fn func(*object, error) error) (etcd.View, error) {
+	root := kind.Range(p.engine.prefix, "")
+	view, err := p.engine.etcd.Walk(ctx, kind.Range(p.engine.prefix, namespace), func(kv etcd.KV) error {
+		ns, name := "", strings.TrimPrefix(kv.Key, root)
+		if kind.Namespaced {
+			ns, name, _ = strings.Cut(name, "/")
+		}
+		if strings.Contains(name, "/") || name == "" {
+			return nil // a longer key below: another resource, such as services/specs
+		}
+		obj, err := p.open(ctx, kind, ns, name, kv)
+		return fn(obj, err)
+	})
+	p.see(view)
+	return view, err
+}
+
+// scope demands that a selection of many says where.
+func scope(kind *storage.Kind, namespace string, all bool) error {
+	switch {
+	case kind.Namespaced && namespace == "" && !all:
+		return fault.New(fault.Usage, "add -n NAMESPACE or -A", "%s live in namespaces", kind.Resource())
+	case !kind.Namespaced && namespace != "":
+		return fault.New(fault.Usage, "leave -n out", "%s are not in namespaces", kind.Resource())
+	case namespace != "" && all:
+		return fault.New(fault.Usage, "give one of them", "-n and -A exclude each other")
+	case strings.ContainsAny(namespace, "/\x00") || strings.ContainsFunc(namespace, func(r rune) bool { return r < ' ' || r == 0x7f }):
+		return fault.New(fault.Usage, "give a namespace's name", "namespace %.100q cannot exist", namespace)
+	}
+	return nil
+}
+
+// kindOfKey is the way back from a key.
+func (p *planner) kindOfKey(ctx context.Context, key string) (*storage.Kind, string, string, error) {
+	k, ns, name, err := p.engine.byKey(key)
+	if err != nil {
+		if lerr := p.engine.loadCRDs(ctx); lerr != nil {
+			return nil, "", "", lerr
+		}
+		k, ns, name, err = p.engine.byKey(key)
+	}
+	return k, ns, name, err
+}
+
+// update plans edits of one object; none that change something plan nothing.
+func (p *planner) update(o *object, edits []storage.Edit) error {
+	_, changes, err := o.kind.Apply(o.Plain(), edits...)
+	if err != nil || len(changes) == 0 {
+		return err
+	}
+	p.addUpdate(o, &step{edits: edits, changes: changes})
+	return nil
+}
+
+// revert plans to take changes back.
+func (p *planner) revert(o *object, was []storage.Change) error {
+	_, changes, err := o.kind.Revert(o.Plain(), was)
+	if err != nil || len(changes) == 0 {
+		return err
+	}
+	p.addUpdate(o, &step{revert: was, changes: changes})
+	return nil
+}
+
+func (p *planner) addUpdate(o *object, s *step) {
+	s.kind, s.namespace, s.name, s.key, s.uid = o.kind, o.namespace, o.name, o.key, string(o.Meta.UID)
+	s.op, s.revision, s.lease, s.size = opUpdate, o.revision, o.lease, o.size
+	var fields []*halliganv1.FieldChange
+	for _, c := range s.changes {
+		fields = append(fields, &halliganv1.FieldChange{Path: c.Path, Before: string(c.Before), After: string(c.After)})
+	}
+	p.add(s, fields)
+}
+
+// remove plans the deletion of one object.
+func (p *planner) remove(o *object) {
+	s := &step{kind: o.kind, namespace: o.namespace, name: o.name, key: o.key, uid: string(o.Meta.UID), op: opDelete, revision: o.revision, size: o.size}
+	planned := p.add(s, nil)
+	warn := func(format string, args ...any) {
+		planned.Warnings = append(planned.Warnings, fmt.Sprintf(format, args...))
+	}
+	if len(o.Meta.Finalizers) > 0 {
+		warn("finalizers are bypassed: %s", strings.Join(o.Meta.Finalizers, ", "))
+	}
+	if owner := controllerOf(o); owner != "" {
+		warn("its controller %s may make another", owner)
+	}
+	if _, mirror := o.Meta.Annotations["kubernetes.io/config.mirror"]; mirror {
+		warn("it mirrors a static pod, which goes on running: its manifest lies on the node")
+	}
+	if isSecret(o.kind) {
+		warn("it cannot be put back through etcd: keep a way to restore it through the API server")
+	}
+}
+
+// add appends a step and what of it is shown.
+func (p *planner) add(s *step, changes []*halliganv1.FieldChange) *halliganv1.PlannedObject {
+	p.steps = append(p.steps, s)
+	o := &halliganv1.PlannedObject{Key: s.key, Resource: s.kind.Resource(), Namespace: s.namespace, Name: s.name, Uid: s.uid,
+		Revision: s.revision, Operation: string(s.op), Changes: changes}
+	p.plan.Objects = append(p.plan.Objects, o)
+	return o
+}
+
+func controllerOf(o *object) string {
+	for _, r := range o.Meta.OwnerReferences {
+		if r.Controller != nil && *r.Controller {
+			return r.Kind + "/" + r.Name
+		}
+	}
+	return ""
+}
+
+// catalogue is the kinds that the engine knows: the native ones, and those of
+// the cluster's CustomResourceDefinitions, read from etcd when they are needed.
+type catalogue struct {
+	mu sync.Mutex // guards all below
+	*storage.Catalogue
+	loaded time.Time
+}
+
+// crdAge is how old the list of custom kinds may be when a name is not found in
+// it.
+const crdAge = 5 * time.Second
+
+func (e *Engine) resolve(ctx context.Context, name string) (*storage.Kind, error) {
+	e.kinds.mu.Lock()
+	k, err := e.kinds.Resolve(name)
+	fresh := time.Since(e.kinds.loaded) < crdAge
+	e.kinds.mu.Unlock()
+	if err == nil && !k.Custom || err != nil && fresh {
+		return k, err
+	}
+	if fresh {
+		return k, nil
+	}
+	if lerr := e.loadCRDs(ctx); lerr != nil {
+		return nil, fmt.Errorf("reading the cluster's custom kinds: %w", lerr)
+	}
+	e.kinds.mu.Lock()
+	defer e.kinds.mu.Unlock()
+	return e.kinds.Resolve(name)
+}
+
+func (e *Engine) parseTarget(text string) (*storage.Kind, string, error) {
+	e.kinds.mu.Lock()
+	defer e.kinds.mu.Unlock()
+	return e.kinds.ParseTarget(text)
+}
+
+func (e *Engine) byKey(key string) (*storage.Kind, string, string, error) {
+	e.kinds.mu.Lock()
+	defer e.kinds.mu.Unlock()
+	return e.kinds.ByKey(e.prefix, key)
+}
+
+// loadCRDs reads the custom kinds anew. One that cannot be read is left out.
+func (e *Engine) loadCRDs(ctx context.Context) error {
+	fresh := storage.NewCatalogue()
+	crd, err := fresh.Resolve("customresourcedefinitions.apiextensions.k8s.io")
+	if err != nil {
+		return err
+	}
+	_, err = e.etcd.Walk(ctx, crd.Range(e.prefix, ""), func(kv etcd.KV) error {
+		plain, err := e.encryption.Open(ctx, crd, kv.Key, kv.Value)
+		if err == nil {
+			err = fresh.AddCRD(plain)
+		}
+		if err != nil {
+			e.log.Warn().Str("key", kv.Key).Err(err).Msg("custom kind left out")
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	e.kinds.mu.Lock()
+	defer e.kinds.mu.Unlock()
+	e.kinds.Catalogue, e.kinds.loaded = fresh, time.Now()
+	return nil
+}
+
+// typed reads the JSON of an object into v, for the few fields that fights
+// looks at.
+func typed(o *object, v any) error {
+	data, _, err := o.JSON()
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(data, v)
+}

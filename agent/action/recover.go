@@ -1,0 +1,141 @@
+package action
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/halligan-io/halligan/agent/etcd"
+	"github.com/halligan-io/halligan/agent/journal"
+	"github.com/halligan-io/halligan/internal/fault"
+)
+
+// Recover settles what an earlier process, or an outage of etcd, left
+// unfinished. Nothing is written to etcd: each object whose before-image is on
+// record is looked up in etcd's history and ends as applied, failed (not done)
+// or unknown. It returns when nothing is left or the context ends.
+func (e *Engine) Recover(ctx context.Context) {
+	wait := 200 * time.Millisecond
+	for {
+		left := 0
+		for _, id := range e.journal.Unfinished() {
+			if err := e.settleOne(ctx, id); err != nil {
+				left++
+				e.log.Warn().Str("action", id).Err(err).Msg("unfinished action could not be settled yet")
+			}
+		}
+		if left == 0 {
+			wait = 200 * time.Millisecond
+		} else {
+			wait = min(wait*2, 30*time.Second)
+		}
+		// Actions whose outcome stayed unknown come here as well, while the
+		// agent runs.
+		idle := wait
+		if left == 0 {
+			idle = 5 * time.Second
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(idle):
+		}
+	}
+}
+
+// errTooEarly says that a write that is not seen may still be on its way.
+var errTooEarly = errors.New("a write may still be on its way to etcd")
+
+func (e *Engine) settleOne(ctx context.Context, id string) error {
+	record, err := e.journal.Read(id)
+	if err != nil {
+		return err
+	}
+	cluster, err := e.etcd.ClusterID(ctx)
+	if err != nil {
+		return err
+	}
+	if cluster != record.Plan.Cluster {
+		return errors.New("it belongs to another cluster's etcd")
+	}
+	modified, err := e.journal.Modified(id)
+	if err != nil {
+		return err
+	}
+	known := map[int]string{}
+	for _, n := range record.Notes {
+		known[n.Index] = n.Outcome
+	}
+	var notes []journal.Note
+	for _, img := range record.Images {
+		if known[img.Index] != "" {
+			continue
+		}
+		expect := etcd.Expect{Key: img.Key, ModRevision: img.Revision, Since: img.Since, Deleted: img.Delete}
+		copy(expect.SHA256[:], img.AfterSHA256)
+		fate, revision, err := e.etcd.Settle(ctx, expect)
+		if err != nil {
+			return err
+		}
+		n := journal.Note{Index: img.Index, Revision: revision, Outcome: journal.Applied}
+		switch fate {
+		case etcd.Done:
+		case etcd.NotDone:
+			if time.Since(modified) < e.settle {
+				return errTooEarly
+			}
+			n.Outcome, n.Error = outcomeFailed, "not done: the agent ended before it was written"
+		default:
+			if time.Since(modified) < e.settle {
+				return errTooEarly
+			}
+			n.Outcome, n.Error = outcomeUnknown, "etcd's history no longer tells whether it was written"
+		}
+		known[img.Index] = n.Outcome
+		notes = append(notes, n)
+	}
+	a, err := e.journal.Resume(id)
+	if err != nil {
+		return err
+	}
+	for _, n := range notes {
+		if err := a.Wrote(n); err != nil {
+			a.Release()
+			return err
+		}
+	}
+	count := map[string]int{}
+	for _, outcome := range known {
+		count[outcome]++
+	}
+	total := len(record.Plan.Objects)
+	result := resultPartial
+	switch {
+	case count[outcomeUnknown] > 0:
+		result = resultUnknown
+	case count[journal.Applied] == total:
+		result = resultApplied
+	case count[journal.Applied] == 0:
+		result = resultFailed
+	}
+	problem := fmt.Sprintf("settled after an interruption: %d of %d done, %d unknown", count[journal.Applied], total, count[outcomeUnknown])
+	if err := a.Settle(result, problem); err != nil {
+		return err
+	}
+	e.log.Info().Str("action", id).Str("result", result).Msg("unfinished " + record.Plan.Action + " settled")
+	return nil
+}
+
+// Settled waits until no action is unfinished, or the context ends with
+// fault.Unknown.
+func (e *Engine) Settled(ctx context.Context) error {
+	for len(e.journal.Unfinished()) > 0 {
+		select {
+		case <-ctx.Done():
+			return fault.New(fault.Unknown, "see: halligan history", "%d actions are not settled", len(e.journal.Unfinished()))
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	return nil
+}

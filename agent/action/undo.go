@@ -1,0 +1,161 @@
+package action
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/halligan-io/halligan/agent/etcd"
+	"github.com/halligan-io/halligan/agent/journal"
+	"github.com/halligan-io/halligan/agent/storage"
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+// undoAuthority is how long a person may put back authority that the same
+// person took away, without anybody's approval.
+const undoAuthority = 24 * time.Hour
+
+var undoRow = row{
+	name:    "undo",
+	summary: "Put back what an action changed",
+	description: "Plans the reversal of an action: fields get the value that they had, deleted objects are stored again as they were. " +
+		"A field that somebody changed since is left alone (exit 3). What the garbage collector removed in the meantime does not come back by itself.",
+	role: trust.Responder, effect: mutate, timeout: 30 * time.Minute,
+	parameters: []*halliganv1.Parameter{
+		{Name: "action", Type: "string", Required: true, Positional: true, Placeholder: "ACTION-ID", Description: "the action, or an unambiguous beginning of its ID"},
+	},
+	examples: []string{"undo 20261123-114502-k3xq"},
+	plan:     planUndo,
+}
+
+type undoParameters struct {
+	Action string `json:"action"`
+}
+
+func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
+	par, err := decode[undoParameters](raw)
+	if err != nil {
+		return err
+	}
+	entry, err := p.engine.journal.Find(par.Action)
+	if err != nil {
+		return err
+	}
+	switch {
+	case entry.Result == "":
+		return fault.New(fault.Stale, "look again in a moment: halligan history "+entry.ID, "action %s is still unfinished", entry.ID)
+	case entry.Actor != p.who.Person && !p.who.May(trust.Commander):
+		return fault.New(fault.Refused, "ask "+entry.Actor+" or a commander", "a responder undoes only own actions; %s was %s's", entry.ID, entry.Actor)
+	}
+	if by := p.engine.undoneBy(entry.ID); by != "" {
+		return fault.New(fault.Stale, "see: halligan history "+by, "action %s was taken back already, by %s", entry.ID, by)
+	}
+	record, err := p.engine.journal.Read(entry.ID)
+	if err != nil {
+		return err
+	}
+	if record.Plan.Cluster != p.plan.Cluster {
+		return fault.New(fault.Refused, "undo it where it was done", "action %s belongs to another cluster's etcd", entry.ID)
+	}
+	p.plan.Undoes = entry.ID
+	applied := map[int]int64{}
+	for _, n := range record.Notes {
+		if n.Outcome == journal.Applied {
+			applied[n.Index] = n.Revision
+		}
+	}
+	// In reverse, so that what was taken away last comes back first.
+	for i := len(record.Images) - 1; i >= 0; i-- {
+		ref := record.Images[i]
+		revision, ok := applied[ref.Index]
+		if !ok {
+			continue
+		}
+		if err := p.undoOne(ctx, entry, record.Plan.Objects[ref.Index], ref, revision); err != nil {
+			return err
+		}
+	}
+	if len(p.steps) == 0 {
+		p.summary("nothing to do: %s left nothing that could be put back", entry.ID)
+		return nil
+	}
+	p.summary("take back %s: %s", entry.ID, entry.Summary)
+	p.bypass(bypassUpdate...)
+	return nil
+}
+
+// undoOne plans the reversal of one object's change.
+func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *halliganv1.PlannedObject, ref journal.ImageRef, wrote int64) error {
+	kind, namespace, name, err := p.kindOfKey(ctx, ref.Key)
+	if err != nil {
+		return err
+	}
+	// Putting rights back adds authority, which one person alone may do only
+	// to the own, recent, unchanged deed.
+	if isAuthority(kind) {
+		if entry.Actor != p.who.Person || time.Since(entry.Time) > undoAuthority {
+			return fault.New(fault.Refused, "have a commander do it through the API server",
+				"putting back %s/%s adds authority: only who took it away may, within 24 h", kind.Resource(), name)
+		}
+	}
+	kv, found, view, err := p.engine.etcd.Get(ctx, ref.Key)
+	if err != nil {
+		return err
+	}
+	p.see(view)
+	changedSince := func(how string) error {
+		return fault.New(fault.Stale, "look at it with: halligan get "+kind.Plural+"/"+name, "%s/%s %s since %s", kind.Resource(), name, how, entry.ID)
+	}
+	switch {
+	case ref.Delete && found:
+		return changedSince("was made again")
+	case ref.Delete:
+		return p.restore(ctx, kind, namespace, name, entry, ref, view)
+	case !found:
+		return changedSince("was deleted")
+	case isAuthority(kind) && kv.ModRevision != wrote:
+		return changedSince("was changed")
+	case ref.Revision == 0:
+		// The action had made the key, by undoing a deletion: remove it again.
+		obj, err := p.open(ctx, kind, namespace, name, kv)
+		if err != nil {
+			return err
+		}
+		if string(obj.Meta.UID) != planned.Uid {
+			return changedSince("was made again")
+		}
+		p.remove(obj)
+		return nil
+	}
+	obj, err := p.open(ctx, kind, namespace, name, kv)
+	if err != nil {
+		return err
+	}
+	if string(obj.Meta.UID) != planned.Uid {
+		return changedSince("was made again")
+	}
+	return p.revert(obj, ref.Changes)
+}
+
+// restore plans to store a deleted object again.
+func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, name string, entry journal.Entry, ref journal.ImageRef, view etcd.View) error {
+	s := &step{kind: kind, namespace: namespace, name: name, key: ref.Key, uid: ref.UID, op: opCreate, size: ref.Size, since: view.Revision,
+		image: &imageOf{action: entry.ID, ref: ref}}
+	if ref.Lease != 0 {
+		alive, err := p.engine.etcd.LeaseAlive(ctx, ref.Lease)
+		if err != nil {
+			return err
+		}
+		if !alive {
+			p.expired++
+			return nil
+		}
+		s.lease = ref.Lease
+	}
+	p.add(s, []*halliganv1.FieldChange{{Path: "", After: fmt.Sprintf("%q", "as it was, "+fmt.Sprint(ref.Size)+" bytes")}})
+	return nil
+}

@@ -1,0 +1,60 @@
+// Package agent is the daemon on a control-plane node: it puts the surgical
+// engine together from the node's files and opens its doors. Today the door is
+// the console socket; network doors join it here.
+//
+// It must never need anything that may be what failed: no DNS, no API server, no
+// other machine. It stands on floor 4.
+package agent
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/rs/zerolog"
+
+	"github.com/halligan-io/halligan/agent/action"
+	"github.com/halligan-io/halligan/agent/console"
+	"github.com/halligan-io/halligan/agent/etcd"
+	"github.com/halligan-io/halligan/agent/journal"
+	"github.com/halligan-io/halligan/agent/policy"
+	"github.com/halligan-io/halligan/agent/storage"
+	"github.com/halligan-io/halligan/internal/version"
+)
+
+// Run serves until the context ends. It starts without etcd: reads and writes
+// then say what is missing, and work as soon as it is back.
+func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger) error {
+	rules, err := policy.Load(c.PolicyFile)
+	if err != nil {
+		return err
+	}
+	records, err := journal.Open(c.StateDir, journal.Options{MaxBytes: c.JournalMaxBytes})
+	if err != nil {
+		return err
+	}
+	defer records.Close()
+	encryption, err := storage.LoadEncryption(ctx, c.EncryptionConfig)
+	if err != nil {
+		return err
+	}
+	defer encryption.Close()
+	client, err := etcd.Open(etcd.Config{Endpoints: c.Etcd.Endpoints, CAFile: c.Etcd.CAFile, CertFile: c.Etcd.CertFile, KeyFile: c.Etcd.KeyFile,
+		ServerName: c.Etcd.ServerName})
+	if err != nil {
+		return fmt.Errorf("etcd: %w", err)
+	}
+	defer client.Close()
+
+	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client,
+		Encryption: encryption, Journal: records, Policy: rules, Log: log})
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	var background sync.WaitGroup
+	defer background.Wait()
+	background.Go(func() { engine.Recover(ctx) })
+	defer stop()
+	log.Info().Str("version", version.String()).Str("distribution", distribution).Str("socket", c.Socket).
+		Strs("etcd", c.Etcd.Endpoints).Int("unfinished", len(records.Unfinished())).Msg("agent starts")
+	return console.Serve(ctx, c.Socket, engine, log)
+}

@@ -1,0 +1,744 @@
+// Package journal keeps one durable file per action: the plan, the stored bytes
+// of every object before it is changed, what was written, and the outcome. It is
+// what undo works from and what tells, after a crash, what was under way.
+//
+// The order of calls is the order of safety: Begin writes the intent; Image
+// returns when the intent and that object's bytes are on disk, and only then may
+// the object be written; Wrote notes a write; Finish makes the outcome durable.
+// Whatever lies between an image and the end of a file without an outcome may or
+// may not have happened, and only etcd can tell: see Unfinished.
+//
+// Files are JSON lines, readable with nothing but a pager. A last line without
+// its newline was never acknowledged and is ignored; any other damage is an
+// error. Values are the raw bytes of etcd, so what was encrypted stays so.
+//
+// It must never talk to etcd, and never remove a file whose action is not
+// settled. It stands on floor 4, below agent/action.
+package journal
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"sort"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/halligan-io/halligan/agent/storage"
+	"github.com/halligan-io/halligan/api"
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/durable"
+	"github.com/halligan-io/halligan/internal/fault"
+)
+
+const (
+	suffix = ".jsonl"
+	// headroom stays free on the file system beyond what an action reserves,
+	// so that outcomes of actions under way can still be written.
+	headroom = 4 << 20
+	// lineOverhead is what an image or a note takes beside its value.
+	lineOverhead = 512
+)
+
+// Options bound the journal.
+type Options struct {
+	// MaxBytes is the most that records of actions may take on disk; beyond
+	// it the oldest settled ones are removed. Default 2 GiB.
+	MaxBytes int64
+	// Keep is how long a settled action is kept at least, whatever MaxBytes
+	// says; it should not be less than the time in which an undo is allowed.
+	// Default 48 h.
+	Keep time.Duration
+}
+
+// Journal is the folder of actions. Its methods may be called concurrently.
+type Journal struct {
+	dir  string
+	opts Options
+	lock *os.File
+
+	mu sync.Mutex // guards entries and open
+	// entries is the index, oldest first.
+	entries []*Entry
+	open    map[string]*Action
+}
+
+// Entry is the index line of one action.
+type Entry struct {
+	ID, Action, Actor, Reason, Incident, Summary string
+	Undoes                                       string
+	Time                                         time.Time
+	// Result is empty while the action is not settled.
+	Result  string
+	Objects int
+	Applied int
+	Bytes   int64
+}
+
+// Image is what an object was before it is changed, and how to recognise the
+// change afterwards.
+type Image struct {
+	// Index of the object in the plan.
+	Index int    `json:"index"`
+	Key   string `json:"key"`
+	UID   string `json:"uid,omitempty"`
+	// Revision that the write compares with; 0: the key does not exist yet.
+	Revision int64 `json:"revision"`
+	// Since is a revision of etcd at which the write had not happened.
+	Since int64 `json:"since"`
+	Lease int64 `json:"lease,omitempty"`
+	// Value holds the stored bytes; nil where the key does not exist yet.
+	Value []byte `json:"value,omitempty"`
+	// ValueSHA256 guards Value against rot.
+	ValueSHA256 []byte `json:"valueSHA256,omitempty"`
+	// Delete says that the write removes the key; else AfterSHA256 is the hash
+	// of the stored bytes that it leaves.
+	Delete      bool             `json:"delete,omitempty"`
+	AfterSHA256 []byte           `json:"afterSHA256,omitempty"`
+	Changes     []storage.Change `json:"changes,omitempty"`
+}
+
+// Note says what became of one object.
+type Note struct {
+	Index    int    `json:"index"`
+	Revision int64  `json:"revision,omitempty"`
+	Outcome  string `json:"outcome"`
+	Error    string `json:"error,omitempty"`
+}
+
+// line is one line of a file; exactly one member is set.
+type line struct {
+	Intent  json.RawMessage `json:"intent,omitempty"`
+	Image   *Image          `json:"image,omitempty"`
+	Note    *Note           `json:"note,omitempty"`
+	Outcome *outcome        `json:"outcome,omitempty"`
+}
+
+type outcome struct {
+	Result  string    `json:"result"`
+	Time    time.Time `json:"time"`
+	Applied int       `json:"applied"`
+	Error   string    `json:"error,omitempty"`
+	Settled bool      `json:"settledAfterRestart,omitempty"`
+}
+
+// Open makes or opens the journal in dir/actions. One process at a time may
+// hold it. A file that is damaged elsewhere than in its last line is an error
+// that names it.
+func Open(dir string, o Options) (*Journal, error) {
+	if o.MaxBytes == 0 {
+		o.MaxBytes = 2 << 30
+	}
+	if o.Keep == 0 {
+		o.Keep = 48 * time.Hour
+	}
+	actions := filepath.Join(dir, "actions")
+	if err := durable.Dir(dir); err != nil {
+		return nil, unavailable("opening the state folder", err)
+	}
+	if err := durable.Dir(actions); err != nil {
+		return nil, unavailable("opening the state folder", err)
+	}
+	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, unavailable("locking the state folder", err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		lock.Close()
+		return nil, fault.New(fault.Failed, "stop the other agent first", "state folder %s is held by another process: %w", dir, err)
+	}
+	j := &Journal{dir: actions, opts: o, lock: lock, open: map[string]*Action{}}
+	if err := j.load(); err != nil {
+		lock.Close()
+		return nil, err
+	}
+	return j, nil
+}
+
+// Close releases the folder. Actions under way stay unfinished.
+func (j *Journal) Close() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, a := range j.open {
+		a.file.Close()
+	}
+	return j.lock.Close()
+}
+
+func (j *Journal) load() error {
+	names, err := os.ReadDir(j.dir)
+	if err != nil {
+		return unavailable("reading the state folder", err)
+	}
+	for _, n := range names {
+		id, ok := strings.CutSuffix(n.Name(), suffix)
+		if !ok || strings.HasPrefix(id, ".") {
+			continue
+		}
+		e, err := j.index(id)
+		if err != nil {
+			return err
+		}
+		if e == nil {
+			// Cut off before its intent was whole: nothing was acknowledged,
+			// so nothing happened.
+			if err := os.Remove(j.path(id)); err != nil {
+				return unavailable("removing an empty record", err)
+			}
+			continue
+		}
+		j.entries = append(j.entries, e)
+	}
+	sort.Slice(j.entries, func(a, b int) bool { return j.entries[a].ID < j.entries[b].ID })
+	return nil
+}
+
+// index makes the index line of one file; nil when nothing in it was ever
+// acknowledged. A settled file is read at its two ends only, so that starting
+// stays fast however much the images weigh; an unfinished one is read whole.
+func (j *Journal) index(id string) (*Entry, error) {
+	if e, err := j.ends(id); e != nil || err != nil {
+		return e, err
+	}
+	r, err := j.scan(id, func(line, int64) error { return nil })
+	if err != nil || r.Plan == nil {
+		return nil, err
+	}
+	e := entryOf(r.Plan)
+	e.Result, e.Applied, e.Bytes = r.Result, r.Applied, r.bytes
+	return e, nil
+}
+
+// ends returns the entry of a file whose last line is an outcome, else nil.
+func (j *Journal) ends(id string) (*Entry, error) {
+	f, err := os.Open(j.path(id))
+	if err != nil {
+		return nil, unavailable("reading a record", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, unavailable("reading a record", err)
+	}
+	tail := make([]byte, min(st.Size(), 8<<10))
+	if _, err := f.ReadAt(tail, st.Size()-int64(len(tail))); err != nil || len(tail) == 0 || tail[len(tail)-1] != '\n' {
+		return nil, nil
+	}
+	tail = tail[:len(tail)-1]
+	start := bytes.LastIndexByte(tail, '\n') + 1
+	var last, first line
+	if start == 0 || json.Unmarshal(tail[start:], &last) != nil || last.Outcome == nil {
+		return nil, nil
+	}
+	raw, err := newLineReader(f).next()
+	plan := &halliganv1.Plan{}
+	if err != nil || json.Unmarshal(raw, &first) != nil || protojson.Unmarshal(first.Intent, plan) != nil || plan.Id != id {
+		return nil, nil // damaged: the whole scan says how
+	}
+	e := entryOf(plan)
+	e.Result, e.Applied, e.Bytes = last.Outcome.Result, last.Outcome.Applied, st.Size()
+	return e, durable.CheckPrivate(f.Name())
+}
+
+func entryOf(p *halliganv1.Plan) *Entry {
+	return &Entry{ID: p.Id, Action: p.Action, Actor: p.Actor, Reason: p.Reason, Incident: p.Incident, Summary: p.Summary,
+		Undoes: p.Undoes, Time: p.Created.AsTime(), Objects: len(p.Objects)}
+}
+
+func (j *Journal) path(id string) string { return filepath.Join(j.dir, id+suffix) }
+
+var validID = regexp.MustCompile(`^[a-z0-9]+(-[a-z0-9]+)*$`)
+
+// Check reports whether an action that needs that many bytes could be recorded
+// now, without recording anything.
+func (j *Journal) Check(bytes int64) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(j.dir, &st); err != nil {
+		return unavailable("looking at the state folder", err)
+	}
+	if st.Flags&unix.ST_RDONLY != 0 {
+		return unavailable("looking at the state folder", unix.EROFS)
+	}
+	if err := unix.Access(j.dir, unix.W_OK|unix.X_OK); err != nil {
+		return unavailable("looking at the state folder", err)
+	}
+	if free := int64(st.Bavail) * st.Bsize; free < bytes+headroom {
+		return fault.New(fault.AuditUnavailable, "free space below "+filepath.Dir(j.dir)+" or choose fewer objects",
+			"state folder has %d MiB free; recording this action needs %d MiB", free>>20, (bytes+headroom)>>20+1)
+	}
+	return nil
+}
+
+// Space returns the free bytes of the file system and the bytes taken.
+func (j *Journal) Space() (free, used int64) {
+	var st unix.Statfs_t
+	if unix.Statfs(j.dir, &st) == nil {
+		free = int64(st.Bavail) * st.Bsize
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, e := range j.entries {
+		used += e.Bytes
+	}
+	return free, used
+}
+
+// Action is a record being written. Its methods may be called concurrently.
+type Action struct {
+	j     *Journal
+	entry *Entry
+	file  *os.File
+
+	mu      sync.Mutex // guards all below
+	written int64      // bytes appended
+	synced  int64      // bytes known to be on disk
+	syncing bool
+	named   bool // the folder holds the file's name durably
+	failed  error
+	done    sync.Cond
+}
+
+// Begin starts the record of a plan, with room for the values of its objects
+// set aside so that it can be brought to its end. It is durable with the first
+// Image. Any error is fault.AuditUnavailable and leaves nothing behind.
+func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err error) {
+	if !validID.MatchString(plan.Id) {
+		return nil, fmt.Errorf("action id %q is malformed", plan.Id)
+	}
+	intent, err := api.CanonicalJSON(plan)
+	if err != nil {
+		return nil, err
+	}
+	// Base64 makes four bytes of three; every object has an image and a note.
+	reserve := int64(len(intent)) + valueBytes*4/3 + int64(len(plan.Objects))*2*lineOverhead + 4096
+	if err := j.makeRoom(reserve); err != nil {
+		return nil, err
+	}
+	if err := j.Check(reserve); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(j.path(plan.Id), os.O_WRONLY|os.O_CREATE|os.O_EXCL|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, unavailable("recording the intent", err)
+	}
+	a := &Action{j: j, entry: entryOf(plan), file: f}
+	a.done.L = &a.mu
+	defer func() {
+		if err != nil {
+			f.Close()
+			os.Remove(j.path(plan.Id))
+		}
+	}()
+	// Blocks set aside now cannot run out later. Where the file system cannot
+	// do it, the check above has to be enough.
+	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, reserve); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+		return nil, unavailable("setting room aside for the record", err)
+	}
+	if err := a.append(line{Intent: intent}); err != nil {
+		return nil, err
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.open[plan.Id] = a
+	i, _ := slices.BinarySearchFunc(j.entries, plan.Id, func(e *Entry, id string) int { return strings.Compare(e.ID, id) })
+	j.entries = slices.Insert(j.entries, i, a.entry)
+	return a, nil
+}
+
+// Image makes the intent and this image durable. Only after it returned nil may
+// the object be written.
+func (a *Action) Image(img Image) error {
+	if img.Value != nil {
+		sum := sha256.Sum256(img.Value)
+		img.ValueSHA256 = sum[:]
+	}
+	if err := a.append(line{Image: &img}); err != nil {
+		return err
+	}
+	return a.sync()
+}
+
+// Sync makes durable what was recorded so far. Actions without objects need it
+// before their effect.
+func (a *Action) Sync() error { return a.sync() }
+
+// Wrote notes what became of an object. It is durable with the next Image or
+// with Finish; lost to a crash, it is found out again from etcd.
+func (a *Action) Wrote(n Note) error {
+	if err := a.append(line{Note: &n}); err != nil {
+		return err
+	}
+	if n.Outcome == Applied {
+		a.j.mu.Lock()
+		a.entry.Applied++
+		a.j.mu.Unlock()
+	}
+	return nil
+}
+
+// Applied is the outcome of an object that was changed as planned.
+const Applied = "applied"
+
+// Finish makes the outcome durable and closes the record.
+func (a *Action) Finish(result, problem string) error { return a.finish(result, problem, false) }
+
+func (a *Action) finish(result, problem string, settled bool) error {
+	a.j.mu.Lock()
+	applied := a.entry.Applied
+	a.j.mu.Unlock()
+	err := a.append(line{Outcome: &outcome{Result: result, Time: time.Now().UTC(), Applied: applied, Error: problem, Settled: settled}})
+	if err == nil {
+		err = a.sync()
+	}
+	// Give back what was set aside and not used.
+	if cerr := a.file.Truncate(a.written); err == nil && cerr != nil {
+		err = unavailable("closing the record", cerr)
+	}
+	a.file.Close()
+	a.j.mu.Lock()
+	defer a.j.mu.Unlock()
+	delete(a.j.open, a.entry.ID)
+	a.entry.Bytes = a.written
+	if err == nil {
+		a.entry.Result = result
+	}
+	return err
+}
+
+// Abandon removes a record whose action did nothing at all: its intent was
+// written, but no object was touched.
+func (a *Action) Abandon() error {
+	a.file.Close()
+	err := os.Remove(a.j.path(a.entry.ID))
+	a.j.mu.Lock()
+	defer a.j.mu.Unlock()
+	delete(a.j.open, a.entry.ID)
+	a.j.entries = slices.DeleteFunc(a.j.entries, func(e *Entry) bool { return e == a.entry })
+	return err
+}
+
+func (a *Action) append(l line) error {
+	data, err := json.Marshal(l)
+	if err != nil {
+		return err
+	}
+	data = append(data, '\n')
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.failed != nil {
+		return a.failed
+	}
+	n, err := a.file.Write(data)
+	if err != nil {
+		// Cut what was written of the line, so that the next one is whole.
+		if n > 0 {
+			if terr := a.file.Truncate(a.written); terr != nil {
+				a.failed = unavailable("recording", terr)
+			}
+		}
+		return unavailable("recording", err)
+	}
+	a.written += int64(n)
+	return nil
+}
+
+// sync brings everything appended so far to disk. Callers that wait at the same
+// time share one fsync. After a failed fsync nothing can be known of what is on
+// disk, so the record takes no more.
+func (a *Action) sync() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	want := a.written
+	for {
+		switch {
+		case a.failed != nil:
+			return a.failed
+		case a.synced >= want:
+			return nil
+		case a.syncing:
+			a.done.Wait()
+			continue
+		}
+		a.syncing = true
+		target, named := a.written, a.named
+		a.mu.Unlock()
+		err := unix.Fdatasync(int(a.file.Fd()))
+		if err == nil && !named {
+			err = durable.SyncDir(a.j.dir)
+		}
+		a.mu.Lock()
+		a.syncing = false
+		if err != nil {
+			a.failed = unavailable("making the record durable", err)
+		} else {
+			a.synced, a.named = target, true
+		}
+		a.done.Broadcast()
+	}
+}
+
+// makeRoom removes the oldest settled records beyond what may be kept.
+func (j *Journal) makeRoom(reserve int64) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	used := reserve
+	for _, e := range j.entries {
+		used += e.Bytes
+	}
+	for i := 0; used > j.opts.MaxBytes && i < len(j.entries); {
+		e := j.entries[i]
+		if e.Result == "" || time.Since(e.Time) < j.opts.Keep {
+			i++
+			continue
+		}
+		if err := os.Remove(j.path(e.ID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return unavailable("removing the oldest record", err)
+		}
+		used -= e.Bytes
+		j.entries = slices.Delete(j.entries, i, i+1)
+	}
+	if used > j.opts.MaxBytes {
+		return fault.New(fault.AuditUnavailable, "choose fewer objects, or raise journalMaxBytes in the agent's configuration",
+			"records of actions may take %d MiB and none is old enough to be removed", j.opts.MaxBytes>>20)
+	}
+	return nil
+}
+
+// Entries returns the index, newest first.
+func (j *Journal) Entries() []Entry {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	out := make([]Entry, 0, len(j.entries))
+	for _, e := range slices.Backward(j.entries) {
+		out = append(out, *e)
+	}
+	return out
+}
+
+// Find returns the entry whose identifier begins with the text. It is
+// fault.NotFound when there is none and fault.Usage when there are several.
+func (j *Journal) Find(prefix string) (Entry, error) {
+	var found []Entry
+	for _, e := range j.Entries() {
+		if e.ID == prefix {
+			return e, nil
+		}
+		if prefix != "" && strings.HasPrefix(e.ID, prefix) {
+			found = append(found, e)
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		return Entry{}, fault.New(fault.NotFound, "see: halligan history", "no action %q is recorded on this node", prefix)
+	}
+	return Entry{}, fault.New(fault.Usage, "give more of it", "%d actions begin with %q", len(found), prefix)
+}
+
+// Record is a file read back.
+type Record struct {
+	Plan *halliganv1.Plan
+	// Images are without their values; Value reads one.
+	Images []ImageRef
+	Notes  []Note
+	// Result is empty when the action was cut off.
+	Result  string
+	Error   string
+	Applied int
+	bytes   int64
+}
+
+// ImageRef is an image without its value.
+type ImageRef struct {
+	Image
+	// Size of the value in bytes.
+	Size   int
+	offset int64
+}
+
+// Read returns the record of an action.
+func (j *Journal) Read(id string) (*Record, error) {
+	r := &Record{}
+	scanned, err := j.scan(id, func(l line, at int64) error {
+		switch {
+		case l.Image != nil:
+			ref := ImageRef{Image: *l.Image, Size: len(l.Image.Value), offset: at}
+			ref.Value = nil
+			r.Images = append(r.Images, ref)
+		case l.Note != nil:
+			r.Notes = append(r.Notes, *l.Note)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	scanned.Images, scanned.Notes = r.Images, r.Notes
+	if scanned.Plan == nil {
+		return nil, damaged(j.path(id), 0, errors.New("no intent"))
+	}
+	return scanned, nil
+}
+
+// Value returns the stored bytes of an image, checked against their hash.
+func (j *Journal) Value(id string, ref ImageRef) ([]byte, error) {
+	f, err := os.Open(j.path(id))
+	if err != nil {
+		return nil, fault.New(fault.NotFound, "see: halligan history", "the record of %s is gone: %w", id, err)
+	}
+	defer f.Close()
+	var l line
+	dec := json.NewDecoder(io.NewSectionReader(f, ref.offset, 1<<40))
+	if err := dec.Decode(&l); err != nil || l.Image == nil || l.Image.Key != ref.Key {
+		return nil, damaged(f.Name(), ref.offset, errors.Join(err, errors.New("no image of the object here")))
+	}
+	return l.Image.Value, nil
+}
+
+// scan reads a file and calls fn for each whole line with its offset.
+func (j *Journal) scan(id string, fn func(l line, offset int64) error) (*Record, error) {
+	path := j.path(id)
+	if err := durable.CheckPrivate(path); err != nil {
+		return nil, fault.New(fault.AuditUnavailable, "mend or move the file away", "record: %w", err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, unavailable("reading a record", err)
+	}
+	defer f.Close()
+	r := &Record{}
+	rd := newLineReader(f)
+	for {
+		at := rd.offset
+		raw, err := rd.next()
+		if errors.Is(err, io.EOF) {
+			break // a line without its newline was never acknowledged
+		}
+		if err != nil {
+			return nil, unavailable("reading a record", err)
+		}
+		var l line
+		if err := json.Unmarshal(raw, &l); err != nil {
+			return nil, damaged(path, at, err)
+		}
+		switch {
+		case l.Intent != nil && at == 0:
+			r.Plan = &halliganv1.Plan{}
+			if err := protojson.Unmarshal(l.Intent, r.Plan); err != nil {
+				return nil, damaged(path, at, err)
+			}
+			if r.Plan.Id != id {
+				return nil, damaged(path, at, fmt.Errorf("it is the record of %q", r.Plan.Id))
+			}
+		case r.Plan == nil:
+			return nil, damaged(path, at, errors.New("no intent at the start"))
+		case l.Image != nil:
+			if l.Image.Value != nil {
+				if sum := sha256.Sum256(l.Image.Value); !bytes.Equal(sum[:], l.Image.ValueSHA256) {
+					return nil, damaged(path, at, fmt.Errorf("the image of %s does not have its hash", l.Image.Key))
+				}
+			}
+			if l.Image.Index < 0 || l.Image.Index >= len(r.Plan.Objects) {
+				return nil, damaged(path, at, errors.New("an image of no planned object"))
+			}
+		case l.Note != nil:
+			if l.Note.Outcome == Applied {
+				r.Applied++
+			}
+		case l.Outcome != nil:
+			r.Result, r.Error, r.Applied = l.Outcome.Result, l.Outcome.Error, l.Outcome.Applied
+		}
+		if err := fn(l, at); err != nil {
+			return nil, err
+		}
+	}
+	r.bytes = rd.offset
+	return r, nil
+}
+
+// Unfinished returns the identifiers of actions without an outcome that nobody
+// is writing, oldest first.
+func (j *Journal) Unfinished() []string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	var ids []string
+	for _, e := range j.entries {
+		if e.Result == "" && j.open[e.ID] == nil {
+			ids = append(ids, e.ID)
+		}
+	}
+	return ids
+}
+
+// Resume opens an unfinished record to settle it, cutting off a torn last line.
+func (j *Journal) Resume(id string) (*Action, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	i := slices.IndexFunc(j.entries, func(e *Entry) bool { return e.ID == id })
+	if i < 0 || j.entries[i].Result != "" || j.open[id] != nil {
+		return nil, fmt.Errorf("action %s is not unfinished", id)
+	}
+	e := j.entries[i]
+	f, err := os.OpenFile(j.path(id), os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, unavailable("opening a record", err)
+	}
+	if err := f.Truncate(e.Bytes); err != nil {
+		f.Close()
+		return nil, unavailable("opening a record", err)
+	}
+	a := &Action{j: j, entry: e, file: f, written: e.Bytes, synced: e.Bytes}
+	a.done.L = &a.mu
+	j.open[id] = a
+	return a, nil
+}
+
+// Settle ends a record that a crash had cut off.
+func (a *Action) Settle(result, problem string) error { return a.finish(result, problem, true) }
+
+// Release closes a resumed record that could not be settled yet.
+func (a *Action) Release() {
+	a.file.Close()
+	a.j.mu.Lock()
+	defer a.j.mu.Unlock()
+	a.entry.Bytes = a.written
+	delete(a.j.open, a.entry.ID)
+}
+
+func unavailable(doing string, err error) error {
+	next := "see that the agent's state folder can be written"
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		next = "free space on the file system of the agent's state folder"
+	case errors.Is(err, unix.EROFS):
+		next = "the state folder is read-only: remount it, or point stateDir elsewhere"
+	}
+	return fault.New(fault.AuditUnavailable, next, "%s: %w", doing, err)
+}
+
+func damaged(path string, at int64, err error) error {
+	return fault.New(fault.AuditUnavailable, "keep the file for whoever investigates and move it out of the folder",
+		"record %s is damaged at byte %d: %w", path, at, err)
+}
+
+// Modified returns when the record was last written.
+func (j *Journal) Modified(id string) (time.Time, error) {
+	st, err := os.Stat(j.path(id))
+	if err != nil {
+		return time.Time{}, unavailable("looking at a record", err)
+	}
+	return st.ModTime(), nil
+}
