@@ -252,6 +252,7 @@ func (l *Lab) agentConfig(i int) ([]byte, error) {
 		"node":     nodeName(i),
 		"stateDir": filepath.Join(dir, "state"),
 		"socket":   l.Socket(i),
+		"logLevel": "info",
 		"etcd": map[string]any{
 			"endpoints": []string{c.Endpoints()[i]},
 			"caFile":    c.CAFile(),

@@ -111,12 +111,11 @@ func (p *people) put(group, kind string, obj object) {
 // meta is the metadata that an API server and its clients leave on an object.
 func (p *people) meta(kind, namespace, name, manager string, labels map[string]string) metav1.ObjectMeta {
 	created := metav1.NewTime(born.Add(time.Duration(p.n) * 7 * time.Second))
-	fields := `{"f:metadata":{"f:labels":{".":{},"f:app":{}}},"f:spec":{}}`
 	return metav1.ObjectMeta{
 		Name: name, Namespace: namespace, UID: uid(kind, namespace, name), CreationTimestamp: created, Labels: labels,
 		ManagedFields: []metav1.ManagedFieldsEntry{{
 			Manager: manager, Operation: metav1.ManagedFieldsOperationUpdate, APIVersion: "v1", Time: &created,
-			FieldsType: "FieldsV1", FieldsV1: &metav1.FieldsV1{Raw: []byte(fields)},
+			FieldsType: "FieldsV1", FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:metadata":{"f:labels":{".":{},"f:app":{}}}}`)},
 		}},
 	}
 }
@@ -124,8 +123,19 @@ func (p *people) meta(kind, namespace, name, manager string, labels map[string]s
 func (p *people) specMeta(kind, namespace, name, manager string, labels map[string]string) metav1.ObjectMeta {
 	m := p.meta(kind, namespace, name, manager, labels)
 	m.Generation = 1
+	m.ManagedFields[0].FieldsV1.Raw = []byte(specFields)
 	return m
 }
+
+// specFields is as long as what server-side apply keeps about a pod template,
+// which is a good part of such an object's size.
+const specFields = `{"f:metadata":{"f:generateName":{},"f:labels":{".":{},"f:app":{},"f:pod-template-hash":{}},"f:ownerReferences":{}},` +
+	`"f:spec":{"f:containers":{"k:{\"name\":\"main\"}":{".":{},"f:env":{".":{},"k:{\"name\":\"LOG_LEVEL\"}":{".":{},"f:name":{},"f:value":{}},` +
+	`"k:{\"name\":\"POD_NAME\"}":{".":{},"f:name":{},"f:valueFrom":{".":{},"f:fieldRef":{}}}},"f:image":{},"f:imagePullPolicy":{},` +
+	`"f:livenessProbe":{".":{},"f:failureThreshold":{},"f:httpGet":{".":{},"f:path":{},"f:port":{},"f:scheme":{}},"f:periodSeconds":{},"f:successThreshold":{},"f:timeoutSeconds":{}},` +
+	`"f:name":{},"f:ports":{".":{},"k:{\"containerPort\":8080,\"protocol\":\"TCP\"}":{".":{},"f:containerPort":{},"f:name":{},"f:protocol":{}}},` +
+	`"f:resources":{".":{},"f:limits":{".":{},"f:memory":{}},"f:requests":{".":{},"f:cpu":{},"f:memory":{}}},"f:terminationMessagePath":{},"f:terminationMessagePolicy":{}}},` +
+	`"f:dnsPolicy":{},"f:enableServiceLinks":{},"f:restartPolicy":{},"f:schedulerName":{},"f:securityContext":{},"f:serviceAccount":{},"f:serviceAccountName":{},"f:terminationGracePeriodSeconds":{}}}`
 
 func uid(kind, namespace, name string) types.UID {
 	return types.UID(uuid.NewSHA1(uidSpace, []byte(kind+"/"+namespace+"/"+name)).String())
@@ -227,6 +237,13 @@ func (p *people) pod(namespace, name, ownerAPI, ownerKind, owner string, t corev
 	spec := *t.Spec.DeepCopy()
 	spec.NodeName = p.nodes[node]
 	spec.EnableServiceLinks = new(true)
+	const token = "kube-api-access"
+	spec.Volumes = []corev1.Volume{{Name: token, VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
+		DefaultMode: new(int32(0o644)), Sources: []corev1.VolumeProjection{
+			{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{ExpirationSeconds: new(int64(3607)), Path: "token"}},
+			{ConfigMap: &corev1.ConfigMapProjection{LocalObjectReference: corev1.LocalObjectReference{Name: "kube-root-ca.crt"}, Items: []corev1.KeyToPath{{Key: "ca.crt", Path: "ca.crt"}}}},
+		}}}}}
+	spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: token, ReadOnly: true, MountPath: "/var/run/secrets/kubernetes.io/serviceaccount"}}
 	spec.Tolerations = append(spec.Tolerations, corev1.Toleration{Key: "node.kubernetes.io/not-ready", Operator: corev1.TolerationOpExists, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: new(int64(300))})
 	p.pods++
 	ip := fmt.Sprintf("10.%d.%d.%d", 128+p.pods/(250*250), p.pods/250%250, p.pods%250+1)
