@@ -1,0 +1,97 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"syscall"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/fault"
+)
+
+// maxMessage bounds what is taken from an agent, in bytes; the console sends no
+// larger messages.
+const maxMessage = 16 << 20
+
+// agent is a connection to one agent, whatever the door.
+type agent struct {
+	conn   *grpc.ClientConn
+	client halliganv1.AgentClient
+}
+
+// connect reaches the agent that the flags name. It may be called again after
+// the connection broke.
+func (a *app) connect(ctx context.Context) error {
+	a.close()
+	conn, err := dialConsole(ctx, a.socket)
+	if err != nil {
+		return err
+	}
+	a.agent = &agent{conn, halliganv1.NewAgentClient(conn)}
+	return nil
+}
+
+func (a *app) close() {
+	if a.agent != nil {
+		a.agent.conn.Close()
+		a.agent = nil
+	}
+}
+
+// dialConsole reaches the console socket of an agent on this machine. The
+// kernel vouches for both ends, so the connection has no credentials.
+func dialConsole(ctx context.Context, socket string) (*grpc.ClientConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var dialer net.Dialer
+	first, err := dialer.DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, unreachable(socket, err)
+	}
+	// gRPC connects when it likes; hand it what is open already.
+	ready := make(chan net.Conn, 1)
+	ready <- first
+	conn, err := grpc.NewClient("passthrough:///console",
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			select {
+			case c := <-ready:
+				return c, nil
+			default:
+				return dialer.DialContext(ctx, "unix", socket)
+			}
+		}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
+		// Nothing is ever sent twice by itself, whatever a name service says.
+		grpc.WithDisableRetry(), grpc.WithDisableServiceConfig(),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: 5 * time.Second}),
+	)
+	if err != nil {
+		first.Close()
+		return nil, fault.New(fault.Failed, "", "preparing the connection: %w", err)
+	}
+	conn.Connect()
+	return conn, nil
+}
+
+func unreachable(socket string, err error) error {
+	switch {
+	case errors.Is(err, context.Canceled):
+		return err
+	case errors.Is(err, os.ErrNotExist):
+		return fault.New(fault.Unreachable, "start halligan-agent on this node, or name its socket with --socket or HALLIGAN_SOCKET",
+			"no agent has a socket at %s", socket)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return fault.New(fault.Unreachable, "start halligan-agent again; its log says why it ended", "the agent of %s is not running", socket)
+	case errors.Is(err, os.ErrPermission):
+		return fault.New(fault.Unreachable, "become root, for example with sudo", "the socket %s is for root only", socket)
+	}
+	return fault.New(fault.Unreachable, "name the agent's socket with --socket or HALLIGAN_SOCKET", "cannot reach an agent at %s: %w", socket, err)
+}

@@ -1,0 +1,416 @@
+package cli
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	"sigs.k8s.io/yaml"
+
+	"github.com/halligan-io/halligan/api"
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/neutral"
+)
+
+// maxShown is how many objects of a plan or result are shown; the rest is
+// counted. -o json shows all.
+const maxShown = 10
+
+// maxText bounds one text of others on a line, in bytes.
+const maxText = 400
+
+func line(s string) string { return neutral.LineMax(s, maxText) }
+
+// row prints one fact of a block.
+func row(w io.Writer, name, text string) {
+	if text != "" {
+		fmt.Fprintf(w, "  %-9s %s\n", name, text)
+	}
+}
+
+func (a *app) showPlan(w io.Writer, p *halliganv1.Plan) {
+	var b bytes.Buffer // one write, so that a pipe has all of it or nothing
+	fmt.Fprintf(&b, "Plan %s: %s\n", line(p.GetId()), line(p.GetSummary()))
+	row(&b, "who", fmt.Sprintf("%s as %s", line(p.GetActor()), line(p.GetRole())))
+	row(&b, "reason", reason(p.GetReason(), p.GetIncident()))
+	row(&b, "where", fmt.Sprintf("%s, cluster %s, revision %d", line(p.GetNode()), line(p.GetCluster()), p.GetRevision()))
+	row(&b, "via", aside(line(p.GetVia()), line(p.GetViaReason())))
+	row(&b, "undoes", line(p.GetUndoes()))
+	row(&b, "expires", moment(p.GetExpires()))
+	for _, o := range p.GetObjects()[:min(maxShown, len(p.GetObjects()))] {
+		fmt.Fprintf(&b, "%s %s\n", line(o.GetOperation()), objectName(o.GetResource(), o.GetNamespace(), o.GetName()))
+		row(&b, "key", line(o.GetKey()))
+		identity := "the key must not exist"
+		if o.GetRevision() != 0 {
+			identity = fmt.Sprintf("%s, revision %d", line(o.GetUid()), o.GetRevision())
+		}
+		row(&b, "uid", identity)
+		for _, c := range o.GetChanges() {
+			fmt.Fprintf(&b, "  %s: %s -> %s\n", line(c.GetPath()), side(c.GetBefore()), side(c.GetAfter()))
+		}
+		for _, t := range o.GetWarnings() {
+			fmt.Fprintf(&b, "  warning: %s\n", line(t))
+		}
+	}
+	if more := len(p.GetObjects()) - maxShown; more > 0 {
+		fmt.Fprintf(&b, "and %d more objects, %d in all; -o json shows each\n", more, len(p.GetObjects()))
+	}
+	for _, part := range []struct {
+		name  string
+		texts []string
+	}{{"warning", p.GetWarnings()}, {"bypassed", p.GetBypassed()}, {"needs", p.GetNeeds()}} {
+		for _, t := range part.texts {
+			fmt.Fprintf(&b, "%s: %s\n", part.name, line(t))
+		}
+	}
+	_, _ = b.WriteTo(w)
+}
+
+// side is one side of a diff.
+func side(s string) string {
+	if s == "" {
+		return "(absent)"
+	}
+	return line(s)
+}
+
+func aside(s, more string) string {
+	if more == "" {
+		return s
+	}
+	return s + " (" + more + ")"
+}
+
+func reason(why, incident string) string {
+	why = line(why)
+	if incident != "" {
+		why += " [" + line(incident) + "]"
+	}
+	return strings.TrimSpace(why)
+}
+
+func objectName(resource, namespace, name string) string {
+	if namespace != "" {
+		name = namespace + "/" + name
+	}
+	return line(resource + " " + name)
+}
+
+func moment(t *timestamppb.Timestamp) string {
+	if t == nil {
+		return ""
+	}
+	return t.AsTime().UTC().Format(time.RFC3339)
+}
+
+func (a *app) showResult(w io.Writer, r *halliganv1.Result) {
+	var b bytes.Buffer
+	done := 0
+	for _, o := range r.GetObjects() {
+		if o.GetOutcome() == "applied" {
+			done++
+		}
+	}
+	fmt.Fprintf(&b, "%s: %d of %d objects%s\n", line(r.GetResult()), done, max(len(r.GetPlan().GetObjects()), len(r.GetObjects())), timings(r.GetTimingsMs()))
+	showFailures(&b, r.GetObjects())
+	if done > 0 {
+		fmt.Fprintf(&b, "undo with: halligan undo %s\n", line(r.GetAction()))
+	}
+	_, _ = b.WriteTo(w)
+}
+
+func showFailures(w io.Writer, objects []*halliganv1.ObjectResult) {
+	bad := 0
+	for _, o := range objects {
+		if o.GetOutcome() == "applied" {
+			continue
+		}
+		if bad++; bad <= maxShown {
+			fmt.Fprintf(w, "  %s: %s\n", aside(line(o.GetKey()), line(o.GetOutcome())), line(o.GetError()))
+		}
+	}
+	if bad > maxShown {
+		fmt.Fprintf(w, "  and %d more\n", bad-maxShown)
+	}
+}
+
+func timings(ms map[string]float64) string {
+	if len(ms) == 0 {
+		return ""
+	}
+	parts := make([]string, 0, len(ms))
+	for _, step := range slices.Sorted(maps.Keys(ms)) {
+		parts = append(parts, fmt.Sprintf("%s %.4g ms", line(step), ms[step]))
+	}
+	return " (" + strings.Join(parts, ", ") + ")"
+}
+
+// progress shows how far an action is, on a terminal only.
+func (a *app) progress(p *halliganv1.Progress) {
+	if !a.errTTY || p.GetTotal() <= 1 {
+		return
+	}
+	failed := ""
+	if p.GetFailed() > 0 {
+		failed = fmt.Sprintf(", %d failed", p.GetFailed())
+	}
+	// CSI K clears to the end of the line.
+	fmt.Fprintf(a.err, "\r%d of %d objects%s, %.0f/s\x1b[K", p.GetDone(), p.GetTotal(), failed, p.GetPerSecond())
+}
+
+func (a *app) endProgress() {
+	if a.errTTY {
+		fmt.Fprint(a.err, "\r\x1b[K")
+	}
+}
+
+// printResult prints the one object that a mutation prints for a script.
+func (a *app) printResult(r *halliganv1.Result) error {
+	a.reported = true
+	return a.printMessage(r)
+}
+
+func (a *app) printMessage(m proto.Message) error {
+	text, err := api.CanonicalJSON(m)
+	if err != nil {
+		return err
+	}
+	return a.printJSON(text)
+}
+
+// printJSON prints JSON in the chosen form.
+func (a *app) printJSON(text []byte) error {
+	if a.output == "yaml" {
+		var err error
+		if text, err = yaml.JSONToYAML(text); err != nil {
+			return err
+		}
+	}
+	return a.print(string(bytes.TrimSuffix(text, []byte("\n"))) + "\n")
+}
+
+// print writes an answer: as it is for a program, neutralised for a person.
+func (a *app) print(s string) error {
+	if a.outTTY {
+		s = neutral.Text(s)
+	}
+	_, err := io.WriteString(a.out, s)
+	return err
+}
+
+// objectWriter shows objects as they come.
+type objectWriter interface {
+	object(*halliganv1.Object) error
+	// flush shows what is held back, end also closes what is open.
+	flush() error
+	end() error
+}
+
+// tableWriter shows one line for each object, aligned in blocks.
+type tableWriter struct {
+	*app
+	namespaces bool // show the column
+	block      []*halliganv1.Object
+	headed     bool
+}
+
+// tableBlock is how many rows share their column widths; it bounds memory.
+const tableBlock = 1000
+
+func (t *tableWriter) object(o *halliganv1.Object) error {
+	if t.block = append(t.block, o); len(t.block) < tableBlock {
+		return nil
+	}
+	return t.flush()
+}
+
+func (t *tableWriter) flush() error {
+	if len(t.block) == 0 {
+		return nil
+	}
+	if !t.headed {
+		t.namespaces = t.namespaces && slices.ContainsFunc(t.block, func(o *halliganv1.Object) bool { return o.GetNamespace() != "" })
+	}
+	w := tabwriter.NewWriter(t.out, 0, 0, 3, ' ', 0)
+	put := func(namespace string, cells ...string) {
+		if t.namespaces {
+			cells = append([]string{namespace}, cells...)
+		}
+		fmt.Fprintln(w, strings.Join(cells, "\t"))
+	}
+	if !t.headed {
+		put("NAMESPACE", "NAME", "STATE", "AGE", "REVISION")
+		t.headed = true
+	}
+	for _, o := range t.block {
+		born := "-"
+		if o.GetCreated() != nil {
+			born = age(t.now().Sub(o.GetCreated().AsTime()))
+		}
+		put(line(o.GetNamespace()), line(o.GetName()), orDash(o.GetState()), born, fmt.Sprint(o.GetRevision()))
+	}
+	t.block = t.block[:0]
+	return w.Flush()
+}
+
+func (t *tableWriter) end() error { return t.flush() }
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return line(s)
+}
+
+// jsonWriter shows one object.
+type jsonWriter struct{ *app }
+
+func (j *jsonWriter) object(o *halliganv1.Object) error {
+	if o.GetJson() == "" {
+		return nil // its note says why
+	}
+	var b bytes.Buffer
+	if err := json.Indent(&b, []byte(o.GetJson()), "", "  "); err != nil {
+		return fmt.Errorf("the agent sent no JSON for %s: %w", o.GetKey(), err)
+	}
+	return j.printJSON(b.Bytes())
+}
+
+func (j *jsonWriter) flush() error { return nil }
+func (j *jsonWriter) end() error   { return nil }
+
+// jsonListWriter shows objects as a List of the Kubernetes API, item by item.
+type jsonListWriter struct {
+	*app
+	open bool
+}
+
+func (j *jsonListWriter) object(o *halliganv1.Object) error {
+	if o.GetJson() == "" {
+		return nil
+	}
+	before := ",\n"
+	if !j.open {
+		before, j.open = listHead, true
+	}
+	return j.print(before + strings.TrimSpace(o.GetJson()))
+}
+
+const listHead = `{"apiVersion":"v1","kind":"List","items":[` + "\n"
+
+// flush leaves the list open: nobody shall take a part for the whole.
+func (j *jsonListWriter) flush() error { return nil }
+
+func (j *jsonListWriter) end() error {
+	if !j.open {
+		return j.print(listHead + "]}\n")
+	}
+	return j.print("\n]}\n")
+}
+
+// yamlWriter shows each object as a document.
+type yamlWriter struct {
+	*app
+	documents int
+}
+
+func (y *yamlWriter) object(o *halliganv1.Object) error {
+	if o.GetJson() == "" {
+		return nil
+	}
+	if y.documents++; y.documents > 1 {
+		if err := y.print("---\n"); err != nil {
+			return err
+		}
+	}
+	return y.printJSON([]byte(o.GetJson()))
+}
+
+func (y *yamlWriter) flush() error { return nil }
+func (y *yamlWriter) end() error   { return nil }
+
+func (a *app) showHistory(entries []*halliganv1.HistoryEntry) error {
+	if len(entries) == 0 {
+		a.note("nothing was done yet")
+		return nil
+	}
+	w := tabwriter.NewWriter(a.out, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(w, "TIME\tACTION-ID\tRESULT\tOBJECTS\tWHO\tSUMMARY")
+	for _, e := range entries {
+		result := line(e.GetResult())
+		if e.GetUndoneBy() != "" {
+			result += ", undone"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d/%d\t%s\t%s\n", moment(e.GetTime()), line(e.GetActionId()), result,
+			e.GetApplied(), e.GetObjects(), line(e.GetActor()), line(e.GetSummary()))
+	}
+	return w.Flush()
+}
+
+func (a *app) showEntry(e *halliganv1.HistoryEntry) {
+	if e.GetPlan() != nil {
+		a.showPlan(a.out, e.GetPlan())
+	}
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "%s: %d of %d objects, by %s at %s\n", line(e.GetResult()), e.GetApplied(), e.GetObjects(), line(e.GetActor()), moment(e.GetTime()))
+	showFailures(&b, e.GetResults())
+	if e.GetUndoneBy() != "" {
+		fmt.Fprintf(&b, "undone by: %s\n", line(e.GetUndoneBy()))
+	} else if e.GetApplied() > 0 {
+		fmt.Fprintf(&b, "undo with: halligan undo %s\n", line(e.GetActionId()))
+	}
+	_, _ = b.WriteTo(a.out)
+}
+
+func (a *app) showStatus(s *halliganv1.StatusResponse) {
+	var b bytes.Buffer
+	e := s.GetEtcd()
+	fmt.Fprintf(&b, "%s\n", line(s.GetNode()))
+	row(&b, "agent", fmt.Sprintf("%s, %s", line(s.GetVersion()), moment(s.GetTime())))
+	row(&b, "node", line(s.GetDistribution()))
+	row(&b, "you", fmt.Sprintf("%s as %s", line(s.GetActor()), line(s.GetRole())))
+	quorum := "no quorum: reads only"
+	if e.GetQuorum() {
+		quorum = "quorum"
+	}
+	row(&b, "etcd", fmt.Sprintf("%s %s, %s, %.3g ms", line(e.GetEndpoint()), line(e.GetVersion()), quorum, e.GetLatencyMs()))
+	row(&b, "member", fmt.Sprintf("%s, leader %s, revision %d", line(e.GetMemberId()), orDash(e.GetLeaderId()), e.GetRevision()))
+	if e.GetDbQuotaBytes() > 0 {
+		row(&b, "database", fmt.Sprintf("%s of %s", size(e.GetDbSizeBytes()), size(e.GetDbQuotaBytes())))
+	} else {
+		row(&b, "database", size(e.GetDbSizeBytes()))
+	}
+	row(&b, "alarms", line(strings.Join(e.GetAlarms(), ", ")))
+	row(&b, "error", line(e.GetError()))
+	row(&b, "records", fmt.Sprintf("%s used, %s free", size(s.GetStateUsedBytes()), size(s.GetStateFreeBytes())))
+	for _, resource := range slices.Sorted(maps.Keys(s.GetEncryption())) {
+		row(&b, "encrypts", line(resource)+" with "+line(s.GetEncryption()[resource]))
+	}
+	if s.GetReadOnly() != "" {
+		row(&b, "mutations", "refused: "+line(s.GetReadOnly()))
+	} else {
+		row(&b, "mutations", "possible")
+	}
+	_, _ = b.WriteTo(a.out)
+}
+
+// size returns bytes in a binary unit.
+func size(n int64) string {
+	const units = "KMGTPE"
+	if n < 1024 {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, u := float64(n)/1024, 0
+	for ; f >= 1024 && u < len(units)-1; u++ {
+		f /= 1024
+	}
+	return fmt.Sprintf("%.1f %ciB", f, units[u])
+}

@@ -1,0 +1,191 @@
+package cli
+
+import (
+	"errors"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/neutral"
+)
+
+// maxInt is the largest value of an "int" parameter, that of a count in
+// Kubernetes' own API (int32 replicas); the least is 0.
+const maxInt = 1<<31 - 1
+
+// verb builds the command of an action.
+func (a *app) verb(action *halliganv1.Action) *cobra.Command {
+	use := []string{action.GetName()}
+	for _, p := range action.GetParameters() {
+		if p.GetPositional() && p.GetRequired() {
+			use = append(use, placeholder(p))
+		} else if p.GetPositional() {
+			use = append(use, "["+placeholder(p)+"]")
+		} else if p.GetRequired() {
+			use = append(use, "--"+flagName(p), placeholder(p))
+		}
+	}
+	cmd := &cobra.Command{
+		Use:         neutral.Line(strings.Join(use, " ")),
+		Short:       neutral.Line(action.GetSummary()),
+		Long:        neutral.Text(action.GetDescription()),
+		Annotations: map[string]string{"effect": action.GetEffect()},
+	}
+	if cmd.Long == "" {
+		cmd.Long = cmd.Short + "."
+	}
+	for _, e := range action.GetExamples() {
+		cmd.Example += "  halligan " + neutral.Line(strings.TrimPrefix(e, "halligan ")) + "\n"
+	}
+	cmd.Example = strings.TrimSuffix(cmd.Example, "\n")
+	values := map[string]*value{}
+	for _, p := range action.GetParameters() {
+		if p.GetPositional() || cmd.Flags().Lookup(flagName(p)) != nil {
+			continue
+		}
+		v := &value{kind: p.GetType(), placeholder: placeholder(p)}
+		values[p.GetName()] = v
+		short := p.GetShorthand()
+		if len(short) != 1 || cmd.Flags().ShorthandLookup(short) != nil {
+			short = ""
+		}
+		flag := cmd.Flags().VarPF(v, flagName(p), short, neutral.Line(p.GetDescription()))
+		if v.kind == "bool" {
+			flag.NoOptDefVal = "true"
+		}
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		parameters, err := collect(cmd, action, args, values)
+		if err != nil {
+			return err
+		}
+		if action.GetEffect() == "mutate" {
+			return a.mutate(cmd, action, parameters)
+		}
+		read, known := reads[action.GetName()]
+		if !known {
+			return usage(cmd, "this client is too old to show %s", action.GetName())
+		}
+		if a.yes || a.dryRun {
+			return usage(cmd, "%s changes nothing: --yes and --dry-run do not apply", action.GetName())
+		}
+		return read(a, cmd, action, parameters)
+	}
+	return cmd
+}
+
+// collect gathers the parameters of a call.
+func collect(cmd *cobra.Command, action *halliganv1.Action, args []string, values map[string]*value) (*structpb.Struct, error) {
+	out := &structpb.Struct{Fields: map[string]*structpb.Value{}}
+	args = joinKindAndName(action, args)
+	for _, p := range action.GetParameters() {
+		if !p.GetPositional() {
+			if v := values[p.GetName()]; v != nil && v.set != nil {
+				out.Fields[p.GetName()] = v.set
+			} else if p.GetRequired() {
+				return nil, usage(cmd, "%s needs --%s %s", action.GetName(), flagName(p), placeholder(p))
+			}
+			continue
+		}
+		if len(args) == 0 {
+			if p.GetRequired() {
+				return nil, usage(cmd, "%s needs %s", action.GetName(), placeholder(p))
+			}
+			continue
+		}
+		v := value{kind: p.GetType()}
+		if err := v.Set(args[0]); err != nil {
+			return nil, usage(cmd, "%s: %w", placeholder(p), err)
+		}
+		out.Fields[p.GetName()], args = v.set, args[1:]
+	}
+	if len(args) > 0 {
+		return nil, usage(cmd, "%q is one argument too many", args[0])
+	}
+	return out, nil
+}
+
+// joinKindAndName takes KIND NAME for KIND/NAME, as kubectl does.
+func joinKindAndName(action *halliganv1.Action, args []string) []string {
+	for _, p := range action.GetParameters() {
+		if p.GetPositional() && strings.HasPrefix(p.GetPlaceholder(), "KIND") && strings.Contains(p.GetPlaceholder(), "/NAME") &&
+			len(args) == 2 && !strings.Contains(args[0]+args[1], "/") {
+			return []string{args[0] + "/" + args[1]}
+		}
+	}
+	return args
+}
+
+// flagName returns the long flag of a parameter: allNamespaces becomes
+// all-namespaces.
+func flagName(p *halliganv1.Parameter) string {
+	var b strings.Builder
+	for _, r := range p.GetName() {
+		if unicode.IsUpper(r) {
+			b.WriteByte('-')
+			r = unicode.ToLower(r)
+		}
+		b.WriteRune(r)
+	}
+	return b.String()
+}
+
+func placeholder(p *halliganv1.Parameter) string {
+	if p.GetPlaceholder() != "" {
+		return p.GetPlaceholder()
+	}
+	return strings.ToUpper(p.GetName())
+}
+
+// limit is how long to wait for an action: what the person said, or what the
+// agent grants it and some time for the way.
+func (a *app) limit(action *halliganv1.Action) time.Duration {
+	if a.timeout > 0 {
+		return a.timeout
+	}
+	return time.Duration(max(action.GetTimeoutSeconds(), 20))*time.Second + 10*time.Second
+}
+
+// value is a flag or argument of one of the three types.
+type value struct {
+	kind, placeholder string
+	set               *structpb.Value
+}
+
+func (v *value) String() string { return "" }
+
+// Type names the value in a help text.
+func (v *value) Type() string {
+	if v.kind == "bool" {
+		return "bool"
+	}
+	return v.placeholder
+}
+
+func (v *value) Set(s string) error {
+	switch v.kind {
+	case "int":
+		n, err := strconv.ParseUint(s, 10, 31)
+		if err != nil {
+			return errors.New("must be a whole number from 0 to " + strconv.Itoa(maxInt))
+		}
+		v.set = structpb.NewNumberValue(float64(n))
+	case "bool":
+		b, err := strconv.ParseBool(s)
+		if err != nil {
+			return errors.New("must be true or false")
+		}
+		v.set = structpb.NewBoolValue(b)
+	default:
+		if strings.ToValidUTF8(s, "") != s {
+			return errors.New("must be UTF-8")
+		}
+		v.set = structpb.NewStringValue(s)
+	}
+	return nil
+}
