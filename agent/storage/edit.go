@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math"
 	"reflect"
@@ -450,15 +449,21 @@ func (e *editor) verifyDecoded(after *Object) error {
 		return nil
 	}
 	for i, c := range e.changes {
-		f := e.fields[i]
-		if err := redo(want, f, c); err != nil {
+		path := jsonPath(e.fields[i], c.Entry)
+		if e.fields[i].Type == List {
+			// The elements were compared byte by byte.
+			unset(want, path)
+			unset(got, path)
+			continue
+		}
+		if err := redo(want, path, c.After); err != nil {
 			return undecodable("%s cannot be checked: %v", c.Path, err)
 		}
 		if e.before.Format == Protobuf {
 			// Zero and absent are the same in Go's types for some fields; which
-			// it is on the wire was compared above.
-			prune(want, jsonPath(f, c.Entry))
-			prune(got, jsonPath(f, c.Entry))
+			// it is on the wire was compared before.
+			prune(want, path)
+			prune(got, path)
 		}
 	}
 	if at, ok := difference(want, got, ""); ok {
@@ -467,47 +472,34 @@ func (e *editor) verifyDecoded(after *Object) error {
 	return nil
 }
 
-// redo makes a change in the generic form of an object.
-func redo(object map[string]any, f Field, c Change) error {
-	path := jsonPath(f, c.Entry)
-	last := len(path) - 1
-	for _, key := range path[:last] {
-		inner, ok := object[key].(map[string]any)
+// redo sets the value at path in the generic form of an object; nil removes it.
+func redo(object map[string]any, path []string, after json.RawMessage) error {
+	if after == nil {
+		unset(object, path)
+		return nil
+	}
+	for ; len(path) > 1; path = path[1:] {
+		inner, ok := object[path[0]].(map[string]any)
+		if !ok && object[path[0]] != nil {
+			return fmt.Errorf("%s is not an object", path[0])
+		}
 		if !ok {
-			if object[key] != nil {
-				return errors.New("not an object")
-			}
-			if c.After == nil {
-				return nil
-			}
 			inner = map[string]any{}
-			object[key] = inner
+			object[path[0]] = inner
 		}
 		object = inner
 	}
-	if f.Type == List {
-		list, _ := object[path[last]].([]any)
-		if c.After == nil {
-			if c.Index >= len(list) {
-				return errors.New("no such element")
-			}
-			object[path[last]] = slices.Delete(list, c.Index, c.Index+1)
-			return nil
-		}
-		element, err := generic(c.After)
-		if err != nil || c.Index > len(list) {
-			return errors.New("no such place")
-		}
-		object[path[last]] = slices.Insert(list, c.Index, element)
-		return nil
-	}
-	if c.After == nil {
-		delete(object, path[last])
-		return nil
-	}
-	value, err := generic(c.After)
-	object[path[last]] = value
+	value, err := generic(after)
+	object[path[0]] = value
 	return err
+}
+
+// unset removes what is at path.
+func unset(object map[string]any, path []string) {
+	for ; len(path) > 1 && object != nil; path = path[1:] {
+		object, _ = object[path[0]].(map[string]any)
+	}
+	delete(object, path[0])
 }
 
 // prune removes the value at path if it is a zero, and what it leaves empty.

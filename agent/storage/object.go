@@ -130,6 +130,7 @@ func (o *Object) decodeProtobuf() error {
 	}
 	var typeMeta runtime.TypeMeta
 	var encoding, contentType []byte
+	whole := false
 	for _, f := range fields {
 		if f.num <= 4 && f.typ != bytesType {
 			return undecodable("the protobuf envelope is damaged: field %d has wire type %d", f.num, f.typ)
@@ -141,12 +142,15 @@ func (o *Object) decodeProtobuf() error {
 				return undecodable("the protobuf envelope is damaged: %v", err)
 			}
 		case rawField:
-			o.raw = payload
+			o.raw, whole = payload, true
 		case 3:
 			encoding = payload
 		case 4:
 			contentType = payload
 		}
+	}
+	if !whole {
+		return undecodable("the protobuf envelope is empty")
 	}
 	if len(encoding) > 0 || (len(contentType) > 0 && string(contentType) != runtime.ContentTypeProtobuf) {
 		return undecodable("the protobuf envelope has content encoding %q and type %q, which no API server writes", encoding, contentType)
@@ -198,9 +202,14 @@ var cohabitant = map[string]string{
 	"apps": "extensions", "networking.k8s.io": "extensions", "events.k8s.io": corev1.GroupName,
 }
 
+func cohabit(group, other string) bool {
+	former, ok := cohabitant[group]
+	return ok && former == other
+}
+
 func (o *Object) checkKind(k *Kind) error {
 	gvk := o.GroupVersionKind()
-	if gvk.Kind != k.Kind || (gvk.Group != k.Group && gvk.Group != cohabitant[k.Group] && k.Group != cohabitant[gvk.Group]) {
+	if gvk.Kind != k.Kind || !(gvk.Group == k.Group || cohabit(k.Group, gvk.Group) || cohabit(gvk.Group, k.Group)) {
 		return undecodable("the key belongs to %q, but the value under it is %q",
 			schema.GroupKind{Group: k.Group, Kind: k.Kind}, gvk.GroupKind())
 	}

@@ -150,11 +150,10 @@ func (d *wireDocument) add(parent []protowire.Number, num protowire.Number, fiel
 	if err != nil {
 		return err
 	}
-	at := p.end
+	at := p.value
 	for _, f := range fields {
-		if f.num > num {
-			at = f.start
-			break
+		if f.num < num {
+			at = f.end
 		}
 	}
 	d.splice(append(slices.Clip(p.chain), p.wireField), at, at, field)
