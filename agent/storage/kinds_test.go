@@ -1,0 +1,222 @@
+package storage
+
+import (
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/encoding/protowire"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/kubernetes/scheme"
+)
+
+// notStored are the kinds of client-go's scheme that no API server persists
+// under a key of their own, beside lists and options.
+var notStored = map[string]string{
+	"/APIGroup":                     "discovery",
+	"/APIVersions":                  "discovery",
+	"/Status":                       "an answer",
+	"/Binding":                      "a request only",
+	"/ComponentStatus":              "computed",
+	"/RangeAllocation":              "the API server's own bookkeeping, under ranges/",
+	"/SerializedReference":          "an annotation's format",
+	"apps/DeploymentRollback":       "a request only",
+	"apps/Scale":                    "a subresource",
+	"autoscaling/Scale":             "a subresource",
+	"extensions/DeploymentRollback": "a request only",
+	"extensions/Scale":              "a subresource",
+	"policy/Eviction":               "a subresource",
+	"authentication.k8s.io/SelfSubjectReview":       "a request only",
+	"authentication.k8s.io/TokenRequest":            "a request only",
+	"authentication.k8s.io/TokenReview":             "a request only",
+	"authorization.k8s.io/LocalSubjectAccessReview": "a request only",
+	"authorization.k8s.io/SelfSubjectAccessReview":  "a request only",
+	"authorization.k8s.io/SelfSubjectRulesReview":   "a request only",
+	"authorization.k8s.io/SubjectAccessReview":      "a request only",
+}
+
+// leftGroups are groups that no release from 1.28 on serves; what they held is
+// stored under another group.
+var leftGroups = map[string]string{
+	"extensions/Ingress":       "networking.k8s.io",
+	"extensions/NetworkPolicy": "networking.k8s.io",
+}
+
+func TestEveryStoredKindHasARow(t *testing.T) {
+	c := NewCatalogue()
+	used := map[string]bool{}
+	for gvk := range scheme.Scheme.AllKnownTypes() {
+		id := gvk.Group + "/" + gvk.Kind
+		switch {
+		case gvk.Version == "__internal", strings.HasSuffix(gvk.Kind, "List"), strings.HasSuffix(gvk.Kind, "Options"), gvk.Kind == "WatchEvent":
+			continue
+		case notStored[id] != "":
+			used[id] = true
+			if c.ByGroupKind(gvk.Group, gvk.Kind) != nil {
+				t.Errorf("%s has a row, but is excepted", id)
+			}
+			continue
+		}
+		group := gvk.Group
+		if to := leftGroups[id]; to != "" {
+			group = to
+		}
+		if c.ByGroupKind(group, gvk.Kind) == nil {
+			t.Errorf("no row for %v", gvk)
+		}
+	}
+	for id := range notStored {
+		if !used[id] {
+			t.Errorf("exception %s is of no use", id)
+		}
+	}
+}
+
+func TestKindRowsAreComplete(t *testing.T) {
+	seen := map[string]bool{}
+	for _, k := range NewCatalogue().native {
+		id := k.Resource()
+		if seen[id] {
+			t.Errorf("%s: two rows", id)
+		}
+		seen[id] = true
+		if k.Version == "" || k.Kind == "" || k.Plural == "" || k.Singular == "" || k.Dir == "" || k.Custom {
+			t.Errorf("%s: incomplete: %+v", id, k)
+		}
+		if k.Plural != strings.ToLower(k.Plural) || !versionWord.MatchString(k.Version) {
+			t.Errorf("%s: plural or version misspelt", id)
+		}
+		for name, f := range k.Fields {
+			if f.Type == 0 || len(f.JSON) == 0 || len(f.Wire) == 0 {
+				t.Errorf("%s: incomplete field %s: %+v", id, name, f)
+			}
+		}
+	}
+}
+
+// TestFieldRowsFitTheGeneratedTypes compares each edit row with the protobuf
+// tags of every version of the kind that k8s.io/api has, and demands that the
+// row lists all those versions.
+func TestFieldRowsFitTheGeneratedTypes(t *testing.T) {
+	c := NewCatalogue()
+	checked := 0
+	for gvk := range scheme.Scheme.AllKnownTypes() {
+		k := c.ByGroupKind(gvk.Group, gvk.Kind)
+		if k == nil || gvk.Version == "__internal" {
+			continue
+		}
+		object, err := scheme.Scheme.New(gvk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		names := []FieldName{}
+		for name := range k.Fields {
+			names = append(names, name)
+		}
+		if k.Generation {
+			names = append(names, Generation)
+		}
+		for _, name := range names {
+			f, ok := k.Field(name, gvk.GroupVersion().String())
+			if !ok {
+				t.Errorf("%v: field %s is not known for this version", gvk, name)
+				continue
+			}
+			numbers, last := walkTags(t, reflect.TypeOf(object).Elem(), f.JSON)
+			if !slices.Equal(numbers, f.Wire) {
+				t.Errorf("%v: field %s has numbers %v, the row says %v", gvk, name, numbers, f.Wire)
+			}
+			fits := map[FieldType]bool{
+				Int:  last.Kind() == reflect.Int32 || last.Kind() == reflect.Int64,
+				Bool: last.Kind() == reflect.Bool,
+				Map:  last == reflect.TypeFor[map[string]string](),
+				List: last.Kind() == reflect.Slice && last.Elem().Kind() == reflect.Struct,
+			}
+			if !fits[f.Type] {
+				t.Errorf("%v: field %s is a %v, the row says type %d", gvk, name, last, f.Type)
+			}
+			checked++
+		}
+	}
+	if checked < 40 {
+		t.Errorf("only %d fields were compared", checked)
+	}
+}
+
+// walkTags follows JSON names through struct tags and returns the protobuf
+// numbers on the way and the type at the end, pointers taken off.
+func walkTags(t *testing.T, typ reflect.Type, path []string) (numbers []protowire.Number, last reflect.Type) {
+	t.Helper()
+	for _, name := range path {
+		found := false
+		for i := range typ.NumField() {
+			f := typ.Field(i)
+			if json, _, _ := strings.Cut(f.Tag.Get("json"), ","); json != name {
+				continue
+			}
+			parts := strings.Split(f.Tag.Get("protobuf"), ",")
+			if len(parts) < 2 {
+				t.Fatalf("%v.%s has no protobuf tag", typ, f.Name)
+			}
+			n, err := strconv.Atoi(parts[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			numbers, typ, found = append(numbers, protowire.Number(n)), f.Type, true
+			if typ.Kind() == reflect.Pointer {
+				typ = typ.Elem()
+			}
+			break
+		}
+		if !found {
+			t.Fatalf("%v has no field %s", typ, name)
+		}
+	}
+	return numbers, typ
+}
+
+func TestFieldGoesByVersion(t *testing.T) {
+	c := NewCatalogue()
+	deployments := c.ByGroupKind("apps", "Deployment")
+	for _, test := range []struct {
+		name       FieldName
+		apiVersion string
+		want       bool
+	}{
+		{Replicas, "apps/v1", true},
+		{Replicas, "extensions/v1beta1", true},
+		{Replicas, "apps/v2", false}, // not known yet: its numbers could be others
+		{Replicas, "", false},
+		{Suspend, "apps/v1", false},
+		{Generation, "apps/v1", true},
+	} {
+		if _, ok := deployments.Field(test.name, test.apiVersion); ok != test.want {
+			t.Errorf("Field(%s, %q) = %v, want %v", test.name, test.apiVersion, ok, test.want)
+		}
+	}
+	if _, ok := c.ByGroupKind("", "Node").Field(Generation, "v1"); ok {
+		t.Error("nodes have no generation")
+	}
+	if f, ok := c.ByGroupKind("apiextensions.k8s.io", "CustomResourceDefinition").Field(Generation, "apiextensions.k8s.io/v1beta1"); !ok || f.Wire != nil {
+		t.Errorf("definitions are JSON with a generation: %+v, %v", f, ok)
+	}
+}
+
+func TestEventsAreOneLocation(t *testing.T) {
+	c := NewCatalogue()
+	var events []*Kind
+	for _, k := range c.Kinds() {
+		if k.Dir == "events" {
+			events = append(events, k)
+		}
+	}
+	if len(events) != 1 || events[0].Group != "" {
+		t.Errorf("Kinds lists %d rows for events", len(events))
+	}
+	want := schema.GroupResource{Resource: "events"}
+	if got := c.ByGroupKind("events.k8s.io", "Event").encryptedAs(); got != want {
+		t.Errorf("events.k8s.io is encrypted as %v", got)
+	}
+}
