@@ -343,9 +343,6 @@ func (e *Engine) seal(ctx context.Context, kind *storage.Kind, key string, plain
 	if !bytes.Equal(again, plain) {
 		return nil, fault.New(fault.Encrypted, "report this", "the encrypted value of %s does not decrypt to itself", key)
 	}
-	if len(value) > storage.MaxRequestBytes-2048 {
-		return nil, fault.New(fault.TooLarge, "delete works on an object of this size", "%s would have %d bytes, more than etcd takes", key, len(value))
-	}
 	return value, nil
 }
 

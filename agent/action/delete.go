@@ -47,6 +47,9 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		if par.Selector != "" || par.AllNamespaces {
 			return fault.New(fault.Usage, "give a name, or a kind with a selector", "a name and a selection of many exclude each other")
 		}
+		if err := p.allow(kind, par.Namespace, name); err != nil {
+			return err
+		}
 		obj, err := p.load(ctx, kind, par.Namespace, name)
 		if err != nil {
 			return err

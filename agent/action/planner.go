@@ -126,6 +126,12 @@ func (p *planner) target(ctx context.Context, text string) (*storage.Kind, strin
 	return k, name, nil
 }
 
+// allow asks the policy about an object that was named, before it is looked for,
+// so that a protected name gets the reason and not "no such object".
+func (p *planner) allow(kind *storage.Kind, namespace, name string) error {
+	return p.engine.policy.Object(p.plan.Action, kind.Resource(), namespace, name)
+}
+
 // load reads one object, decrypted and checked against its key.
 func (p *planner) load(ctx context.Context, kind *storage.Kind, namespace, name string) (*object, error) {
 	key, err := kind.Key(p.engine.prefix, namespace, name)

@@ -60,6 +60,9 @@ func planScale(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	if name == "" {
 		return fault.New(fault.Usage, "name one object, such as "+kind.Plural+"/NAME", "scale works on one object at a time")
 	}
+	if err := p.allow(kind, par.Namespace, name); err != nil {
+		return err
+	}
 	obj, err := p.load(ctx, kind, par.Namespace, name)
 	if err != nil {
 		return err
