@@ -95,10 +95,11 @@ func (c *Client) Commit(ctx context.Context, w Write) (revision int64, err error
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.RequestTimeout)
 	defer cancel()
 	unknown := func(cause error) error {
-		return fault.New(fault.Unknown, "look again when etcd has a leader: its history tells", "%s: sent, but whether it was done is not known: %w", what, cause)
+		return &fault.Error{Code: fault.Unknown, Cause: cause, Next: "look again when etcd has a leader: its history tells",
+			Message: what + ": sent, but whether it was done is not known: " + fault.Of(cause).Message}
 	}
 	doubt := false // an earlier copy may have been done, or may yet be
-	settle := func() (Fate, int64, error) { return c.Settle(ctx, w.Expect()) }
+	settle := func() (Fate, int64, error) { return c.settle(ctx, w.Expect(), true) }
 	for try, lost := 0, 0; ; try++ {
 		actx, acancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), c.attempt)
 		deadline, _ := actx.Deadline()

@@ -111,7 +111,7 @@ func (c *Client) explain(ctx context.Context, what string, err error, sent bool)
 	case !sent && (strings.Contains(desc, "tls: ") || strings.Contains(desc, "x509: ")):
 		return fault.New(fault.Unauthenticated, "check the CA, certificate and key files of etcd", "%s: TLS with etcd at %s fails: %s", what, c.where(), desc)
 	case !sent && (status.Code(err) == codes.Unavailable || tooLong(err)):
-		return fault.New(fault.Unreachable, "check that etcd runs here and listens there", "%s: etcd at %s does not answer: %s", what, c.where(), desc)
+		return fault.New(fault.Unreachable, "check that etcd runs, listens there and takes this client certificate", "%s: etcd at %s does not answer: %s", what, c.where(), desc)
 	case tooLong(err):
 		return fault.New(fault.Unreachable, "etcd is alive but slow, or its quorum is", "%s: etcd at %s gave no answer in time", what, c.where())
 	case status.Code(err) == codes.Unavailable:

@@ -108,6 +108,12 @@ func Open(cfg Config) (*Client, error) {
 	for i, e := range cfg.Endpoints {
 		urls[i] = scheme + e
 	}
+	var named []grpc.DialOption
+	if cfg.ServerName != "" {
+		// gRPC takes the name to verify from the address, whatever the TLS
+		// configuration says (credentials/tls.go: ClientHandshake).
+		named = append(named, grpc.WithAuthority(cfg.ServerName))
+	}
 	dialer := &net.Dialer{Timeout: cfg.DialTimeout, Resolver: &net.Resolver{PreferGo: true, Dial: noDNS}}
 	cl, err := clientv3.New(clientv3.Config{
 		Endpoints:       urls,
@@ -118,7 +124,7 @@ func Open(cfg Config) (*Client, error) {
 		// 5 s (server/embed/config.go: DefaultGRPCKeepAliveMinTime).
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 3 * time.Second,
-		DialOptions: []grpc.DialOption{
+		DialOptions: append(named,
 			// A dialer of our own also keeps HTTPS_PROXY out.
 			grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
 				return dialer.DialContext(ctx, "tcp", addr)
@@ -127,7 +133,7 @@ func Open(cfg Config) (*Client, error) {
 				MinConnectTimeout: cfg.DialTimeout,
 				Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
 			}),
-		},
+		),
 	})
 	if err != nil {
 		return nil, fault.New(fault.Failed, "", "opening the etcd client: %w", err)

@@ -70,13 +70,18 @@ type Expect struct {
 // milliseconds. Commit closes them for updates and deletes, since its repeated
 // comparison can only succeed once.
 func (c *Client) Settle(ctx context.Context, e Expect) (fate Fate, revision int64, err error) {
+	return c.settle(ctx, e, false)
+}
+
+// settle is patient while nobody answers, as after a restart of the member.
+func (c *Client) settle(ctx context.Context, e Expect, patient bool) (fate Fate, revision int64, err error) {
 	what := "finding out about " + name(e.Key)
 	if e.Key == "" {
 		return Undetermined, 0, fault.New(fault.Usage, "", "%s: the key is empty", what)
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.RequestTimeout)
 	defer cancel()
-	kv, found, now, err := c.fence(ctx, what, e.Key)
+	kv, found, now, err := c.fence(ctx, what, e.Key, patient)
 	if err != nil {
 		return Undetermined, 0, err
 	}
@@ -119,7 +124,7 @@ func (c *Client) Settle(ctx context.Context, e Expect) (fate Fate, revision int6
 // (server/etcdserver/txn: IsTxnReadonly) and passes a NOSPACE alarm; no key has
 // a version below zero, so that it is never carried out and the revision stays.
 // It is repeated freely, having no effect.
-func (c *Client) fence(ctx context.Context, what, key string) (kv KV, found bool, now int64, err error) {
+func (c *Client) fence(ctx context.Context, what, key string, patient bool) (kv KV, found bool, now int64, err error) {
 	k := []byte(key)
 	req := &pb.TxnRequest{
 		Compare: []*pb.Compare{{Key: k, Target: pb.Compare_VERSION, Result: pb.Compare_LESS, TargetUnion: &pb.Compare_Version{Version: 0}}},
@@ -127,7 +132,7 @@ func (c *Client) fence(ctx context.Context, what, key string) (kv KV, found bool
 		Failure: []*pb.RequestOp{{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: k}}}},
 	}
 	var last error
-	lastSent := false
+	lastSent, unsents := false, 0
 	for try := 0; ; try++ {
 		actx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), c.attempt)
 		var p peer.Peer
@@ -143,7 +148,11 @@ func (c *Client) fence(ctx context.Context, what, key string) (kv KV, found bool
 		if last == nil || !tooLong(err) {
 			last, lastSent = err, p.Addr != nil
 		}
-		if judge(err, p.Addr != nil) == rejected || !pause(ctx, try) {
+		v := judge(err, p.Addr != nil)
+		if v == unsent {
+			unsents++
+		}
+		if v == rejected || !patient && unsents > 3 || !pause(ctx, try) {
 			return KV{}, false, 0, c.explain(ctx, what, last, lastSent)
 		}
 	}
