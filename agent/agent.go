@@ -11,7 +11,9 @@ import (
 	"fmt"
 	"sync"
 
+	"github.com/go-logr/logr"
 	"github.com/rs/zerolog"
+	"k8s.io/klog/v2"
 
 	"github.com/halligan-io/halligan/agent/action"
 	"github.com/halligan-io/halligan/agent/console"
@@ -25,6 +27,9 @@ import (
 // Run serves until the context ends. It starts without etcd: reads and writes
 // then say what is missing, and work as soon as it is back.
 func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger) error {
+	// Kubernetes' encryption code logs through klog; what matters of it comes
+	// back as an error, and standard error belongs to the daemon's own log.
+	klog.SetLogger(logr.Discard())
 	rules, err := policy.Load(c.PolicyFile)
 	if err != nil {
 		return err

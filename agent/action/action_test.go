@@ -585,4 +585,3 @@ func TestLargeValue(t *testing.T) {
 		t.Error("not as it was")
 	}
 }
-

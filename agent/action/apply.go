@@ -182,8 +182,19 @@ func (a *application) one(ctx context.Context, i int) {
 		return
 	}
 	out := a.step(ctx, i)
+	if len(a.outcomes) > smallAction {
+		// A long action outlives an election; a short one is quicker typed
+		// again than waited for.
+		for began := time.Now(); fault.Is(out.err, fault.NoQuorum) && time.Since(began) < electionPatience && ctx.Err() == nil; {
+			time.Sleep(200 * time.Millisecond)
+			out = a.step(ctx, i)
+		}
+	}
 	a.settle(i, out)
 }
+
+// electionPatience is how long an action on many objects waits for a leader.
+const electionPatience = 15 * time.Second
 
 func (a *application) step(ctx context.Context, i int) outcome {
 	e, s := a.engine, a.plan.steps[i]

@@ -251,3 +251,12 @@ func write(t *testing.T, text string) string {
 	}
 	return file
 }
+
+func parameters(t testing.TB, m map[string]any) *structpb.Struct {
+	t.Helper()
+	s, err := structpb.NewStruct(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}

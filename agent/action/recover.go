@@ -67,9 +67,10 @@ func (e *Engine) settleOne(ctx context.Context, id string) error {
 	for _, n := range record.Notes {
 		known[n.Index] = n.Outcome
 	}
-	var notes []journal.Note
+	// An object that was tried twice has two images; done is what either says.
+	found := map[int]journal.Note{}
 	for _, img := range record.Images {
-		if known[img.Index] != "" {
+		if known[img.Index] != "" || found[img.Index].Outcome == journal.Applied {
 			continue
 		}
 		expect := etcd.Expect{Key: img.Key, ModRevision: img.Revision, Since: img.Since, Deleted: img.Delete}
@@ -78,32 +79,30 @@ func (e *Engine) settleOne(ctx context.Context, id string) error {
 		if err != nil {
 			return err
 		}
-		n := journal.Note{Index: img.Index, Revision: revision, Outcome: journal.Applied}
+		if fate != etcd.Done && time.Since(modified) < e.settle {
+			return errTooEarly
+		}
+		n := journal.Note{Index: img.Index, Revision: revision}
 		switch fate {
 		case etcd.Done:
+			n.Outcome = journal.Applied
 		case etcd.NotDone:
-			if time.Since(modified) < e.settle {
-				return errTooEarly
-			}
 			n.Outcome, n.Error = outcomeFailed, "not done: the agent ended before it was written"
 		default:
-			if time.Since(modified) < e.settle {
-				return errTooEarly
-			}
 			n.Outcome, n.Error = outcomeUnknown, "etcd's history no longer tells whether it was written"
 		}
-		known[img.Index] = n.Outcome
-		notes = append(notes, n)
+		found[img.Index] = n
 	}
 	a, err := e.journal.Resume(id)
 	if err != nil {
 		return err
 	}
-	for _, n := range notes {
+	for index, n := range found {
 		if err := a.Wrote(n); err != nil {
 			a.Release()
 			return err
 		}
+		known[index] = n.Outcome
 	}
 	count := map[string]int{}
 	for _, outcome := range known {

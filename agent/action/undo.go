@@ -75,6 +75,7 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		if !ok {
 			continue
 		}
+		delete(applied, ref.Index) // the last image is the one that was written
 		if err := p.undoOne(ctx, entry, record.Plan.Objects[ref.Index], ref, revision); err != nil {
 			return err
 		}

@@ -32,11 +32,11 @@ type Write struct {
 }
 
 // Expect returns what Settle needs to know about the write.
-func (w *Write) Expect() Expect {
+func (w Write) Expect() Expect {
 	return Expect{Key: w.Key, ModRevision: w.ModRevision, Since: w.Since, Deleted: w.Value == nil, SHA256: sha256.Sum256(w.Value)}
 }
 
-func (w *Write) check() error {
+func (w Write) check() error {
 	switch {
 	case w.Key == "":
 		return fault.New(fault.Usage, "", "writing to etcd: the key is empty")
@@ -48,7 +48,7 @@ func (w *Write) check() error {
 	return nil
 }
 
-func (w *Write) request() *pb.TxnRequest {
+func (w Write) request() *pb.TxnRequest {
 	key := []byte(w.Key)
 	var op *pb.RequestOp
 	if w.Value == nil {
@@ -167,7 +167,7 @@ func orUndetermined(err error) error {
 	return fault.New(fault.Failed, "", "etcd's history of the key is compacted")
 }
 
-func (w *Write) stale(what string, resp *pb.TxnResponse) error {
+func (w Write) stale(what string, resp *pb.TxnResponse) error {
 	var rev int64
 	if len(resp.Responses) == 1 {
 		if kvs := resp.Responses[0].GetResponseRange().GetKvs(); len(kvs) == 1 {

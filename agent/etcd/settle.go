@@ -4,11 +4,13 @@ import (
 	"context"
 	"crypto/sha256"
 	"math"
+	"strconv"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 
 	"github.com/halligan-io/halligan/internal/fault"
@@ -97,7 +99,11 @@ func (c *Client) settle(ctx context.Context, e Expect, patient bool) (fate Fate,
 		// Unchanged since Since, and so not by us.
 		return NotDone, 0, nil
 	}
-	ev, state, err := c.firstEvent(ctx, e.Key, from, now)
+	until := int64(math.MaxInt64) // the key changed, so that there is an event
+	if e.ModRevision == 0 && !found {
+		until = now // it may never have been there
+	}
+	ev, state, err := c.firstEvent(ctx, e.Key, from, until)
 	switch {
 	case err != nil:
 		return Undetermined, 0, c.explain(ctx, what, err, true)
@@ -166,18 +172,24 @@ const (
 	compacted                // etcd has forgotten
 )
 
+// stream numbers the watch streams, so that each is one's own.
+var stream atomic.Uint64
+
 // firstEvent returns the first event on the key at or after from, and none if
-// there is no such event up to the revision now.
-func (c *Client) firstEvent(ctx context.Context, key string, from, now int64) (*clientv3.Event, history, error) {
-	if from > now {
+// there is no such event up to the revision until.
+func (c *Client) firstEvent(ctx context.Context, key string, from, until int64) (*clientv3.Event, history, error) {
+	if from > until {
 		return nil, none, nil
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	// clientv3 has one stream for all watches of equal metadata. Progress is
+	// told per stream, and the progress of another watch must not pass for ours.
+	ctx, cancel := context.WithCancel(metadata.AppendToOutgoingContext(ctx, "halligan-watch", strconv.FormatUint(stream.Add(1), 10)))
 	defer cancel()
-	events := c.cl.Watch(ctx, key, clientv3.WithRev(from), clientv3.WithCreatedNotify())
+	events := c.cl.Watch(ctx, key, clientv3.WithRev(from))
 	// etcd answers a request for progress once the watch has caught up, so an
-	// answer that is not older than now and has no event before it means that
-	// there was none.
+	// answer that is not older than until and has no event before it means that
+	// there was none. (Before 3.4.25 and 3.5.8 it answers at once: etcd issue
+	// 15220.)
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -189,16 +201,16 @@ func (c *Client) firstEvent(ctx context.Context, key string, from, now int64) (*
 			case r.CompactRevision != 0:
 				return nil, compacted, nil
 			case r.Err() != nil:
-				if r.Err() == rpctypes.ErrCompacted {
-					return nil, compacted, nil
-				}
 				return nil, none, r.Err()
 			case len(r.Events) > 0:
 				return r.Events[0], event, nil
-			case r.IsProgressNotify() && r.Header.Revision >= now:
+			case r.IsProgressNotify() && r.Header.Revision >= until:
 				return nil, none, nil
 			}
 		case <-tick.C:
+			if until == math.MaxInt64 {
+				continue
+			}
 			if err := c.cl.RequestProgress(ctx); err != nil {
 				return nil, none, err
 			}

@@ -151,7 +151,7 @@ func Open(dir string, o Options) (*Journal, error) {
 	if err := durable.Dir(actions); err != nil {
 		return nil, unavailable("opening the state folder", err)
 	}
-	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDONLY|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, unavailable("locking the state folder", err)
 	}

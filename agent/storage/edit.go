@@ -332,10 +332,7 @@ func (e *editor) finish() ([]byte, []Change, error) {
 	}
 	inSpec := slices.ContainsFunc(e.fields, func(f Field) bool { return f.JSON[0] == "spec" })
 	if e.kind.Generation && inSpec {
-		current, _, err := e.before.Int(generation)
-		if err != nil {
-			return nil, nil, err
-		}
+		current := e.before.Meta.Generation
 		if current < 0 || current == math.MaxInt64 {
 			return nil, nil, undecodable("metadata.generation is %d", current)
 		}
@@ -398,6 +395,9 @@ func (e *editor) verify(out []byte) error {
 
 // verifyLists repeats the changes of lists on their elements.
 func (e *editor) verifyLists(doc document) error {
+	if !slices.ContainsFunc(e.fields, func(f Field) bool { return f.Type == List }) {
+		return nil
+	}
 	before, err := e.before.document()
 	if err != nil {
 		return err

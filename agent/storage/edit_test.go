@@ -149,13 +149,14 @@ func setGeneration(t testing.TB, plain []byte, v int64) []byte {
 // rows: the bytes must be those that Kubernetes itself would have written, and
 // Revert must give the original bytes back but for the generation.
 func TestCorpusEdits(t *testing.T) {
+	t.Parallel()
 	versions, edits, exactly := map[string]bool{}, 0, 0
 	for name, plain := range corpus(t, ".pb") {
 		o, err := Decode(plain)
 		if err != nil {
 			continue
 		}
-		k := kindOf(o)
+		k := nativeRow(o)
 		if k == nil {
 			continue
 		}
@@ -256,6 +257,7 @@ func inject(t testing.TB, plain []byte, path []protowire.Number, marker string, 
 }
 
 func TestUnknownFieldsSurvive(t *testing.T) {
+	t.Parallel()
 	levels := map[string][]protowire.Number{
 		"envelope": nil, "raw": {rawField}, "metadata": {rawField, 1}, "spec": {rawField, 2},
 	}
@@ -264,7 +266,7 @@ func TestUnknownFieldsSurvive(t *testing.T) {
 		if err != nil {
 			continue
 		}
-		k := kindOf(o)
+		k := nativeRow(o)
 		if k == nil || len(editable(k, o)) == 0 {
 			continue
 		}

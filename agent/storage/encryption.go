@@ -46,19 +46,36 @@ const nextConfig = "give Halligan the file that the API server's --encryption-pr
 // says. It is safe for concurrent use.
 type Transformers struct {
 	byResource encryptionconfig.StaticTransformers
-	rules      map[schema.GroupResource]*encryptionRule
+	rules      map[schema.GroupResource]encryptionRule
 	names      map[string]string // as Providers returns it
 	checks     []healthz.HealthChecker
-	sockets    map[string]string // KMS v1 plugin to the socket's path
 	stop       context.CancelFunc
 }
 
 // encryptionRule is what the configuration says of a resource, for messages and
-// for the cases that need no transformer.
-type encryptionRule struct {
-	first    string   // the provider that writes, as Providers names it
-	prefixes []string // of the values that some provider can open
-	identity bool     // whether values in the clear are allowed
+// for the cases that need no transformer: the providers, one for each key. The
+// first one writes.
+type encryptionRule []encryptionProvider
+
+type encryptionProvider struct {
+	name   string // as Providers names it
+	prefix string // of the values that it can open; of identity's, ""
+	socket string // of a KMS plugin
+	v1     bool   // KMS v1
+}
+
+var identityRule = encryptionRule{{name: "identity"}}
+
+// opens returns the provider for a stored value; for one in the clear that is
+// identity, if it is allowed.
+func (r encryptionRule) opens(stored []byte) (encryptionProvider, bool) {
+	sealed := bytes.HasPrefix(stored, []byte(sealedPrefix))
+	for _, p := range r {
+		if sealed == (p.prefix != "") && bytes.HasPrefix(stored, []byte(p.prefix)) {
+			return p, true
+		}
+	}
+	return encryptionProvider{}, false
 }
 
 // LoadEncryption reads the cluster's EncryptionConfiguration. An empty path
@@ -109,36 +126,34 @@ func readEncryption(path string) (*apiserverv1.EncryptionConfiguration, error) {
 	return &config, nil
 }
 
-// describe fills names, rules and sockets.
+// describe fills names and rules.
 func (t *Transformers) describe(config *apiserverv1.EncryptionConfiguration) error {
 	t.names = make(map[string]string)
-	t.rules = make(map[schema.GroupResource]*encryptionRule)
-	t.sockets = make(map[string]string)
+	t.rules = make(map[schema.GroupResource]encryptionRule)
 	for _, entry := range config.Resources {
+		var rule encryptionRule
+		for _, p := range entry.Providers {
+			described, err := describeProvider(p)
+			if err != nil {
+				return err
+			}
+			rule = append(rule, described...)
+		}
 		for _, resource := range entry.Resources {
 			gr := schema.ParseGroupResource(resource)
-			rule := t.rules[gr]
-			if rule == nil {
-				rule = new(encryptionRule)
-				t.rules[gr] = rule
+			t.rules[gr] = append(t.rules[gr], rule...) // as the library joins entries of one resource
+			if len(t.rules[gr]) > 0 {
+				t.names[resource] = t.rules[gr][0].name
 			}
-			for _, p := range entry.Providers {
-				if err := t.describeProvider(rule, p); err != nil {
-					return err
-				}
-			}
-			t.names[resource] = rule.first
 		}
 	}
 	return nil
 }
 
-func (t *Transformers) describeProvider(rule *encryptionRule, p apiserverv1.ProviderConfiguration) error {
-	var names []string
+func describeProvider(p apiserverv1.ProviderConfiguration) (rule encryptionRule, err error) {
 	keys := func(provider string, keys []apiserverv1.Key) {
 		for _, k := range keys {
-			names = append(names, provider+":"+k.Name)
-			rule.prefixes = append(rule.prefixes, sealedPrefix+provider+":v1:"+k.Name+":")
+			rule = append(rule, encryptionProvider{name: provider + ":" + k.Name, prefix: sealedPrefix + provider + ":v1:" + k.Name + ":"})
 		}
 	}
 	switch {
@@ -149,28 +164,28 @@ func (t *Transformers) describeProvider(rule *encryptionRule, p apiserverv1.Prov
 	case p.Secretbox != nil:
 		keys("secretbox", p.Secretbox.Keys)
 	case p.Identity != nil:
-		names, rule.identity = append(names, "identity"), true
+		rule = identityRule
 	case p.KMS != nil:
-		version := p.KMS.APIVersion
-		if version != "v2" { // v1 is the default of the format
+		version := "v2"
+		if p.KMS.APIVersion != version { // v1 is the format's default
 			version = "v1"
-			if socket, err := kmsutil.ParseEndpoint(p.KMS.Endpoint); err == nil {
-				t.sockets[p.KMS.Name] = socket
-			}
-			// What a cluster of 1.28 wrote with KMS v1 must stay readable,
-			// though the library has it off by default now.
-			if err := utilfeature.DefaultMutableFeatureGate.Set("KMSv1=true"); err != nil {
-				return fault.New(fault.Failed, "", "enabling KMS v1: %w", err)
+			if err := allowKMSv1(); err != nil {
+				return nil, fault.New(fault.Failed, "", "enabling KMS v1: %w", err)
 			}
 		}
-		names = append(names, "kms:"+p.KMS.Name)
-		rule.prefixes = append(rule.prefixes, sealedPrefix+"kms:"+version+":"+p.KMS.Name+":")
+		socket, err := kmsutil.ParseEndpoint(p.KMS.Endpoint)
+		if err != nil {
+			return nil, fault.New(fault.Failed, nextConfig, "the KMS provider %s cannot be reached: %w", quoteASCII(p.KMS.Name), err)
+		}
+		rule = encryptionRule{{name: "kms:" + p.KMS.Name, prefix: sealedPrefix + "kms:" + version + ":" + p.KMS.Name + ":",
+			socket: socket, v1: version == "v1"}}
 	}
-	if rule.first == "" && len(names) > 0 {
-		rule.first = names[0]
-	}
-	return nil
+	return rule, nil
 }
+
+// allowKMSv1 lets what a cluster of 1.28 wrote with KMS v1 stay readable, which
+// the library has off by default now.
+var allowKMSv1 = sync.OnceValue(func() error { return utilfeature.DefaultMutableFeatureGate.Set("KMSv1=true") })
 
 // Providers returns for each resource of the configuration, written as there,
 // the provider and key that write it, such as aescbc:key1 or kms:vault.
@@ -191,13 +206,13 @@ func (k *Kind) encryptedAs() schema.GroupResource {
 
 // rule finds the rule of a resource in the order in which the library finds its
 // transformer: itself, its group, everything.
-func (t *Transformers) rule(gr schema.GroupResource) *encryptionRule {
+func (t *Transformers) rule(gr schema.GroupResource) encryptionRule {
 	for _, try := range []schema.GroupResource{gr, {Group: gr.Group, Resource: "*"}, {Group: "*", Resource: "*"}} {
 		if r := t.rules[try]; r != nil {
 			return r
 		}
 	}
-	return &encryptionRule{first: "identity", identity: true}
+	return identityRule
 }
 
 // Open decrypts a stored value. key is the full etcd key, which the providers
@@ -208,35 +223,32 @@ func (t *Transformers) rule(gr schema.GroupResource) *encryptionRule {
 // at most.
 func (t *Transformers) Open(ctx context.Context, k *Kind, key string, stored []byte) ([]byte, error) {
 	gr := k.encryptedAs()
-	rule := t.rule(gr)
-	if !bytes.HasPrefix(stored, []byte(sealedPrefix)) {
-		if rule.identity {
-			return stored, nil
-		}
+	provider, ok := t.rule(gr).opens(stored)
+	switch {
+	case !ok && !bytes.HasPrefix(stored, []byte(sealedPrefix)):
 		return nil, fault.New(fault.Undecodable, "add the identity provider to the API server's configuration, or delete the object",
 			"%s is stored in the clear, which the encryption configuration does not allow for %s", quoteASCII(key), gr)
-	}
-	by := sealedBy(stored)
-	if !slices.ContainsFunc(rule.prefixes, func(p string) bool { return bytes.HasPrefix(stored, []byte(p)) }) {
+	case !ok:
 		return nil, fault.New(fault.Encrypted, nextConfig,
-			"%s is encrypted with %s, which the encryption configuration does not have for %s", quoteASCII(key), by, gr)
+			"%s is encrypted with %s, which the encryption configuration does not have for %s", quoteASCII(key), sealedBy(stored), gr)
+	case provider.prefix == "":
+		return stored, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, transformTimeout)
-	defer cancel()
-	if err := t.dialV1(ctx, by); err != nil {
-		return nil, kmsFault(key, by, err)
-	}
-	plain, _, err := t.byResource.TransformerForResource(gr).TransformFromStorage(ctx, stored, value.DefaultContext(key))
+	transformer := t.byResource.TransformerForResource(gr)
+	plain, err := t.transform(ctx, provider, func(ctx context.Context) ([]byte, error) {
+		plain, _, err := transformer.TransformFromStorage(ctx, stored, value.DefaultContext(key))
+		return plain, err
+	})
 	switch {
 	case err == nil:
 		return plain, nil
-	case errors.Is(ctx.Err(), context.Canceled):
-		return nil, fmt.Errorf("decrypting %s: %w", quoteASCII(key), context.Canceled)
-	case strings.HasPrefix(by, "kms "):
-		return nil, kmsFault(key, by, err)
+	case errors.Is(err, context.Canceled):
+		return nil, fmt.Errorf("decrypting %s: %w", quoteASCII(key), err)
+	case provider.socket != "":
+		return nil, kmsFault(key, provider, err)
 	}
 	return nil, fault.New(fault.Encrypted, nextConfig,
-		"%s does not open with %s: the key of that name is another one, or the value belongs to another etcd key", quoteASCII(key), by)
+		"%s does not open with %s: the key of that name is another one, or the value belongs to another etcd key", quoteASCII(key), sealedBy(stored))
 }
 
 // Seal encrypts a value with the provider that the configuration names first
@@ -244,31 +256,58 @@ func (t *Transformers) Open(ctx context.Context, k *Kind, key string, stored []b
 // plugin that does not answer. Without a deadline of ctx's own it waits 5 s at
 // most.
 func (t *Transformers) Seal(ctx context.Context, k *Kind, key string, plain []byte) ([]byte, error) {
+	if bytes.HasPrefix(plain, []byte(sealedPrefix)) {
+		return nil, fault.New(fault.Undecodable, "report this as a bug", "%s is encrypted already and must not be again", quoteASCII(key))
+	}
 	gr := k.encryptedAs()
-	by := strings.Replace(t.rule(gr).first, ":", " ", 1)
-	ctx, cancel := context.WithTimeout(ctx, transformTimeout)
-	defer cancel()
-	if err := t.dialV1(ctx, by); err != nil {
-		return nil, kmsFault(key, by, err)
-	}
+	provider := t.rule(gr)[0]
 	transformer := t.byResource.TransformerForResource(gr)
-	stored, err := transformer.TransformToStorage(ctx, plain, value.DefaultContext(key))
-	if err != nil && strings.HasPrefix(by, "kms ") {
-		// The plugin may have come up after the library last asked it, which it
-		// does every 10 s.
-		if err = t.askPlugins(ctx); err == nil {
-			stored, err = transformer.TransformToStorage(ctx, plain, value.DefaultContext(key))
-		}
-	}
+	stored, err := t.transform(ctx, provider, func(ctx context.Context) ([]byte, error) {
+		return transformer.TransformToStorage(ctx, plain, value.DefaultContext(key))
+	})
 	switch {
 	case err == nil:
 		return stored, nil
-	case errors.Is(ctx.Err(), context.Canceled):
-		return nil, fmt.Errorf("encrypting %s: %w", quoteASCII(key), context.Canceled)
-	case strings.HasPrefix(by, "kms "):
-		return nil, kmsFault(key, by, err)
+	case errors.Is(err, context.Canceled):
+		return nil, fmt.Errorf("encrypting %s: %w", quoteASCII(key), err)
+	case provider.socket != "":
+		return nil, kmsFault(key, provider, err)
 	}
-	return nil, fault.New(fault.Failed, "", "%s cannot be encrypted with %s: %w", quoteASCII(key), by, err)
+	return nil, fault.New(fault.Failed, "", "%s cannot be encrypted with %s: %w", quoteASCII(key), quoteASCII(provider.name), err)
+}
+
+// transform runs one transformation within its time. Where a KMS plugin is
+// needed it sees to it that the library has asked it for a data key, which it
+// does by itself when loading and then every 10 s; without one it neither seals
+// nor opens anything.
+func (t *Transformers) transform(ctx context.Context, p encryptionProvider, do func(context.Context) ([]byte, error)) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, transformTimeout)
+	defer cancel()
+	if p.v1 { // its client obeys no context and would wait out its timeout
+		if err := dialKMS(ctx, p.socket); err != nil {
+			return nil, err
+		}
+	}
+	out, err := do(ctx)
+	for err != nil && p.socket != "" && !p.v1 {
+		if down := dialKMS(ctx, p.socket); down != nil {
+			return nil, cmp.Or(context.Cause(ctx), down)
+		}
+		asked := t.askPlugins(ctx)
+		if out, err = do(ctx); err == nil || asked == nil {
+			break
+		}
+		// Within 3 s of a failure the library repeats it without asking again.
+		select {
+		case <-ctx.Done():
+			return nil, cmp.Or(ignoreDeadline(ctx), asked)
+		case <-time.After(askInterval):
+		}
+	}
+	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
+		return nil, ctx.Err()
+	}
+	return out, err
 }
 
 // sealedBy says with what a value was encrypted, such as aescbc key1, by its

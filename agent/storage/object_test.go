@@ -54,8 +54,8 @@ func corpus(t testing.TB, suffix string) map[string][]byte {
 	return files
 }
 
-// kindOf finds the row of an object among the built-in kinds.
-func kindOf(o *Object) *Kind {
+// nativeRow finds the row of an object among the built-in kinds.
+func nativeRow(o *Object) *Kind {
 	for i := range nativeKinds {
 		if k := &nativeKinds[i]; o.checkKind(k) == nil {
 			return k
@@ -83,6 +83,7 @@ func wantFault(t *testing.T, err error, code fault.Code) {
 }
 
 func TestCorpusDecodes(t *testing.T) {
+	t.Parallel()
 	texts, today := corpus(t, ".json"), corpus(t, ".after_roundtrip.json")
 	decoded := 0
 	for name, stored := range corpus(t, ".pb") {
@@ -114,7 +115,7 @@ func TestCorpusDecodes(t *testing.T) {
 				t.Errorf("%s as %s begins with %.40s", name, format, text)
 			}
 			if note != "" {
-				if strings.HasPrefix(name, "HEAD/") && kindOf(o) != nil {
+				if strings.HasPrefix(name, "HEAD/") && nativeRow(o) != nil {
 					t.Errorf("%s: %s", name, note)
 				}
 				continue
@@ -143,13 +144,14 @@ func TestCorpusDecodes(t *testing.T) {
 // TestFieldsReadAsTyped compares each field that has an edit row with what the
 // typed decoders make of the same bytes.
 func TestFieldsReadAsTyped(t *testing.T) {
+	t.Parallel()
 	seen := map[string]bool{}
 	for name, plain := range corpus(t, ".pb") {
 		o, err := Decode(plain)
 		if err != nil {
 			continue
 		}
-		k := kindOf(o)
+		k := nativeRow(o)
 		if k == nil {
 			continue
 		}
@@ -297,12 +299,13 @@ func TestCheck(t *testing.T) {
 
 // TestTruncated cuts one object of every kind at every byte.
 func TestTruncated(t *testing.T) {
+	t.Parallel()
 	for name, plain := range corpus(t, ".pb") {
 		o, err := Decode(plain)
 		if !strings.HasPrefix(name, "HEAD/") || err != nil {
 			continue
 		}
-		k := kindOf(o)
+		k := nativeRow(o)
 		if k == nil {
 			continue
 		}
@@ -323,6 +326,7 @@ func TestTruncated(t *testing.T) {
 }
 
 func TestGarbage(t *testing.T) {
+	t.Parallel()
 	random := rand.New(rand.NewSource(1))
 	objects := corpus(t, ".pb")
 	k := &Kind{Group: "apps", Version: "v1", Kind: "Deployment", Generation: true,
