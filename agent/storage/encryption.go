@@ -38,6 +38,9 @@ const (
 	transformTimeout = 5 * time.Second
 	// loadTimeout bounds each question that LoadEncryption asks a KMS plugin.
 	loadTimeout = 500 * time.Millisecond
+	// askInterval is the time between questions to a plugin that is there, but
+	// is not known to be yet.
+	askInterval = 500 * time.Millisecond
 )
 
 const nextConfig = "give Halligan the file that the API server's --encryption-provider-config names now"
@@ -289,23 +292,22 @@ func (t *Transformers) transform(ctx context.Context, p encryptionProvider, do f
 		}
 	}
 	out, err := do(ctx)
-	for err != nil && p.socket != "" && !p.v1 {
-		if down := dialKMS(ctx, p.socket); down != nil {
-			return nil, cmp.Or(context.Cause(ctx), down)
+	for err != nil && p.socket != "" && !p.v1 && ctx.Err() == nil {
+		if err = dialKMS(ctx, p.socket); err != nil {
+			break
 		}
 		asked := t.askPlugins(ctx)
 		if out, err = do(ctx); err == nil || asked == nil {
 			break
 		}
-		// Within 3 s of a failure the library repeats it without asking again.
-		select {
+		err = asked
+		select { // within 3 s of a failure the library repeats it without asking again
 		case <-ctx.Done():
-			return nil, cmp.Or(ignoreDeadline(ctx), asked)
 		case <-time.After(askInterval):
 		}
 	}
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
-		return nil, ctx.Err()
+		return nil, context.Canceled
 	}
 	return out, err
 }
@@ -324,7 +326,7 @@ func sealedBy(stored []byte) string {
 }
 
 // kmsFault is the error for a value that needs a KMS plugin.
-func kmsFault(key, by string, err error) error {
+func kmsFault(key string, p encryptionProvider, err error) error {
 	why := err.Error()
 	var down *kmsDown
 	if errors.As(err, &down) {
@@ -333,7 +335,7 @@ func kmsFault(key, by string, err error) error {
 		why = s.Message() // the plugin's own words
 	}
 	return fault.New(fault.Encrypted, "start the KMS plugin again (its static pod or unit on this node), or act on what is not encrypted",
-		"%s needs %s, which failed: %s", quoteASCII(key), by, quoteASCII(why))
+		"%s needs the KMS plugin %s on %s, which failed: %s", quoteASCII(key), quoteASCII(strings.TrimPrefix(p.name, "kms:")), quoteASCII(p.socket), quoteASCII(why))
 }
 
 // askPlugins makes the library ask its KMS v2 plugins for a data key.
@@ -357,32 +359,18 @@ func (t *Transformers) askPlugins(ctx context.Context) error {
 	return nil
 }
 
-// dialV1 finds out fast whether a KMS v1 plugin is there, since the library's
-// client of v1 obeys no context and waits out its timeout.
-func (t *Transformers) dialV1(ctx context.Context, by string) error {
-	name, isKMS := strings.CutPrefix(by, "kms ")
-	if socket, ok := t.sockets[name]; ok && isKMS {
-		return dialKMS(ctx, socket)
-	}
-	return nil
-}
-
 // kmsDown says that a KMS plugin's socket takes no connection.
-type kmsDown struct {
-	socket string
-	cause  error
-}
+type kmsDown struct{ cause error }
 
-func (e *kmsDown) Error() string {
-	return fmt.Sprintf("nobody listens on %s: %v", e.socket, e.cause)
-}
+func (e *kmsDown) Error() string { return fmt.Sprintf("nobody listens there: %v", e.cause) }
 
 func (e *kmsDown) Unwrap() error { return e.cause }
 
+// dialKMS finds out at once whether a KMS plugin is there.
 func dialKMS(ctx context.Context, socket string) error {
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	if err != nil {
-		return &kmsDown{socket: socket, cause: errors.Unwrap(err)}
+		return &kmsDown{cause: errors.Unwrap(err)}
 	}
 	return conn.Close()
 }
