@@ -86,12 +86,18 @@ func (d *daemon) keep(log *os.File) {
 	}
 }
 
-// run runs the child once. Its own process group keeps a Ctrl-C at the terminal
-// from reaching it before the lab decides the order.
+// dieWithParent has the kernel end a child with its parent, however that ends.
+// Its own process group keeps a Ctrl-C at the terminal from reaching it before
+// the lab decides the order.
+func dieWithParent() *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+}
+
+// run runs the child once.
 func (d *daemon) run(log *os.File) error {
 	cmd := exec.CommandContext(d.stopping, d.argv[0], d.argv[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = dieWithParent()
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = stopGrace
 	if err := cmd.Run(); err != nil {

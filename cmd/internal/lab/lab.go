@@ -45,7 +45,8 @@ const DefaultNet = "127.0.0"
 // Options says what lab to run.
 type Options struct {
 	// Dir is the lab's folder. It is made, or an empty one or that of an earlier
-	// lab is taken.
+	// lab is taken. A demo makes its own in there, or in the system's folder for
+	// temporary files, and removes it.
 	Dir string
 	// Net is the first three numbers of the nodes' addresses, such as 127.0.0;
 	// labs with different ones do not collide.
@@ -59,6 +60,9 @@ type Options struct {
 	// Agent is the command line of an agent, to which --config FILE is added;
 	// default: halligan-agent beside this process's executable.
 	Agent []string
+	// Halligan is the command line of the tool that a demo drives; default:
+	// halligan beside this process's executable.
+	Halligan []string
 	// Progress takes lines for people.
 	Progress io.Writer
 }

@@ -12,11 +12,13 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/halligan-io/halligan/agent"
+	"github.com/halligan-io/halligan/cmd/internal/cli"
 	"github.com/halligan-io/halligan/internal/daemonlog"
 )
 
@@ -29,6 +31,8 @@ func TestMain(m *testing.M) {
 	switch os.Getenv("LAB_TEST_AS") {
 	case "agent":
 		err = beAgent(ctx, os.Args[len(os.Args)-1])
+	case "halligan":
+		os.Exit(cli.Main())
 	case "lab":
 		err = beLab(ctx, os.Args[1], os.Args[2])
 	default:
@@ -64,13 +68,20 @@ func beLab(ctx context.Context, dir, network string) error {
 }
 
 func options(dir, network string) Options {
-	return Options{Dir: dir, Net: network, Objects: 800, Nodes: 2, Agent: []string{"/usr/bin/env", "LAB_TEST_AS=agent", os.Args[0]}}
+	return Options{Dir: dir, Net: network, Objects: 800, Nodes: 2, Agent: as("agent"), Halligan: as("halligan")}
 }
 
-// network returns the beginning of addresses that no other test process is
-// likely to use: 127.PID.PID.
+// as is the command line that makes this binary something else.
+func as(what string) []string { return []string{"/usr/bin/env", "LAB_TEST_AS=" + what, os.Args[0]} }
+
+// networks counts the labs of this process.
+var networks atomic.Int32
+
+// network returns the beginning of addresses that no other lab is likely to
+// use.
 func network() string {
-	return fmt.Sprintf("127.%d.%d", 100+os.Getpid()/250%100, os.Getpid()%250)
+	n := os.Getpid()*8 + int(networks.Add(1))
+	return fmt.Sprintf("127.%d.%d", 100+n/250%150, n%250)
 }
 
 // startLab runs a lab in a process of its own and waits until it is ready.
@@ -114,6 +125,7 @@ func children(t *testing.T, dir string) []int {
 }
 
 func TestLabLivesDiesAndComesBack(t *testing.T) {
+	t.Parallel()
 	dir, network := filepath.Join(t.TempDir(), "lab"), network()
 	cmd := startLab(t, dir, network)
 
@@ -194,6 +206,7 @@ func TestForeignFolderIsRefused(t *testing.T) {
 }
 
 func TestAgentThatDoesNotStart(t *testing.T) {
+	t.Parallel()
 	o := options(filepath.Join(t.TempDir(), "lab"), network())
 	o.Objects = 0
 	o.Agent = []string{"/bin/sh", "-c", "echo the disk is made of cheese; exit 3"}

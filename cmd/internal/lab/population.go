@@ -395,6 +395,11 @@ func (p *people) cluster() {
 	for _, ns := range []string{"default", "kube-system", "kube-public", "kube-node-lease", offenderNamespace, "shop", "batch"} {
 		p.namespace(ns)
 	}
+	for _, leader := range []string{"kube-controller-manager", "kube-scheduler"} {
+		p.put("coordination.k8s.io", "Lease", &coordinationv1.Lease{ObjectMeta: p.meta("Lease", "kube-system", leader, leader, nil),
+			Spec: coordinationv1.LeaseSpec{HolderIdentity: new("cp-1_" + string(uid("Lease", "kube-system", leader))), LeaseDurationSeconds: new(int32(15)),
+				RenewTime: &metav1.MicroTime{Time: born}}})
+	}
 	all := rbacv1.PolicyRule{Verbs: []string{"*"}, APIGroups: []string{"*"}, Resources: []string{"*"}}
 	read := rbacv1.PolicyRule{Verbs: []string{"get", "list", "watch"}, APIGroups: []string{""}, Resources: []string{"pods", "services", "configmaps"}}
 	p.clusterRole("cluster-admin", all)
@@ -434,6 +439,10 @@ func (p *people) offender() {
 	p.binding(offenderNamespace, "collector-config", "view", account(offenderNamespace, offenderName))
 	p.binding("shop", "telemetry-readers", "view",
 		group("shop-operators"), account(offenderNamespace, offenderName), account("shop", "web"))
+	for _, name := range []string{"collector-config", "collector-dashboards"} {
+		p.put("", "ConfigMap", &corev1.ConfigMap{ObjectMeta: p.meta("ConfigMap", offenderNamespace, name, "kubectl-client-side-apply", labelled(offenderName)),
+			Data: map[string]string{"config.yaml": "interval: 10s\nresources: [pods, nodes, events]\n"}})
+	}
 }
 
 // runaway is one of the ConfigMaps that the offender piles up.
