@@ -70,8 +70,15 @@ type app struct {
 	reported bool
 }
 
+// settle is how long to ask what became of an application whose connection
+// broke: an agent that is restarted settles what it left open within about ten
+// seconds.
+const settle = 20 * time.Second
+
 // Main runs the command of this process and returns its exit status.
-func Main() int {
+func Main() int { return process(settle) }
+
+func process(settle time.Duration) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process
@@ -80,9 +87,7 @@ func Main() int {
 		in: os.Stdin, out: os.Stdout, err: os.Stderr,
 		inTTY: isTTY(os.Stdin), outTTY: isTTY(os.Stdout), errTTY: isTTY(os.Stderr),
 		env: os.Getenv, now: time.Now,
-		// An agent that is restarted settles what it left open within about
-		// ten seconds.
-		settle: 20 * time.Second, reprobe: 300 * time.Millisecond,
+		settle: settle, reprobe: 300 * time.Millisecond,
 	})
 }
 
@@ -116,7 +121,7 @@ func (a *app) execute(ctx context.Context, args []string) (*cobra.Command, error
 			if s := root.SuggestionsFor(verb); len(s) > 0 {
 				hint = "did you mean " + strings.Join(s, " or ") + "?"
 			}
-			return nil, fault.New(fault.Usage, hint, "unknown verb %q (%w)", verb, err)
+			return nil, fault.New(fault.Usage, hint, "unknown verb %q (%s)", verb, fault.Of(err).Message)
 		}
 		root = a.root(actions)
 	}
@@ -216,6 +221,7 @@ func (a *app) root(actions []*halliganv1.Action) *cobra.Command {
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
+	root.SuggestionsMinimumDistance = 2 // cobra's own, which it sets too late
 	root.SetIn(a.in)
 	root.SetOut(a.out)
 	root.SetErr(a.err)

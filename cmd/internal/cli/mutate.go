@@ -130,10 +130,11 @@ func (a *app) apply(ctx context.Context, action *halliganv1.Action, plan *hallig
 	switch {
 	case ctx.Err() != nil:
 		return unknown(fault.Cancelled, "stopped watching; the agent goes on with %s", plan.GetId())
-	case callCtx.Err() != nil:
-		return unknown(fault.Unknown, "no result within %s; the agent goes on with %s", limit, plan.GetId())
 	case !began && answered(err):
 		return outcome(err)
+	// The agent's clock of the same deadline may strike first.
+	case callCtx.Err() != nil || status.Code(err) == codes.DeadlineExceeded:
+		return unknown(fault.Unknown, "no result within %s; the agent goes on with %s", limit, plan.GetId())
 	}
 	a.note("the connection broke; asking the agent what became of %s", plan.GetId())
 	entry := a.ascertain(ctx, plan.GetId())

@@ -279,9 +279,13 @@ func (j *jsonWriter) object(o *halliganv1.Object) error {
 	}
 	var b bytes.Buffer
 	if err := json.Indent(&b, []byte(o.GetJson()), "", "  "); err != nil {
-		return fmt.Errorf("the agent sent no JSON for %s: %w", o.GetKey(), err)
+		return noJSON(o, err)
 	}
 	return j.printJSON(b.Bytes())
+}
+
+func noJSON(o *halliganv1.Object, err error) error {
+	return fmt.Errorf("the agent sent no JSON for %s: %w", o.GetKey(), err)
 }
 
 func (j *jsonWriter) flush() error { return nil }
@@ -301,7 +305,11 @@ func (j *jsonListWriter) object(o *halliganv1.Object) error {
 	if !j.open {
 		before, j.open = listHead, true
 	}
-	return j.print(before + strings.TrimSpace(o.GetJson()))
+	item := bytes.NewBufferString(before)
+	if err := json.Compact(item, []byte(o.GetJson())); err != nil {
+		return noJSON(o, err)
+	}
+	return j.print(item.String())
 }
 
 const listHead = `{"apiVersion":"v1","kind":"List","items":[` + "\n"
