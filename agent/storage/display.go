@@ -3,6 +3,7 @@ package storage
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -20,27 +21,30 @@ import (
 	kjson "sigs.k8s.io/json"
 )
 
-// types are the Go types that this build knows: client-go's, and those of the
-// two other API servers that live in a kube-apiserver.
-var types = sync.OnceValue(func() *runtime.Scheme {
+// aggregated has the types of the two other API servers that live in a
+// kube-apiserver; client-go's scheme has all the rest.
+var aggregated = sync.OnceValue(func() *runtime.Scheme {
 	s := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{
-		kubescheme.AddToScheme, apiextensionsv1.AddToScheme, apiregistrationv1.AddToScheme,
-	} {
-		utilruntime.Must(add(s))
-	}
+	utilruntime.Must(apiextensionsv1.AddToScheme(s))
+	utilruntime.Must(apiregistrationv1.AddToScheme(s))
 	return s
 })
 
 // typed decodes the whole object into its Go type; nil if this build does not
 // know the type.
 func (o *Object) typed() (runtime.Object, error) {
-	obj, err := types().New(o.GroupVersionKind())
+	obj, err := kubescheme.Scheme.New(o.GroupVersionKind())
 	if err != nil {
-		return nil, nil
+		if obj, err = aggregated().New(o.GroupVersionKind()); err != nil {
+			return nil, nil
+		}
 	}
 	if o.Format == JSON {
-		return obj, kjson.UnmarshalCaseSensitivePreserveInts(o.plain, obj)
+		if kjson.UnmarshalCaseSensitivePreserveInts(o.plain, obj) != nil {
+			// The decoder's own words would quote what is stored.
+			return nil, errors.New("a field has the wrong type")
+		}
+		return obj, nil
 	}
 	message, ok := obj.(interface{ Unmarshal([]byte) error })
 	if !ok {

@@ -131,8 +131,8 @@ func (k *Kind) edit(plain []byte) (*editor, error) {
 func (e *editor) field(name FieldName) (Field, error) {
 	f, ok := e.kind.Field(name, e.before.APIVersion)
 	if !ok || name == Generation {
-		return Field{}, fault.New(fault.Usage, "use a field that the kind has",
-			"%s of %s cannot be edited", name, e.before.GroupVersionKind().GroupKind())
+		return Field{}, fault.New(fault.Usage, "use a field that the kind has, or the API server",
+			"%s of a %s that is stored as %s cannot be edited", name, e.kind.Kind, e.before.APIVersion)
 	}
 	return f, nil
 }

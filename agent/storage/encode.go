@@ -3,12 +3,11 @@ package storage
 import (
 	"bytes"
 
-	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer/json"
 	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
-	apiregistrationv1 "k8s.io/kube-aggregator/pkg/apis/apiregistration/v1"
+	kubescheme "k8s.io/client-go/kubernetes/scheme"
 
 	"github.com/halligan-io/halligan/internal/fault"
 )
@@ -24,17 +23,16 @@ func EncodeTyped(obj runtime.Object) ([]byte, error) {
 		err := unstructured.UnstructuredJSONScheme.Encode(obj, &out)
 		return out.Bytes(), err
 	}
-	kinds, _, err := types().ObjectKinds(obj)
+	var encoder runtime.Encoder = protobuf.NewSerializer(kubescheme.Scheme, kubescheme.Scheme)
+	kinds, _, err := kubescheme.Scheme.ObjectKinds(obj)
 	if err != nil {
-		return nil, fault.New(fault.Usage, "use a type of k8s.io/api, or an unstructured object", "%T has no stored form: %w", obj, err)
+		encoder = json.NewSerializerWithOptions(json.DefaultMetaFactory, aggregated(), aggregated(), json.SerializerOptions{})
+		if kinds, _, err = aggregated().ObjectKinds(obj); err != nil {
+			return nil, fault.New(fault.Usage, "use a type of k8s.io/api, or an unstructured object", "%T has no stored form: %w", obj, err)
+		}
 	}
 	obj = obj.DeepCopyObject()
 	obj.GetObjectKind().SetGroupVersionKind(kinds[0])
-	var encoder runtime.Encoder = protobuf.NewSerializer(types(), types())
-	switch kinds[0].Group {
-	case apiextensionsv1.GroupName, apiregistrationv1.GroupName:
-		encoder = json.NewSerializerWithOptions(json.DefaultMetaFactory, types(), types(), json.SerializerOptions{})
-	}
 	err = encoder.Encode(obj, &out)
 	return out.Bytes(), err
 }

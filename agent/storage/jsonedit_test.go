@@ -159,7 +159,8 @@ func TestNativeKindsAsJSON(t *testing.T) {
 		}
 		for field, f := range editable(k, o) {
 			checkRead(t, o, f, name)
-			for _, edit := range someEdits(t, o, field, f) {
+			edits := someEdits(t, o, field, f)
+			for _, edit := range edits[:min(3, len(edits))] {
 				at := fmt.Sprintf("%s %+v", name, edit)
 				out, changes, err := k.Apply(plain, edit)
 				if err != nil {
