@@ -1,8 +1,10 @@
 package etcd
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"math"
 	"strconv"
 	"sync/atomic"
@@ -197,7 +199,7 @@ func (c *Client) firstEvent(ctx context.Context, key string, from, until int64) 
 		case r, ok := <-events:
 			switch {
 			case !ok:
-				return nil, none, context.Cause(ctx)
+				return nil, none, cmp.Or(ctx.Err(), errors.New("the watch ended"))
 			case r.CompactRevision != 0:
 				return nil, compacted, nil
 			case r.Err() != nil:
