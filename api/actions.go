@@ -1,9 +1,7 @@
 package api
 
 import (
-	"bytes"
 	_ "embed"
-	"encoding/json"
 	"fmt"
 
 	"google.golang.org/protobuf/encoding/protojson"
@@ -11,6 +9,9 @@ import (
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 )
 
+// The content is the canonical JSON of a DescribeResponse, indented for reviews;
+// a test of agent/action writes it and holds it to the table.
+//
 //go:embed actions.json
 var actionsJSON []byte
 
@@ -23,19 +24,4 @@ func Actions() ([]*halliganv1.Action, error) {
 		return nil, fmt.Errorf("the built-in table of actions: %w", err)
 	}
 	return all.GetActions(), nil
-}
-
-// FormatActions returns the content of actions.json for a table: its canonical
-// JSON, indented so that a review sees what changed.
-func FormatActions(actions []*halliganv1.Action) ([]byte, error) {
-	text, err := CanonicalJSON(&halliganv1.DescribeResponse{Actions: actions})
-	if err != nil {
-		return nil, err
-	}
-	var out bytes.Buffer
-	if err := json.Indent(&out, text, "", "  "); err != nil {
-		return nil, err
-	}
-	out.WriteByte('\n')
-	return out.Bytes(), nil
 }

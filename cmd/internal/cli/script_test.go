@@ -21,7 +21,6 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"github.com/halligan-io/halligan/agent/action"
 	"github.com/halligan-io/halligan/agent/console"
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
@@ -166,7 +165,11 @@ func (s *stage) cut() {
 const evil = "\x1b]0;owned\a\u202eevil\nline"
 
 func (s *stage) Describe() []*halliganv1.Action {
-	return append(action.Describe(), &halliganv1.Action{Name: "quench", Summary: "Of a later release", Effect: "mutate",
+	known, err := api.Actions()
+	if err != nil {
+		panic(err)
+	}
+	return append(known, &halliganv1.Action{Name: "quench", Summary: "Of a later release", Effect: "mutate",
 		Parameters: []*halliganv1.Parameter{{Name: "target", Type: "string", Positional: true, Required: true, Placeholder: "KIND/NAME"},
 			{Name: "veryHard", Type: "bool"}}})
 }
@@ -226,7 +229,7 @@ func (s *stage) Apply(ctx context.Context, _ trust.Identity, id, sum string, pro
 	p := s.plans[id]
 	s.applied++
 	s.mu.Unlock()
-	r := &halliganv1.Result{Action: id, Result: "applied", Via: "etcd", Plan: p, TimingsMs: map[string]float64{"plan": 1, "write": 2.5}}
+	r := &halliganv1.Result{Action: id, Result: "applied", Via: "etcd", Plan: p, TimingsMs: map[string]float64{"plan": 1, "write": 2.5, "total": 4}}
 	if sum != p.GetSha256() {
 		r.Result, r.Error = "stale", api.ErrorOf(fault.New(fault.Stale, "plan again", "another hash"))
 		return r

@@ -66,10 +66,13 @@ func (a *app) showPlan(w io.Writer, p *halliganv1.Plan) {
 	for _, part := range []struct {
 		name  string
 		texts []string
-	}{{"warning", p.GetWarnings()}, {"bypassed", p.GetBypassed()}, {"needs", p.GetNeeds()}} {
+	}{{"warning", p.GetWarnings()}, {"needs", p.GetNeeds()}} {
 		for _, t := range part.texts {
 			fmt.Fprintf(&b, "%s: %s\n", part.name, line(t))
 		}
+	}
+	if len(p.GetBypassed()) > 0 {
+		fmt.Fprintf(&b, "bypassed: %s\n", line(strings.Join(p.GetBypassed(), "; ")))
 	}
 	_, _ = b.WriteTo(w)
 }
@@ -142,15 +145,21 @@ func showFailures(w io.Writer, objects []*halliganv1.ObjectResult) {
 	}
 }
 
+// timings says how long an action took, and each step of it.
 func timings(ms map[string]float64) string {
-	if len(ms) == 0 {
-		return ""
-	}
-	parts := make([]string, 0, len(ms))
+	var whole string
+	var steps []string
 	for _, step := range slices.Sorted(maps.Keys(ms)) {
-		parts = append(parts, fmt.Sprintf("%s %.4g ms", line(step), ms[step]))
+		if text := fmt.Sprintf("%.4g ms", ms[step]); step == "total" {
+			whole = " in " + text
+		} else {
+			steps = append(steps, line(step)+" "+text)
+		}
 	}
-	return " (" + strings.Join(parts, ", ") + ")"
+	if len(steps) > 0 {
+		whole += " (" + strings.Join(steps, ", ") + ")"
+	}
+	return whole
 }
 
 // progress shows how far an action is, on a terminal only.
