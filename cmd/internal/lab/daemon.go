@@ -123,7 +123,7 @@ func (d *daemon) ready(ctx context.Context, socket string) error {
 	}
 	defer conn.Close()
 	agent := halliganv1.NewAgentClient(conn)
-	last := errors.New("no answer")
+	var last error
 	for {
 		try, done := context.WithTimeout(ctx, time.Second)
 		st, err := agent.Status(try, &halliganv1.StatusRequest{})

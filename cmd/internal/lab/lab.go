@@ -74,7 +74,6 @@ type Lab struct {
 	cluster *etcdcluster.Cluster
 	agents  []*daemon
 	failed  chan error // first daemon that cannot be kept up
-	seeded  Seeded
 }
 
 // Up starts a lab and returns when every agent answers and sees a leader. On an
@@ -124,6 +123,9 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 		return nil, err
 	}
 	l.say("etcd: three members on %s after %s", strings.Join(l.cluster.Endpoints(), ", "), since(began))
+	if err := l.writeEncryption(); err != nil {
+		return nil, err
+	}
 	if err := l.seed(ctx); err != nil {
 		return nil, fmt.Errorf("seeding: %w", err)
 	}
@@ -263,6 +265,7 @@ func (l *Lab) agentConfig(i int) ([]byte, error) {
 			"certFile":  c.CertFile(),
 			"keyFile":   c.KeyFile(),
 		},
+		"encryptionConfig": l.encryption(),
 	})
 }
 

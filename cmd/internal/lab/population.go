@@ -115,7 +115,7 @@ func (p *people) meta(kind, namespace, name, manager string, labels map[string]s
 		Name: name, Namespace: namespace, UID: uid(kind, namespace, name), CreationTimestamp: created, Labels: labels,
 		ManagedFields: []metav1.ManagedFieldsEntry{{
 			Manager: manager, Operation: metav1.ManagedFieldsOperationUpdate, APIVersion: "v1", Time: &created,
-			FieldsType: "FieldsV1", FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:metadata":{"f:labels":{".":{},"f:app":{}}}}`)},
+			FieldsType: "FieldsV1", FieldsV1: metav1.NewFieldsV1(`{"f:metadata":{"f:labels":{".":{},"f:app":{}}}}`),
 		}},
 	}
 }
@@ -123,7 +123,7 @@ func (p *people) meta(kind, namespace, name, manager string, labels map[string]s
 func (p *people) specMeta(kind, namespace, name, manager string, labels map[string]string) metav1.ObjectMeta {
 	m := p.meta(kind, namespace, name, manager, labels)
 	m.Generation = 1
-	m.ManagedFields[0].FieldsV1.Raw = []byte(specFields)
+	m.ManagedFields[0].FieldsV1 = metav1.NewFieldsV1(specFields)
 	return m
 }
 
@@ -342,7 +342,9 @@ func (p *people) service(namespace, app string) {
 		Type: corev1.ServiceTypeClusterIP, ClusterIP: ip, ClusterIPs: []string{ip}, Selector: labels, SessionAffinity: corev1.ServiceAffinityNone,
 		Ports: []corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromInt32(8080), Protocol: corev1.ProtocolTCP}}}})
 	address := fmt.Sprintf("10.128.%d.%d", p.n/250%250, p.n%250+1)
+	//lint:ignore SA1019 every cluster of today still holds them
 	p.put("", "Endpoints", &corev1.Endpoints{ObjectMeta: p.meta("Endpoints", namespace, app, "kube-controller-manager", labels),
+		//lint:ignore SA1019 as above
 		Subsets: []corev1.EndpointSubset{{Addresses: []corev1.EndpointAddress{{IP: address}}, Ports: []corev1.EndpointPort{{Name: "http", Port: 8080, Protocol: corev1.ProtocolTCP}}}}})
 	slice := owned(p.specMeta("EndpointSlice", namespace, app+"-"+p.suffix(5), "kube-controller-manager", map[string]string{discoveryv1.LabelServiceName: app}), "v1", "Service", app)
 	p.put("discovery.k8s.io", "EndpointSlice", &discoveryv1.EndpointSlice{ObjectMeta: slice, AddressType: discoveryv1.AddressTypeIPv4,

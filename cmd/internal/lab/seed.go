@@ -2,6 +2,8 @@ package lab
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,9 +33,9 @@ const (
 
 // Seeded says what a lab's etcd was seeded with.
 type Seeded struct {
-	Objects int
-	Nodes   int
-	Runaway int // ConfigMaps labelled app=runaway
+	Objects int `json:"objects"`
+	Nodes   int `json:"nodes"`
+	Runaway int `json:"runaway"` // ConfigMaps labelled app=runaway
 }
 
 // seed fills an empty etcd. What was seeded is noted in the folder last, so
@@ -41,16 +43,14 @@ type Seeded struct {
 // writes the same keys.
 func (l *Lab) seed(ctx context.Context) error {
 	note := filepath.Join(l.opts.Dir, "seeded.json")
-	data, err := os.ReadFile(note)
-	if err == nil {
-		l.say("objects: %s has its objects from an earlier run", l.opts.Dir)
-		return json.Unmarshal(data, &l.seeded)
-	}
-	if !errors.Is(err, fs.ErrNotExist) || l.opts.Objects <= 0 {
-		if l.opts.Objects <= 0 {
-			return nil
-		}
+	switch _, err := os.Stat(note); {
+	case err == nil:
+		l.say("objects: %s has those of an earlier run", l.opts.Dir)
+		return nil
+	case !errors.Is(err, fs.ErrNotExist):
 		return err
+	case l.opts.Objects <= 0:
+		return nil
 	}
 	began := time.Now()
 	cli, err := l.cluster.Client()
@@ -58,22 +58,40 @@ func (l *Lab) seed(ctx context.Context) error {
 		return err
 	}
 	defer cli.Close()
-	if l.seeded, err = Seed(ctx, cli, l.opts.Objects, l.opts.Nodes, func(done int64) {
-		l.say("objects: %d written", done)
-	}); err != nil {
+	sealed, err := storage.LoadEncryption(ctx, l.encryption())
+	if err != nil {
 		return err
 	}
-	l.say("objects: %d of a cluster with %d nodes after %s", l.seeded.Objects, l.seeded.Nodes, since(began))
-	if data, err = json.Marshal(l.seeded); err != nil {
+	defer sealed.Close()
+	seeded, err := Seed(ctx, cli, Seeding{Objects: l.opts.Objects, Workers: l.opts.Nodes, Encryption: sealed,
+		Progress: func(done int64) { l.say("objects: %d written", done) }})
+	if err != nil {
+		return err
+	}
+	l.say("objects: %d of a cluster with %d nodes after %s", seeded.Objects, seeded.Nodes, since(began))
+	data, err := json.Marshal(seeded)
+	if err != nil {
 		return err
 	}
 	return durable.Write(note, data)
 }
 
-// Seed writes about that many objects of a cluster with so many worker nodes, as
-// an API server stores them under its default prefix. The same numbers give the
-// same keys and values. progress, if any, is called every 20,000 objects.
-func Seed(ctx context.Context, cli *clientv3.Client, objects, workers int, progress func(done int64)) (Seeded, error) {
+// Seeding says what to seed.
+type Seeding struct {
+	// Objects is about how many there will be; some hundred is the least.
+	Objects int
+	// Workers is how many nodes there are besides those of the control plane.
+	Workers int
+	// Encryption, if any, encrypts values as the API server would.
+	Encryption *storage.Transformers
+	// Progress, if any, is called every 20,000 objects.
+	Progress func(done int64)
+}
+
+// Seed writes the objects of a cluster, as an API server stores them under its
+// default prefix. The same numbers give the same keys and, before encryption,
+// the same values.
+func Seed(ctx context.Context, cli *clientv3.Client, s Seeding) (Seeded, error) {
 	lease, err := cli.Grant(ctx, int64(seedLease/time.Second))
 	if err != nil {
 		return Seeded{}, err
@@ -86,7 +104,7 @@ func Seed(ctx context.Context, cli *clientv3.Client, objects, workers int, progr
 	if err := catalogue.AddCRD(crd); err != nil {
 		return Seeded{}, err
 	}
-	w := seedWriter{cli: cli, catalogue: catalogue, lease: lease.ID, progress: progress}
+	w := seedWriter{Seeding: s, cli: cli, catalogue: catalogue, lease: lease.ID}
 	items := make(chan []item, seedWriters)
 	g, ctx := errgroup.WithContext(ctx)
 	for range seedWriters {
@@ -103,7 +121,7 @@ func Seed(ctx context.Context, cli *clientv3.Client, objects, workers int, progr
 	g.Go(func() error {
 		defer close(items)
 		var batch []item
-		seeded = population(objects, workers, func(i item) bool {
+		seeded = population(s.Objects, s.Workers, func(i item) bool {
 			if batch = append(batch, i); len(batch) < seedOps {
 				return ctx.Err() == nil
 			}
@@ -126,10 +144,10 @@ func Seed(ctx context.Context, cli *clientv3.Client, objects, workers int, progr
 }
 
 type seedWriter struct {
+	Seeding
 	cli       *clientv3.Client
 	catalogue *storage.Catalogue
 	lease     clientv3.LeaseID
-	progress  func(int64)
 	done      atomic.Int64
 }
 
@@ -144,8 +162,8 @@ func (w *seedWriter) write(ctx context.Context, batch []item) error {
 		if _, err := w.cli.Txn(ctx).Then(ops...).Commit(); err != nil {
 			return err
 		}
-		if n := w.done.Add(int64(len(ops))); w.progress != nil && n/20_000 > (n-int64(len(ops)))/20_000 {
-			w.progress(n)
+		if n := w.done.Add(int64(len(ops))); w.Progress != nil && n/20_000 > (n-int64(len(ops)))/20_000 {
+			w.Progress(n)
 		}
 		ops, bytes = nil, 0
 		return nil
@@ -163,6 +181,11 @@ func (w *seedWriter) write(ctx context.Context, batch []item) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", key, err)
 		}
+		if w.Encryption != nil {
+			if value, err = w.Encryption.Seal(ctx, kind, key, value); err != nil {
+				return err
+			}
+		}
 		if bytes += len(key) + len(value); bytes > seedBytes {
 			if err := flush(); err != nil {
 				return err
@@ -176,4 +199,30 @@ func (w *seedWriter) write(ctx context.Context, batch []item) error {
 		ops = append(ops, clientv3.OpPut(key, string(value), opts...))
 	}
 	return flush()
+}
+
+// encryption is the lab's EncryptionConfiguration.
+func (l *Lab) encryption() string { return filepath.Join(l.opts.Dir, "encryption.yaml") }
+
+// writeEncryption makes the cluster's EncryptionConfiguration, with a key of its
+// own, unless the folder has one: Secrets are encrypted, as in any cluster that
+// is taken care of.
+func (l *Lab) writeEncryption() error {
+	if _, err := os.Stat(l.encryption()); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	key := make([]byte, 32) // secretbox takes no other length
+	if _, err := rand.Read(key); err != nil {
+		return err
+	}
+	return durable.Write(l.encryption(), fmt.Appendf(nil, `apiVersion: apiserver.config.k8s.io/v1
+kind: EncryptionConfiguration
+resources:
+- resources: [secrets]
+  providers:
+  - secretbox:
+      keys:
+      - {name: lab, secret: %s}
+  - identity: {}
+`, base64.StdEncoding.EncodeToString(key)))
 }

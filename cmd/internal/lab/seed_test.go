@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"strings"
 	"testing"
@@ -20,7 +21,16 @@ func TestSeedDecodes(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer cli.Close()
-	seeded, err := Seed(t.Context(), cli, 1500, 5, nil)
+	l := &Lab{opts: Options{Dir: t.TempDir()}}
+	if err := l.writeEncryption(); err != nil {
+		t.Fatal(err)
+	}
+	sealed, err := storage.LoadEncryption(t.Context(), l.encryption())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sealed.Close()
+	seeded, err := Seed(t.Context(), cli, Seeding{Objects: 1500, Workers: 5, Encryption: sealed})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +60,15 @@ func TestSeedDecodes(t *testing.T) {
 			t.Error(err)
 			continue
 		}
-		obj, err := storage.Decode(kv.Value)
+		if bytes.HasPrefix(kv.Value, []byte("k8s:enc:secretbox:v1:lab:")) != (kind.Kind == "Secret") {
+			t.Errorf("%s is encrypted, or should be", key)
+		}
+		plain, err := sealed.Open(t.Context(), kind, key, kv.Value)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		obj, err := storage.Decode(plain)
 		if err != nil {
 			t.Errorf("%s: %v", key, err)
 			continue
@@ -91,7 +109,7 @@ func TestPopulationIsDeterministic(t *testing.T) {
 		})
 		return [32]byte(h.Sum(nil))
 	}
-	if sum() != sum() {
+	if first, second := sum(), sum(); first != second {
 		t.Error("two seedings of the same size differ")
 	}
 }
