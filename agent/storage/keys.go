@@ -5,7 +5,7 @@ import (
 	"strconv"
 	"strings"
 
-	pathvalidation "k8s.io/apimachinery/pkg/api/validation/path"
+	"k8s.io/apimachinery/pkg/api/validate/content"
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/halligan-io/halligan/internal/fault"
@@ -28,9 +28,9 @@ func (k *Kind) Key(prefix, namespace, name string) (string, error) {
 	switch {
 	case name == "":
 		return "", fault.New(fault.Usage, next, "the %s to act on has no name", k.word())
-	case len(pathvalidation.IsValidPathSegmentName(name)) > 0:
+	case len(content.IsPathSegmentName(name)) > 0:
 		return "", fault.New(fault.Usage, next, "%s is no name that a %s can have: %s",
-			strconv.QuoteToASCII(name), k.word(), strings.Join(pathvalidation.IsValidPathSegmentName(name), ", "))
+			strconv.QuoteToASCII(name), k.word(), strings.Join(content.IsPathSegmentName(name), ", "))
 	case k.Namespaced && namespace == "":
 		return "", fault.New(fault.Usage, "add -n NAMESPACE", "%s is namespaced, and no namespace was given", k.Resource())
 	case !k.Namespaced && namespace != "":
