@@ -188,14 +188,9 @@ func (k *Kind) Apply(plain []byte, edits ...Edit) (out []byte, changes []Change,
 	if err != nil {
 		return nil, nil, err
 	}
-	// Of one list the last element goes first, so that indexes hold.
+	// The last element of a list goes first, so that indexes hold.
 	edits = slices.Clone(edits)
-	slices.SortStableFunc(edits, func(a, b Edit) int {
-		if a.Field != b.Field {
-			return 0
-		}
-		return cmp.Compare(b.Index, a.Index)
-	})
+	slices.SortStableFunc(edits, func(a, b Edit) int { return cmp.Compare(b.Index, a.Index) })
 	seen := map[string]bool{}
 	for _, edit := range edits {
 		f, err := e.field(edit.Field)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -215,12 +216,13 @@ func checkRevert(t testing.TB, at string, k *Kind, o *Object, plain, out []byte,
 	if len(reverted) != len(changes) {
 		t.Fatalf("%s: reverted %+v of %+v", at, reverted, changes)
 	}
-	if k.Generation && len(changes) > 0 {
+	bumped := slices.ContainsFunc(changes, func(c Change) bool { return c.Field == Generation })
+	if bumped {
 		b, err := Decode(back)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(changes) == 2 && b.Meta.Generation != o.Meta.Generation+2 {
+		if b.Meta.Generation != o.Meta.Generation+2 {
 			t.Fatalf("%s: generation %d, then %d", at, o.Meta.Generation, b.Meta.Generation)
 		}
 		back = setGeneration(t, back, o.Meta.Generation)
@@ -267,7 +269,7 @@ func TestUnknownFieldsSurvive(t *testing.T) {
 			continue
 		}
 		k := nativeRow(o)
-		if k == nil || len(editable(k, o)) == 0 {
+		if k == nil || len(editable(k, o)) == 0 || !(strings.HasPrefix(name, "HEAD/") || strings.HasPrefix(name, "v1.33")) {
 			continue
 		}
 		here := map[string][]protowire.Number{}
@@ -592,6 +594,20 @@ func TestSubjects(t *testing.T) {
 			wantFault(t, err, fault.Undecodable)
 		})
 	}
+}
+
+func TestIndexesAmongOtherEdits(t *testing.T) {
+	k := customKind("spec", "replicas")
+	k.Fields[Subjects] = Field{Type: List, JSON: []string{"subjects"}}
+	plain := []byte(head + `,"spec":{"replicas":3},"subjects":[{"name":"a"},{"name":"b"},{"name":"c"}]}`)
+	out, changes, err := k.Apply(plain, Edit{Field: Subjects}, Edit{Field: Replicas, Value: int64(0)}, Edit{Field: Subjects, Index: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.HasSuffix(out, []byte(`,"spec":{"replicas":0},"subjects":[{"name":"b"}]}`)) {
+		t.Errorf("%s", out)
+	}
+	checkRevert(t, "list and scalar", k, mustDecode(t, plain), plain, out, changes)
 }
 
 func deployment(replicas *int32) *appsv1.Deployment {

@@ -340,7 +340,7 @@ func TestGarbage(t *testing.T) {
 	}
 	// A real object with random bytes overwritten.
 	plain := objects["HEAD/apps.v1.Deployment"]
-	for range 500 {
+	for range 200 {
 		broken := bytes.Clone(plain)
 		for range 1 + random.Intn(4) {
 			broken[random.Intn(len(broken))] = byte(random.Intn(256))
