@@ -29,6 +29,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv("CLI_TEST_AS") == "agent" {
+		if err := beAgent(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	testscript.Main(m, map[string]func(){"halligan": func() { os.Exit(process(time.Second)) }})
 }
 
@@ -50,20 +57,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			// exits runs a command that must end with the exit status.
-			"exits": func(ts *testscript.TestScript, _ bool, args []string) {
-				status := "0"
-				if err := ts.Exec(args[1], args[2:]...); err != nil {
-					var exit *exec.ExitError
-					if !errors.As(err, &exit) {
-						ts.Fatalf("running %v: %v", args[1:], err)
-					}
-					status = strconv.Itoa(exit.ExitCode())
-				}
-				if status != args[0] {
-					ts.Fatalf("exit status %s, want %s", status, args[0])
-				}
-			},
+			"exits": exits,
 			// applications compares how often the engine was asked to apply.
 			"applications": func(ts *testscript.TestScript, _ bool, args []string) {
 				s := ts.Value("stage").(*stage)
@@ -79,6 +73,21 @@ func TestScripts(t *testing.T) {
 			"stopagent": func(ts *testscript.TestScript, _ bool, _ []string) { ts.Value("stage").(*stage).stop() },
 		},
 	})
+}
+
+// exits runs a command that must end with the exit status.
+func exits(ts *testscript.TestScript, _ bool, args []string) {
+	status := "0"
+	if err := ts.Exec(args[1], args[2:]...); err != nil {
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) {
+			ts.Fatalf("running %v: %v", args[1:], err)
+		}
+		status = strconv.Itoa(exit.ExitCode())
+	}
+	if status != args[0] {
+		ts.Fatalf("exit status %s, want %s", status, args[0])
+	}
 }
 
 // stage is a console with a playing engine, behind a relay that can be cut.
