@@ -74,7 +74,7 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, id, sha string, 
 		result.Result = resultApplied
 		return result
 	}
-	if cluster, err := e.etcd.ClusterID(ctx); err != nil || cluster != p.plan.Cluster {
+	if cluster, err := e.clusterID(ctx); err != nil || cluster != p.plan.Cluster {
 		return refuse(errors.Join(err, fault.New(fault.Stale, "plan again", "etcd is not the cluster that the plan was made for")))
 	}
 	e.mu.Lock()
@@ -144,57 +144,203 @@ func (a *application) all(ctx context.Context) error {
 	return a.finish()
 }
 
+// Bounds of a chunk of an action on many objects: its objects are read in one
+// round trip and recorded with one fsync.
+const (
+	chunkObjects = 64
+	chunkBytes   = 4 << 20
+	chunksAtOnce = 3
+)
+
 func (a *application) many(ctx context.Context) {
 	pace := a.engine.pace.start()
 	var workers sync.WaitGroup
-	next := make(chan int)
-	for range pace.most {
+	chunks := make(chan []int)
+	for range chunksAtOnce {
 		workers.Go(func() {
-			for i := range next {
-				if err := pace.begin(ctx); err != nil {
-					a.settle(i, outcome{what: outcomeSkipped, err: err})
-					continue
-				}
-				began := time.Now()
-				a.one(ctx, i)
-				pace.end(time.Since(began))
+			for c := range chunks {
+				a.chunk(ctx, pace, c)
 			}
 		})
 	}
-	for i := range a.plan.steps {
-		next <- i
+	var chunk []int
+	size := 0
+	for i, s := range a.plan.steps {
+		if len(chunk) == chunkObjects || len(chunk) > 0 && size+s.size > chunkBytes {
+			chunks <- chunk
+			chunk, size = nil, 0
+		}
+		chunk, size = append(chunk, i), size+s.size
 	}
-	close(next)
+	chunks <- chunk
+	close(chunks)
 	workers.Wait()
+	a.verifyMany(ctx)
+}
+
+// chunk carries out some steps. Where there is no leader it waits for the next
+// one: a long action outlives an election; a short one is quicker typed again.
+func (a *application) chunk(ctx context.Context, pace *pacer, chunk []int) {
+	for began := time.Now(); ; time.Sleep(200 * time.Millisecond) {
+		again := a.tryChunk(ctx, pace, chunk, time.Since(began) < electionPatience)
+		if len(again) == 0 {
+			return
+		}
+		chunk = again
+	}
+}
+
+// electionPatience is how long an action on many objects waits for a leader.
+const electionPatience = 15 * time.Second
+
+// tryChunk returns the steps that should be tried again.
+func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, patient bool) (again []int) {
+	e := a.engine
+	var mu sync.Mutex // guards again
+	settle := func(i int, out outcome) {
+		if patient && fault.Is(out.err, fault.NoQuorum) && ctx.Err() == nil {
+			mu.Lock()
+			defer mu.Unlock()
+			again = append(again, i)
+			return
+		}
+		a.settle(i, out)
+	}
+	all := func(out outcome) {
+		for _, i := range chunk {
+			settle(i, out)
+		}
+	}
+	if err := a.stopped(ctx); err != nil {
+		all(outcome{what: outcomeSkipped, err: fmt.Errorf("not tried: %w", err)})
+		return nil
+	}
+	e.steps("read")
+	keys := make([]string, len(chunk))
+	for n, i := range chunk {
+		keys[n] = a.plan.steps[i].key
+	}
+	kvs, view, err := e.etcd.GetMany(ctx, keys)
+	if err != nil {
+		all(failed(err))
+		return again
+	}
+	type pending struct {
+		index int
+		write etcd.Write
+	}
+	var writes []pending
+	var images []journal.Image
+	for _, i := range chunk {
+		s := a.plan.steps[i]
+		kv, found := kvs[s.key]
+		if s.op == opDelete && !found {
+			settle(i, outcome{what: outcomeSkipped, err: errors.New("gone already")})
+			continue
+		}
+		write, image, out := a.prepare(ctx, i, kv, found, view)
+		if out != nil {
+			settle(i, *out)
+			continue
+		}
+		writes, images = append(writes, pending{i, write}), append(images, image)
+	}
+	if len(writes) == 0 {
+		return again
+	}
+	e.steps("record")
+	err = a.begin()
+	if err == nil {
+		err = a.record.Images(images...)
+	}
+	if err != nil {
+		for _, w := range writes {
+			settle(w.index, failed(err))
+		}
+		return again
+	}
+	e.steps("write")
+	var workers sync.WaitGroup
+	for _, w := range writes {
+		if err := pace.begin(ctx); err != nil {
+			settle(w.index, outcome{what: outcomeFailed, err: fmt.Errorf("not tried: %w", err)})
+			continue
+		}
+		workers.Go(func() {
+			began := time.Now()
+			revision, err := e.etcd.Commit(ctx, w.write)
+			pace.end(time.Since(began))
+			e.steps("written")
+			settle(w.index, written(revision, err))
+		})
+	}
+	workers.Wait()
+	return again
+}
+
+// verifyMany looks, in one pass over each range of keys, whether what was
+// written holds.
+func (a *application) verifyMany(ctx context.Context) {
+	began := time.Now()
+	defer func() { a.phases["verify"] += time.Since(began) }()
+	ranges := map[string]map[string]int{}
+	for i, s := range a.plan.steps {
+		if a.outcomes[i].what != journal.Applied {
+			continue
+		}
+		r := s.kind.Range(a.engine.prefix, s.namespace)
+		if ranges[r] == nil {
+			ranges[r] = map[string]int{}
+		}
+		ranges[r][s.key] = i
+	}
+	for r, keys := range ranges {
+		seen := map[int]int64{}
+		view, err := a.engine.etcd.Walk(ctx, r, func(kv etcd.KV) error {
+			if i, ok := keys[kv.Key]; ok {
+				seen[i] = kv.ModRevision
+			}
+			return nil
+		})
+		if err == nil && view.Stale != "" {
+			err = errors.New(view.Stale)
+		}
+		for _, i := range keys {
+			revision, found := seen[i]
+			out := &a.outcomes[i]
+			switch {
+			case err != nil:
+				out.what, out.err = outcomeUnverified, fault.New(fault.Unverified, "look with: halligan get", "written, but reading back failed: %w", err)
+			case a.plan.steps[i].op == opDelete && found:
+				out.what, out.err = outcomeUnverified, fault.New(fault.Unverified, "find out who makes it, and stop that first",
+					"%s was made again at revision %d", a.plan.steps[i].key, revision)
+			case a.plan.steps[i].op != opDelete && !found:
+				out.what, out.err = outcomeUnverified, fault.New(fault.Unverified, "find out who deletes it, and stop that first",
+					"%s was deleted again", a.plan.steps[i].key)
+			}
+		}
+	}
+}
+
+// stopped returns why no more objects are to be tried.
+func (a *application) stopped(ctx context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.stop != nil {
+		return a.stop
+	}
+	return ctx.Err()
 }
 
 // one carries out one step: read again, check, compute, record, write, read
 // back.
 func (a *application) one(ctx context.Context, i int) {
-	a.mu.Lock()
-	stop := a.stop
-	a.mu.Unlock()
-	if stop == nil {
-		stop = ctx.Err()
-	}
-	if stop != nil {
-		a.settle(i, outcome{what: outcomeSkipped, err: fmt.Errorf("not tried: %w", stop)})
+	if err := a.stopped(ctx); err != nil {
+		a.settle(i, outcome{what: outcomeSkipped, err: fmt.Errorf("not tried: %w", err)})
 		return
 	}
-	out := a.step(ctx, i)
-	if len(a.outcomes) > smallAction {
-		// A long action outlives an election; a short one is quicker typed
-		// again than waited for.
-		for began := time.Now(); fault.Is(out.err, fault.NoQuorum) && time.Since(began) < electionPatience && ctx.Err() == nil; {
-			time.Sleep(200 * time.Millisecond)
-			out = a.step(ctx, i)
-		}
-	}
-	a.settle(i, out)
+	a.settle(i, a.step(ctx, i))
 }
-
-// electionPatience is how long an action on many objects waits for a leader.
-const electionPatience = 15 * time.Second
 
 func (a *application) step(ctx context.Context, i int) outcome {
 	e, s := a.engine, a.plan.steps[i]
@@ -206,23 +352,15 @@ func (a *application) step(ctx context.Context, i int) outcome {
 	if err != nil {
 		return failed(err)
 	}
-	if view.Stale != "" {
-		return failed(fault.New(fault.NoQuorum, "reads work; bring etcd's members back first", "nothing can be changed: %s", view.Stale))
-	}
-	if err := s.fits(kv, found); err != nil {
-		if s.op == opDelete && !found && len(a.plan.steps) > 1 {
-			return outcome{what: outcomeSkipped, err: errors.New("gone already")}
-		}
-		return outcome{what: outcomeStale, err: err}
+	if s.op == opDelete && !found && len(a.plan.steps) > 1 {
+		return outcome{what: outcomeSkipped, err: errors.New("gone already")}
 	}
 	lap("read")
 
-	// Compute what is to be stored, and prove that it reads back.
-	write, image, err := a.compute(ctx, s, kv, view.Revision)
-	if err != nil {
-		return failed(err)
+	write, image, out := a.prepare(ctx, i, kv, found, view)
+	if out != nil {
+		return *out
 	}
-	image.Index = i
 	lap("compute")
 
 	// Intent and before-image are on disk before anything is written.
@@ -230,7 +368,7 @@ func (a *application) step(ctx context.Context, i int) outcome {
 	if err := a.begin(); err != nil {
 		return failed(err)
 	}
-	if err := a.record.Image(image); err != nil {
+	if err := a.record.Images(image); err != nil {
 		return failed(err)
 	}
 	lap("record")
@@ -238,13 +376,7 @@ func (a *application) step(ctx context.Context, i int) outcome {
 	e.steps("write")
 	revision, err := e.etcd.Commit(ctx, write)
 	if err != nil {
-		switch fault.CodeOf(err) {
-		case fault.Stale:
-			return outcome{what: outcomeStale, err: err}
-		case fault.Unknown:
-			return outcome{what: outcomeUnknown, err: err}
-		}
-		return failed(err)
+		return written(0, err)
 	}
 	lap("write")
 	e.steps("verify")
@@ -253,6 +385,41 @@ func (a *application) step(ctx context.Context, i int) outcome {
 	}
 	lap("verify")
 	return outcome{what: journal.Applied, revision: revision}
+}
+
+// prepare demands that the key is what the plan saw, computes what is to be
+// stored and proves that it reads back. An outcome ends the step.
+func (a *application) prepare(ctx context.Context, i int, kv etcd.KV, found bool, view etcd.View) (etcd.Write, journal.Image, *outcome) {
+	s := a.plan.steps[i]
+	end := func(out outcome) (etcd.Write, journal.Image, *outcome) { return etcd.Write{}, journal.Image{}, &out }
+	if view.Stale != "" {
+		return end(failed(fault.New(fault.NoQuorum, "reads work; bring etcd's members back first", "nothing can be changed: %s", view.Stale)))
+	}
+	if err := s.fits(kv, found); err != nil {
+		return end(outcome{what: outcomeStale, err: err})
+	}
+	write, image, err := a.compute(ctx, s, kv, view.Revision)
+	if err != nil {
+		if fault.Is(err, fault.Stale) {
+			return end(outcome{what: outcomeStale, err: err})
+		}
+		return end(failed(err))
+	}
+	image.Index = i
+	return write, image, nil
+}
+
+// written is the outcome of a write.
+func written(revision int64, err error) outcome {
+	switch fault.CodeOf(err) {
+	case "":
+		return outcome{what: journal.Applied, revision: revision}
+	case fault.Stale:
+		return outcome{what: outcomeStale, err: err}
+	case fault.Unknown:
+		return outcome{what: outcomeUnknown, err: err}
+	}
+	return failed(err)
 }
 
 func failed(err error) outcome { return outcome{what: outcomeFailed, err: err} }

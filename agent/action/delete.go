@@ -50,6 +50,7 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		if err := p.allow(kind, par.Namespace, name); err != nil {
 			return err
 		}
+		around := p.lookAround(ctx, kind, par.Namespace, 0)
 		obj, err := p.load(ctx, kind, par.Namespace, name)
 		if err != nil {
 			return err
@@ -58,7 +59,7 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		p.remove(obj)
 		p.needs(needsOf(kind))
 		p.bypass(bypassDelete...)
-		return p.fights(ctx, obj, 0)
+		return p.fights(obj, 0, around)
 	}
 
 	if par.Selector == "" {

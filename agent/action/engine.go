@@ -68,8 +68,10 @@ type Engine struct {
 	pace       Pace
 	steps      func(string)
 
-	mu    sync.Mutex // guards plans and doing
-	plans []*prepared
+	mu      sync.Mutex // guards all below
+	plans   []*prepared
+	cluster string
+	asked   time.Time
 	// doing counts objects of actions under way, by person, so that two
 	// actions at once cannot pass the hourly cap together.
 	doing map[string]int
@@ -126,7 +128,7 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.timeout)
 	defer cancel()
-	cluster, err := e.etcd.ClusterID(ctx)
+	cluster, err := e.clusterID(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +137,14 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 		Node: e.node, Cluster: cluster, Via: "etcd", ViaReason: "the only way that this agent has",
 		Created: timestamppb.New(began), Expires: timestamppb.New(began.Add(e.planTTL)),
 	}}
-	if err := r.plan(ctx, p, req.Parameters); err != nil {
+	err = r.plan(ctx, p, req.Parameters)
+	if p.around != nil {
+		if err != nil {
+			cancel()
+		}
+		_ = p.around.group.Wait() // its error is fights' to judge
+	}
+	if err != nil {
 		return nil, err
 	}
 	if p.stale != "" {
@@ -160,6 +169,24 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	}
 	e.keep(&prepared{plan: p.plan, steps: p.steps, took: time.Since(began)})
 	return proto.CloneOf(p.plan), nil
+}
+
+// clusterID asks etcd which cluster it is, at most every 10 s: the same address
+// only becomes another cluster when somebody restores one.
+func (e *Engine) clusterID(ctx context.Context) (string, error) {
+	e.mu.Lock()
+	id, fresh := e.cluster, time.Since(e.asked) < 10*time.Second
+	e.mu.Unlock()
+	if fresh {
+		return id, nil
+	}
+	id, err := e.etcd.ClusterID(ctx)
+	if err == nil {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.cluster, e.asked = id, time.Now()
+	}
+	return id, err
 }
 
 // hourly refuses what would take a person over the hourly cap.

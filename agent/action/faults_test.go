@@ -345,7 +345,7 @@ func TestKillBulk(t *testing.T) {
 		}
 		l.engine.journal.Close()
 		l.dir = filepath.Join(t.TempDir(), "state")
-		if !l.child(t, "delete", `{"target":"cm","namespace":"telemetry","selector":"app=runaway"}`, 200+round*301) {
+		if !l.child(t, "delete", `{"target":"cm","namespace":"telemetry","selector":"app=runaway"}`, 60+round*90) {
 			t.Fatal("was not killed")
 		}
 		if result := l.settleAndCheck(t, before); result != resultPartial {

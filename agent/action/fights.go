@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	autoscalingv2 "k8s.io/api/autoscaling/v2"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	policyv1 "k8s.io/api/policy/v1"
@@ -55,9 +56,63 @@ var gitOps = map[string]string{
 	"app.kubernetes.io/managed-by=configsync": "Config Sync",
 }
 
+// surroundings is what fights has to know beside the object itself. It is read
+// while the object is, since every round trip counts when etcd is slow.
+type surroundings struct {
+	group       errgroup.Group
+	autoscalers []*autoscalingv2.HorizontalPodAutoscaler
+	budgets     []*policyv1.PodDisruptionBudget
+}
+
+// lookAround starts reading the surroundings of an object of the kind that is
+// to be scaled to that many replicas, or deleted (0).
+func (p *planner) lookAround(ctx context.Context, kind *storage.Kind, namespace string, to int64) *surroundings {
+	around := &surroundings{}
+	p.around = around
+	if kind.Namespaced && validNamespace(namespace) {
+		if p.plan.Action == scaleName && kind.Fields[storage.Replicas].Type != 0 || kind.Custom {
+			around.group.Go(func() (err error) {
+				around.autoscalers, err = listTyped[autoscalingv2.HorizontalPodAutoscaler](ctx, p, "horizontalpodautoscalers.autoscaling", namespace)
+				return err
+			})
+		}
+		if to == 0 {
+			around.group.Go(func() (err error) {
+				around.budgets, err = listTyped[policyv1.PodDisruptionBudget](ctx, p, "poddisruptionbudgets.policy", namespace)
+				return err
+			})
+		}
+	}
+	around.group.Go(func() error { return p.controllersAlive(ctx, kind) })
+	return around
+}
+
+// listTyped reads all objects of a kind in a namespace; one that cannot be read
+// is a warning.
+func listTyped[T any](ctx context.Context, p *planner, kindName, namespace string) ([]*T, error) {
+	kind, err := p.engine.resolve(ctx, kindName)
+	if err != nil {
+		return nil, err
+	}
+	var out []*T
+	_, err = p.walk(ctx, kind, namespace, func(o *object, problem error) error {
+		v := new(T)
+		if problem == nil {
+			problem = typed(o, v)
+		}
+		if problem != nil {
+			p.warn("%s could not be read: whether it matters here is not known", o.title())
+			return nil
+		}
+		out = append(out, v)
+		return nil
+	})
+	return out, err
+}
+
 // fights names what would work against the change of an object, and whether
 // those who have to carry it out seem alive.
-func (p *planner) fights(ctx context.Context, o *object, to int64) error {
+func (p *planner) fights(o *object, to int64, around *surroundings) error {
 	if owner := controllerOf(o); owner != "" && p.plan.Action == scaleName {
 		p.warn("%s owns it and may put it back: change the owner instead", owner)
 	}
@@ -68,32 +123,33 @@ func (p *planner) fights(ctx context.Context, o *object, to int64) error {
 			}
 		}
 	}
-	slices.Sort(p.plan.Warnings)
 	if p.plan.Action == scaleName {
 		for _, m := range o.Meta.ManagedFields {
-			if m.Subresource == "scale" || m.FieldsV1 == nil || strings.HasPrefix(m.Manager, "kubectl") {
+			if m.Subresource != "" || m.FieldsV1 == nil || strings.HasPrefix(m.Manager, "kubectl") || m.Manager == "kube-controller-manager" {
 				continue
 			}
-			if strings.Contains(m.FieldsV1.GetRawString(), `"f:replicas":{}`) && m.Manager != "kube-controller-manager" && m.Subresource == "" {
+			if strings.Contains(m.FieldsV1.GetRawString(), `"f:replicas":{}`) {
 				p.warn("field manager %s set its replicas and may set them again", m.Manager)
 			}
 		}
-		if err := p.autoscalers(ctx, o, to); err != nil {
-			return err
-		}
-	}
-	if len(o.Meta.Finalizers) > 0 && p.plan.Action == deleteName {
-		p.warn("finalizers do not run: %s", strings.Join(o.Meta.Finalizers, ", "))
 	}
 	if o.Meta.DeletionTimestamp != nil {
 		p.warn("it is being deleted since %s", o.Meta.DeletionTimestamp.UTC().Format(time.RFC3339))
 	}
-	if p.plan.Action == deleteName || to == 0 {
-		if err := p.budgets(ctx, o); err != nil {
-			return err
+	if err := around.group.Wait(); err != nil {
+		return err
+	}
+	for _, hpa := range around.autoscalers {
+		p.autoscaler(o, to, hpa)
+	}
+	pods := podLabels(o)
+	for _, pdb := range around.budgets {
+		if s, err := metav1.LabelSelectorAsSelector(pdb.Spec.Selector); err == nil && !s.Empty() && len(pods) > 0 && s.Matches(pods) {
+			p.warn("PodDisruptionBudget %s is bypassed", pdb.Name)
 		}
 	}
-	return p.controllersAlive(ctx, o.kind)
+	slices.Sort(p.plan.Warnings)
+	return nil
 }
 
 func merged(a, b map[string]string) map[string]string {
@@ -106,83 +162,47 @@ func merged(a, b map[string]string) map[string]string {
 	return out
 }
 
-func (p *planner) autoscalers(ctx context.Context, o *object, to int64) error {
-	if o.namespace == "" {
-		return nil
+// autoscaler warns of a HorizontalPodAutoscaler whose target the object is.
+func (p *planner) autoscaler(o *object, to int64, hpa *autoscalingv2.HorizontalPodAutoscaler) {
+	ref := hpa.Spec.ScaleTargetRef
+	group, _, grouped := strings.Cut(ref.APIVersion, "/")
+	if !grouped {
+		group = ""
 	}
-	kind, err := p.engine.resolve(ctx, "horizontalpodautoscalers.autoscaling")
-	if err != nil {
-		return err
+	if ref.Kind != o.kind.Kind || ref.Name != o.name || group != o.kind.Group {
+		return
 	}
-	_, err = p.walk(ctx, kind, o.namespace, func(h *object, problem error) error {
-		var hpa autoscalingv2.HorizontalPodAutoscaler
-		if problem == nil {
-			problem = typed(h, &hpa)
-		}
-		if problem != nil {
-			p.warn("%s could not be read: it may put the replicas back", h.title())
-			return nil
-		}
-		ref := hpa.Spec.ScaleTargetRef
-		group, _, _ := strings.Cut(ref.APIVersion, "/")
-		if !strings.Contains(ref.APIVersion, "/") {
-			group = ""
-		}
-		if ref.Kind != o.kind.Kind || ref.Name != o.name || group != o.kind.Group {
-			return nil
-		}
-		least := int32(1)
-		if hpa.Spec.MinReplicas != nil {
-			least = *hpa.Spec.MinReplicas
-		}
-		most := hpa.Spec.MaxReplicas
-		switch {
-		case to == 0:
-			p.warn("HorizontalPodAutoscaler %s (%d to %d) rests while replicas is 0, and takes over again after", h.name, least, most)
-		case to < int64(least) || to > int64(most):
-			p.warn("HorizontalPodAutoscaler %s (%d to %d) will put the replicas back within its bounds", h.name, least, most)
-		default:
-			p.warn("HorizontalPodAutoscaler %s (%d to %d) goes on deciding the replicas", h.name, least, most)
-		}
-		return nil
-	})
-	return err
+	least := int32(1)
+	if hpa.Spec.MinReplicas != nil {
+		least = *hpa.Spec.MinReplicas
+	}
+	most := hpa.Spec.MaxReplicas
+	switch {
+	case to == 0:
+		p.warn("HorizontalPodAutoscaler %s (%d to %d) rests while replicas is 0, and takes over again after", hpa.Name, least, most)
+	case to < int64(least) || to > int64(most):
+		p.warn("HorizontalPodAutoscaler %s (%d to %d) will put the replicas back within its bounds", hpa.Name, least, most)
+	default:
+		p.warn("HorizontalPodAutoscaler %s (%d to %d) goes on deciding the replicas", hpa.Name, least, most)
+	}
 }
 
-// budgets names the disruption budgets that the change goes around.
-func (p *planner) budgets(ctx context.Context, o *object) error {
-	if o.namespace == "" {
+// podLabels returns the labels of a pod, or of the pods that a workload makes.
+func podLabels(o *object) labels.Set {
+	if o.kind.Kind == "Pod" {
+		return o.Meta.Labels
+	}
+	var w struct {
+		Spec struct {
+			Template struct {
+				Metadata metav1.ObjectMeta `json:"metadata"`
+			} `json:"template"`
+		} `json:"spec"`
+	}
+	if typed(o, &w) != nil {
 		return nil
 	}
-	pods := labels.Set(o.Meta.Labels)
-	if o.kind.Kind != "Pod" {
-		var w struct {
-			Spec struct {
-				Template struct {
-					Metadata metav1.ObjectMeta `json:"metadata"`
-				} `json:"template"`
-			} `json:"spec"`
-		}
-		if err := typed(o, &w); err != nil || len(w.Spec.Template.Metadata.Labels) == 0 {
-			return nil // not a workload
-		}
-		pods = w.Spec.Template.Metadata.Labels
-	}
-	kind, err := p.engine.resolve(ctx, "poddisruptionbudgets.policy")
-	if err != nil {
-		return err
-	}
-	_, err = p.walk(ctx, kind, o.namespace, func(b *object, problem error) error {
-		var pdb policyv1.PodDisruptionBudget
-		if problem != nil || typed(b, &pdb) != nil {
-			return nil
-		}
-		if s, err := metav1.LabelSelectorAsSelector(pdb.Spec.Selector); err == nil && !s.Empty() && s.Matches(pods) {
-			p.warn("PodDisruptionBudget %s is bypassed", b.name)
-		}
-		return nil
-	})
-	return err
+	return w.Spec.Template.Metadata.Labels
 }
 
 // controllersAlive looks at the lease that kube-controller-manager renews every

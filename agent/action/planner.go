@@ -10,6 +10,7 @@ import (
 	"time"
 
 	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
@@ -84,8 +85,13 @@ func (o *object) subjects() ([]rbacv1.Subject, error) {
 type planner struct {
 	engine *Engine
 	who    trust.Identity
-	plan   *halliganv1.Plan
-	steps  []*step
+	// mu guards plan's warnings and revision, and stale, while fights looks
+	// several ways at once.
+	mu    sync.Mutex
+	plan  *halliganv1.Plan
+	steps []*step
+	// around is being read; the plan is not made before it is.
+	around *surroundings
 	// stale is set when something was read without a quorum: why.
 	stale string
 	// expired counts objects whose lease ran out.
@@ -94,6 +100,8 @@ type planner struct {
 
 func (p *planner) summary(format string, args ...any) { p.plan.Summary = fmt.Sprintf(format, args...) }
 func (p *planner) warn(format string, args ...any) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if w := fmt.Sprintf(format, args...); !slices.Contains(p.plan.Warnings, w) {
 		p.plan.Warnings = append(p.plan.Warnings, w)
 	}
@@ -103,6 +111,8 @@ func (p *planner) bypass(what ...string) { p.plan.Bypassed = append(p.plan.Bypas
 
 // see notes from which view of etcd the plan is made.
 func (p *planner) see(v etcd.View) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.plan.Revision = max(p.plan.Revision, v.Revision)
 	if v.Stale != "" {
 		p.stale = v.Stale
@@ -215,11 +225,13 @@ func scope(kind *storage.Kind, namespace string, all bool) error {
 		return fault.New(fault.Usage, "leave -n out", "%s are not in namespaces", kind.Resource())
 	case namespace != "" && all:
 		return fault.New(fault.Usage, "give one of them", "-n and -A exclude each other")
-	case strings.ContainsAny(namespace, "/\x00") || strings.ContainsFunc(namespace, func(r rune) bool { return r < ' ' || r == 0x7f }):
+	case namespace != "" && !validNamespace(namespace):
 		return fault.New(fault.Usage, "give a namespace's name", "namespace %.100q cannot exist", namespace)
 	}
 	return nil
 }
+
+func validNamespace(name string) bool { return len(validation.IsDNS1123Label(name)) == 0 }
 
 // kindOfKey is the way back from a key.
 func (p *planner) kindOfKey(ctx context.Context, key string) (*storage.Kind, string, string, error) {

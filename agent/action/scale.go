@@ -63,6 +63,7 @@ func planScale(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	if err := p.allow(kind, par.Namespace, name); err != nil {
 		return err
 	}
+	around := p.lookAround(ctx, kind, par.Namespace, *par.To)
 	obj, err := p.load(ctx, kind, par.Namespace, name)
 	if err != nil {
 		return err
@@ -81,7 +82,7 @@ func planScale(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	p.summary("scale %s to %d (%s)", obj.title(), *par.To, what)
 	p.needs(needsOf(kind))
 	p.bypass(bypassUpdate...)
-	return p.fights(ctx, obj, *par.To)
+	return p.fights(obj, *par.To, around)
 }
 
 // scaleEdits says what scaling means for the kind.

@@ -2,8 +2,8 @@
 // of every object before it is changed, what was written, and the outcome. It is
 // what undo works from and what tells, after a crash, what was under way.
 //
-// The order of calls is the order of safety: Begin writes the intent; Image
-// returns when the intent and that object's bytes are on disk, and only then may
+// The order of calls is the order of safety: Begin writes the intent; Images
+// returns when the intent and those objects' bytes are on disk, and only then may
 // the object be written; Wrote notes a write; Finish makes the outcome durable.
 // Whatever lies between an image and the end of a file without an outcome may or
 // may not have happened, and only etcd can tell: see Unfinished.
@@ -300,6 +300,8 @@ type Action struct {
 	j     *Journal
 	entry *Entry
 	file  *os.File
+	// reserved: blocks beyond the end of the file are set aside.
+	reserved bool
 
 	mu      sync.Mutex // guards all below
 	written int64      // bytes appended
@@ -312,7 +314,7 @@ type Action struct {
 
 // Begin starts the record of a plan, with room for the values of its objects
 // set aside so that it can be brought to its end. It is durable with the first
-// Image. Any error is fault.AuditUnavailable and leaves nothing behind.
+// Images. Any error is fault.AuditUnavailable and leaves nothing behind.
 func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err error) {
 	if !validID.MatchString(plan.Id) {
 		return nil, fmt.Errorf("action id %q is malformed", plan.Id)
@@ -343,8 +345,11 @@ func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err
 	}()
 	// Blocks set aside now cannot run out later. Where the file system cannot
 	// do it, the check above has to be enough.
-	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, reserve); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
-		return nil, unavailable("setting room aside for the record", err)
+	// What a small one needs is within the headroom that the check leaves.
+	if a.reserved = reserve > headroom/16; a.reserved {
+		if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, reserve); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+			return nil, unavailable("setting room aside for the record", err)
+		}
 	}
 	if err := a.append(line{Intent: intent}); err != nil {
 		return nil, err
@@ -357,24 +362,22 @@ func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err
 	return a, nil
 }
 
-// Image makes the intent and this image durable. Only after it returned nil may
-// the object be written.
-func (a *Action) Image(img Image) error {
-	if img.Value != nil {
-		sum := sha256.Sum256(img.Value)
-		img.ValueSHA256 = sum[:]
-	}
-	if err := a.append(line{Image: &img}); err != nil {
-		return err
+// Images makes the intent and these images durable. Only after it returned nil
+// may the objects be written.
+func (a *Action) Images(images ...Image) error {
+	for _, img := range images {
+		if img.Value != nil {
+			sum := sha256.Sum256(img.Value)
+			img.ValueSHA256 = sum[:]
+		}
+		if err := a.append(line{Image: &img}); err != nil {
+			return err
+		}
 	}
 	return a.sync()
 }
 
-// Sync makes durable what was recorded so far. Actions without objects need it
-// before their effect.
-func (a *Action) Sync() error { return a.sync() }
-
-// Wrote notes what became of an object. It is durable with the next Image or
+// Wrote notes what became of an object. It is durable with the next Images or
 // with Finish; lost to a crash, it is found out again from etcd.
 func (a *Action) Wrote(n Note) error {
 	if err := a.append(line{Note: &n}); err != nil {
@@ -402,9 +405,10 @@ func (a *Action) finish(result, problem string, settled bool) error {
 	if err == nil {
 		err = a.sync()
 	}
-	// Give back what was set aside and not used.
-	if cerr := a.file.Truncate(a.written); err == nil && cerr != nil {
-		err = unavailable("closing the record", cerr)
+	if a.reserved { // give back what was not used
+		if cerr := a.file.Truncate(a.written); err == nil && cerr != nil {
+			err = unavailable("closing the record", cerr)
+		}
 	}
 	a.file.Close()
 	a.j.mu.Lock()
@@ -474,10 +478,13 @@ func (a *Action) sync() error {
 		a.syncing = true
 		target, named := a.written, a.named
 		a.mu.Unlock()
-		err := unix.Fdatasync(int(a.file.Fd()))
-		if err == nil && !named {
-			err = durable.SyncDir(a.j.dir)
+		name := make(chan error, 1)
+		if named {
+			name <- nil
+		} else { // both at once: they end in the same commit of the file system
+			go func() { name <- durable.SyncDir(a.j.dir) }()
 		}
+		err := errors.Join(unix.Fdatasync(int(a.file.Fd())), <-name)
 		a.mu.Lock()
 		a.syncing = false
 		if err != nil {

@@ -1,0 +1,54 @@
+package etcd
+
+import (
+	"context"
+	"fmt"
+	"math"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/peer"
+
+	"github.com/halligan-io/halligan/internal/fault"
+)
+
+// MaxMany is the largest number of keys that one GetMany takes: etcd's default
+// limit of operations in a transaction (server/embed/config.go,
+// DefaultMaxTxnOps).
+const MaxMany = 128
+
+// GetMany reads keys by name, all at one revision, in one round trip. Keys that
+// do not exist are missing from the answer. It is for preparing writes, so it is
+// always linearizable: without a leader it is fault.NoQuorum within
+// RequestTimeout. The caller bounds the sum of the values.
+func (c *Client) GetMany(ctx context.Context, keys []string) (map[string]KV, View, error) {
+	if len(keys) == 0 || len(keys) > MaxMany {
+		return nil, View{}, fault.New(fault.Usage, "", "reading etcd: %d keys at once", len(keys))
+	}
+	what := fmt.Sprintf("reading %d keys", len(keys))
+	req := &pb.TxnRequest{}
+	for _, k := range keys {
+		req.Success = append(req.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: []byte(k)}}})
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.RequestTimeout)
+	defer cancel()
+	for try := 0; ; try++ {
+		actx, acancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), c.attempt)
+		var p peer.Peer
+		resp, err := c.kv.Txn(actx, req, opts(&p, math.MaxInt32)...)
+		acancel()
+		if err == nil {
+			out := make(map[string]KV, len(keys))
+			for _, r := range resp.Responses {
+				for _, kv := range r.GetResponseRange().GetKvs() {
+					out[string(kv.Key)] = fromWire(kv)
+				}
+			}
+			return out, View{Revision: resp.Header.Revision}, nil
+		}
+		// A read is repeated freely.
+		if judge(err, p.Addr != nil) == rejected || !pause(ctx, try) {
+			return nil, View{}, c.explain(ctx, what, err, p.Addr != nil)
+		}
+	}
+}
