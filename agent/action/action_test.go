@@ -480,6 +480,21 @@ func TestUnreadableValues(t *testing.T) {
 	if l.records() != 0 {
 		t.Error("an unreadable value left a record")
 	}
+	// What breaks every LIST can be removed, with its bytes kept; the way back
+	// would break them again.
+	l.putRaw(key, cbor)
+	r := l.do(resultApplied, "delete", map[string]any{"target": "ds/collector", "namespace": "telemetry"})
+	if l.value(key) != nil {
+		t.Error("the unreadable value is still there")
+	}
+	record, err := l.engine.journal.Read(r.Action)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if kept, err := l.engine.journal.Value(r.Action, record.Images[0]); err != nil || !bytes.Equal(kept, cbor) {
+		t.Errorf("kept %q, %v", kept, err)
+	}
+	l.refuses(fault.Refused, "break every LIST", "undo", map[string]any{"action": r.Action})
 }
 
 func TestCapsAndLocalPolicy(t *testing.T) {

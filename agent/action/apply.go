@@ -463,6 +463,10 @@ func (a *application) compute(ctx context.Context, s *step, kv etcd.KV, now int6
 		image.AfterSHA256 = sum256(value)
 		return write, image, nil
 	}
+	if s.blind {
+		image.Delete = true
+		return write, image, nil
+	}
 	e := a.engine
 	plain, err := e.encryption.Open(ctx, s.kind, s.key, kv.Value)
 	if err != nil {

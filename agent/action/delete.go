@@ -52,6 +52,12 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		}
 		around := p.lookAround(ctx, kind, par.Namespace, 0)
 		obj, err := p.load(ctx, kind, par.Namespace, name)
+		if obj != nil && (fault.Is(err, fault.Undecodable) || fault.Is(err, fault.Encrypted)) {
+			p.summary("delete %s, which cannot be read", obj.title())
+			p.removeBlind(obj, err)
+			p.bypass(bypassDelete...)
+			return nil
+		}
 		if err != nil {
 			return err
 		}

@@ -40,6 +40,9 @@ type step struct {
 	// since is a revision at which the write had not happened.
 	since int64
 	lease int64
+	// blind: the value cannot be read, so that only its revision says which
+	// object it is. Such an object can be deleted, nothing else.
+	blind bool
 	// size of the stored value in bytes, for the room that the record needs.
 	size int
 	// edits or revert say how an update is computed from the value.
@@ -273,6 +276,15 @@ func (p *planner) addUpdate(o *object, s *step) {
 		fields = append(fields, &halliganv1.FieldChange{Path: c.Path, Before: string(c.Before), After: string(c.After)})
 	}
 	p.add(s, fields)
+}
+
+// removeBlind plans the deletion of an object whose value cannot be read, which
+// is what makes every LIST of its kind fail.
+func (p *planner) removeBlind(o *object, problem error) {
+	s := &step{kind: o.kind, namespace: o.namespace, name: o.name, key: o.key, op: opDelete, revision: o.revision, size: o.size, blind: true}
+	planned := p.add(s, nil)
+	planned.Warnings = append(planned.Warnings, "its value cannot be read ("+fault.Of(problem).Message+"): only its revision says which object it is, "+
+		"and undo will not put it back; the bytes stay in the record")
 }
 
 // remove plans the deletion of one object.

@@ -144,6 +144,10 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 
 // restore plans to store a deleted object again.
 func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, name string, entry journal.Entry, ref journal.ImageRef, view etcd.View) error {
+	if ref.UID == "" {
+		return fault.New(fault.Refused, "its bytes are in the record of "+entry.ID+" on this node", "%s/%s could not be read: put back, it would break every LIST of its kind again",
+			kind.Resource(), name)
+	}
 	s := &step{kind: kind, namespace: namespace, name: name, key: ref.Key, uid: ref.UID, op: opCreate, size: ref.Size, since: view.Revision,
 		image: &imageOf{action: entry.ID, ref: ref}}
 	if ref.Lease != 0 {

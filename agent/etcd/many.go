@@ -32,7 +32,7 @@ func (c *Client) GetMany(ctx context.Context, keys []string) (map[string]KV, Vie
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.RequestTimeout)
 	defer cancel()
-	for try := 0; ; try++ {
+	for try, lost := 0, 0; ; try++ {
 		actx, acancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), c.attempt)
 		var p peer.Peer
 		resp, err := c.kv.Txn(actx, req, opts(&p, math.MaxInt32)...)
@@ -46,8 +46,12 @@ func (c *Client) GetMany(ctx context.Context, keys []string) (map[string]KV, Vie
 			}
 			return out, View{Revision: resp.Header.Revision}, nil
 		}
-		// A read is repeated freely.
-		if judge(err, p.Addr != nil) == rejected || !pause(ctx, try) {
+		// A read is repeated freely, but not for long where nobody answers.
+		v := judge(err, p.Addr != nil)
+		if v == unsent {
+			lost++
+		}
+		if v == rejected || lost > 3 || !pause(ctx, try) {
 			return nil, View{}, c.explain(ctx, what, err, p.Addr != nil)
 		}
 	}
