@@ -119,11 +119,14 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	}
 	ctx, cancel := bounded(ctx)
 	defer cancel()
-	var g errgroup.Group
+	// One after the other: a new member asks the others whether it is new, and
+	// waits a second for each that listens already and does not serve yet.
 	for i := range o.Members {
-		g.Go(func() error { return c.start(i) })
+		if err = c.start(i); err != nil {
+			break
+		}
 	}
-	if err = g.Wait(); err == nil {
+	if err == nil {
 		err = c.ready(ctx)
 	}
 	if err != nil {
