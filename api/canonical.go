@@ -86,7 +86,8 @@ func appendObject(b []byte, members []member) ([]byte, error) {
 // compareKeys orders by UTF-16 code units (RFC 8785, section 3.2.3), which
 // differs from the order of bytes above U+D7FF only.
 func compareKeys(x, y string) int {
-	if !strings.ContainsFunc(x+y, func(r rune) bool { return r > 0xD7FF }) {
+	high := func(r rune) bool { return r > 0xD7FF }
+	if !strings.ContainsFunc(x, high) || !strings.ContainsFunc(y, high) {
 		return cmp.Compare(x, y)
 	}
 	return slices.Compare(utf16.Encode([]rune(x)), utf16.Encode([]rune(y)))

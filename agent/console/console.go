@@ -56,9 +56,11 @@ const (
 	maxConnections = 32
 	maxStrangers   = 4 // connections of peers that are only told "no"
 	maxStreams     = 16
-	// maxMessage bounds a message in bytes; a plan for 10,000 objects has
-	// about 4 MiB, a stored object at most etcd's 1.5 MiB.
+	// maxMessage bounds an answer in bytes; a plan for 10,000 objects has about
+	// 4 MiB, a stored object at most etcd's 1.5 MiB. A request is a few words.
 	maxMessage       = 16 << 20
+	maxRequest       = 1 << 20
+	maxHeaders       = 32 << 10
 	handshakeTimeout = 5 * time.Second
 	// shutdownGrace is how long calls may take to end after the agent was told
 	// to stop, before their connections are closed.
@@ -81,7 +83,8 @@ func Serve(ctx context.Context, socket string, e Engine, log zerolog.Logger) err
 		grpc.UnaryInterceptor(door.unary),
 		grpc.StreamInterceptor(door.stream),
 		grpc.MaxConcurrentStreams(maxStreams),
-		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxSendMsgSize(maxMessage),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		// A peer that was stopped or hangs gives its slot back.

@@ -212,7 +212,7 @@ func (a *app) scan(args []string) {
 func (a *app) root(actions []*halliganv1.Action) *cobra.Command {
 	root := &cobra.Command{
 		Use: "halligan", Short: "Break-glass access to Kubernetes control planes", Long: about,
-		SilenceErrors: true, SilenceUsage: true, Args: cobra.ArbitraryArgs,
+		SilenceErrors: true, SilenceUsage: true, Args: cobra.ArbitraryArgs, Version: version.String(),
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			if a.timeout < 0 {
 				return usage(cmd, "--timeout must not be negative")
