@@ -1,17 +1,60 @@
+# make demo and make test are all that a newcomer needs; make help lists the rest.
 SHELL := /bin/bash
 GO ?= go
 BIN := $(CURDIR)/bin
 TOOLS := $(CURDIR)/internal/tools/bin
+# Tests and benchmarks look at etcd with etcdctl, as the independent eye.
+export HALLIGAN_ETCDCTL := $(TOOLS)/etcdctl
+# -buildvcs=false: a clone owned by somebody else builds all the same.
+BUILD := $(GO) build -trimpath -buildvcs=false
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .PHONY: build
-build:
+build: ## build every binary into bin/
 	@mkdir -p $(BIN)
-	$(GO) build -trimpath -o $(BIN)/ ./cmd/...
+	$(BUILD) -o $(BIN)/ ./cmd/...
 
-$(TOOLS)/%: internal/tools/go.mod internal/tools/go.sum
-	@mkdir -p $(TOOLS)
-	cd internal/tools && $(GO) build -trimpath -o $(TOOLS)/ $$($(GO) list -f '{{.ImportPath}}' tool | grep -E '/$*(/v[0-9]+)?$$')
+.PHONY: demo
+demo: build ## stage an outage without an API server, and heal it through etcd
+	$(BIN)/halligan-lab demo
+
+.PHONY: test
+test: build $(TOOLS)/etcdctl ## run all tests
+	$(GO) test -buildvcs=false -timeout 15m ./...
+
+.PHONY: race
+race: $(TOOLS)/etcdctl ## run the tests of concurrent code under the race detector
+	$(GO) test -buildvcs=false -race -short -timeout 20m ./agent/action ./agent/console ./agent/etcd ./agent/journal ./internal/...
+
+.PHONY: bench
+bench: build $(TOOLS)/etcdctl ## measure beside the raw references, as ratios
+	$(GO) test -buildvcs=false -run '^$$' -bench . -benchtime 1x -timeout 30m ./agent/action ./cmd/internal/lab
+
+.PHONY: lint
+lint: $(TOOLS)/staticcheck ## gofmt, go vet and staticcheck
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(TOOLS)/staticcheck ./...
+
+.PHONY: fuzz
+fuzz: ## run every fuzzer for 20 s
+	@set -e; for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz' || true); do \
+		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime 20s -fuzzminimizetime 1x $$p; done; done
 
 .PHONY: generate
-generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## write generated code and the snapshot of actions anew
 	cd api && PATH=$(TOOLS):$$PATH buf lint && PATH=$(TOOLS):$$PATH buf generate
+	$(GO) test ./agent/action -run '^TestSnapshot$$' -update
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf $(BIN) $(TOOLS)
+
+# Tools have a module of their own, so that none of it reaches the product's.
+$(TOOLS)/%: internal/tools/go.mod internal/tools/go.sum
+	@mkdir -p $(TOOLS)
+	cd internal/tools && $(BUILD) -o $(TOOLS)/ $$($(GO) list -f '{{.ImportPath}}' tool | grep -E '/$*(/v[0-9]+)?$$')
+	@touch $@
