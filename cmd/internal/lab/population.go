@@ -98,7 +98,8 @@ type people struct {
 	going bool
 	n     int
 	nodes []string
-	pods  int // pods so far; gives them their addresses
+	// Pods and services so far; they give them their addresses.
+	pods, services int
 }
 
 func (p *people) put(group, kind string, obj object) {
@@ -180,7 +181,7 @@ func (p *people) node(name string, control bool) {
 		"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64",
 		"topology.kubernetes.io/zone": "zone-" + string(rune('a'+i%3)),
 	}
-	spec := corev1.NodeSpec{PodCIDR: fmt.Sprintf("10.%d.%d.0/24", 244+i/256, i%256), ProviderID: "lab://" + name}
+	spec := corev1.NodeSpec{PodCIDR: fmt.Sprintf("10.%d.%d.0/24", 224+i/256%32, i%256), ProviderID: "lab://" + name}
 	spec.PodCIDRs = []string{spec.PodCIDR}
 	if control {
 		labels["node-role.kubernetes.io/control-plane"] = ""
@@ -196,6 +197,10 @@ func (p *people) node(name string, control bool) {
 	p.put("coordination.k8s.io", "Lease", &coordinationv1.Lease{ObjectMeta: p.meta("Lease", "kube-node-lease", name, "kubelet", nil),
 		Spec: coordinationv1.LeaseSpec{HolderIdentity: &name, LeaseDurationSeconds: new(int32(40)), RenewTime: &metav1.MicroTime{Time: born}}})
 	p.put("storage.k8s.io", "CSINode", &storagev1.CSINode{ObjectMeta: p.meta("CSINode", "", name, "kubelet", nil)})
+}
+
+func (p *people) podIP(i int) string {
+	return fmt.Sprintf("10.%d.%d.%d", 128+i/(250*250)%96, i/250%250, i%250+1)
 }
 
 func (p *people) nodeIP(i int) string { return fmt.Sprintf("172.20.%d.%d", i/250, i%250+1) }
@@ -246,7 +251,7 @@ func (p *people) pod(namespace, name, ownerAPI, ownerKind, owner string, t corev
 	spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: token, ReadOnly: true, MountPath: "/var/run/secrets/kubernetes.io/serviceaccount"}}
 	spec.Tolerations = append(spec.Tolerations, corev1.Toleration{Key: "node.kubernetes.io/not-ready", Operator: corev1.TolerationOpExists, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: new(int64(300))})
 	p.pods++
-	ip := fmt.Sprintf("10.%d.%d.%d", 128+p.pods/(250*250), p.pods/250%250, p.pods%250+1)
+	ip := p.podIP(p.pods)
 	if spec.HostNetwork {
 		ip = p.nodeIP(node)
 	}
@@ -337,11 +342,12 @@ func (p *people) statefulSet(namespace, app, image string, replicas int32) {
 // service is a Service with its endpoints in both forms.
 func (p *people) service(namespace, app string) {
 	labels := labelled(app)
-	ip := fmt.Sprintf("10.96.%d.%d", p.n/250%250, p.n%250+1)
+	p.services++
+	ip := fmt.Sprintf("10.%d.%d.%d", 96+p.services/(250*250)%16, p.services/250%250, p.services%250+1)
 	p.put("", "Service", &corev1.Service{ObjectMeta: p.meta("Service", namespace, app, "kubectl-client-side-apply", labels), Spec: corev1.ServiceSpec{
 		Type: corev1.ServiceTypeClusterIP, ClusterIP: ip, ClusterIPs: []string{ip}, Selector: labels, SessionAffinity: corev1.ServiceAffinityNone,
 		Ports: []corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromInt32(8080), Protocol: corev1.ProtocolTCP}}}})
-	address := fmt.Sprintf("10.128.%d.%d", p.n/250%250, p.n%250+1)
+	address := p.podIP(p.pods + 1) // of the pod that comes next
 	//lint:ignore SA1019 every cluster of today still holds them
 	p.put("", "Endpoints", &corev1.Endpoints{ObjectMeta: p.meta("Endpoints", namespace, app, "kube-controller-manager", labels),
 		//lint:ignore SA1019 as above
