@@ -93,5 +93,5 @@ func unreachable(socket string, err error) error {
 	case errors.Is(err, os.ErrPermission):
 		return fault.New(fault.Unreachable, "become root, for example with sudo", "the socket %s is for root only", socket)
 	}
-	return fault.New(fault.Unreachable, "name the agent's socket with --socket or HALLIGAN_SOCKET", "cannot reach an agent at %s: %w", socket, err)
+	return fault.New(fault.Unreachable, "name the agent's socket with --socket or HALLIGAN_SOCKET", "cannot reach an agent at %q: %w", socket, err)
 }

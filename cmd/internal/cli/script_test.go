@@ -36,7 +36,7 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
-	testscript.Main(m, map[string]func(){"halligan": func() { os.Exit(process(time.Second)) }})
+	testscript.Main(m, map[string]func(){"halligan": func() { os.Exit(process(2 * time.Second)) }})
 }
 
 // TestScripts runs the real command against a real console, behind which an
