@@ -33,6 +33,8 @@ func command() *cobra.Command {
 		Short:         "A whole control plane on loopback, for demonstrations and tests",
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		Args:          noArgs,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.AddCommand(up(), demo())
@@ -92,7 +94,7 @@ func flags(c *cobra.Command, o *lab.Options) {
 
 func noArgs(_ *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return fault.New(fault.Usage, "see halligan-lab --help", "%q is one word too many", args[0])
+		return fault.New(fault.Usage, "see halligan-lab --help", "%q is not understood here", args[0])
 	}
 	return nil
 }
