@@ -2,7 +2,7 @@ package action
 
 import (
 	"context"
-	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/structpb"
@@ -68,16 +68,31 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 			applied[n.Index] = n.Revision
 		}
 	}
-	// In reverse, so that what was taken away last comes back first.
-	for i := len(record.Images) - 1; i >= 0; i-- {
-		ref := record.Images[i]
-		revision, ok := applied[ref.Index]
-		if !ok {
-			continue
+	// In reverse, so that what was taken away last comes back first. The last
+	// image of an object that was tried twice is the one that was written.
+	var written []journal.ImageRef
+	seen := map[int]bool{}
+	for _, ref := range slices.Backward(record.Images) {
+		if _, ok := applied[ref.Index]; ok && !seen[ref.Index] {
+			seen[ref.Index] = true
+			written = append(written, ref)
 		}
-		delete(applied, ref.Index) // the last image is the one that was written
-		if err := p.undoOne(ctx, entry, record.Plan.Objects[ref.Index], ref, revision); err != nil {
+	}
+	for chunk := range slices.Chunk(written, chunkObjects) {
+		keys := make([]string, len(chunk))
+		for i, ref := range chunk {
+			keys[i] = ref.Key
+		}
+		now, view, err := p.engine.etcd.GetMany(ctx, keys)
+		if err != nil {
 			return err
+		}
+		p.see(view)
+		for _, ref := range chunk {
+			kv, found := now[ref.Key]
+			if err := p.undoOne(ctx, entry, record.Plan.Objects[ref.Index], ref, applied[ref.Index], kv, found); err != nil {
+				return err
+			}
 		}
 	}
 	if len(p.steps) == 0 {
@@ -90,7 +105,7 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 }
 
 // undoOne plans the reversal of one object's change.
-func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *halliganv1.PlannedObject, ref journal.ImageRef, wrote int64) error {
+func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *halliganv1.PlannedObject, ref journal.ImageRef, wrote int64, kv etcd.KV, found bool) error {
 	kind, namespace, name, err := p.kindOfKey(ctx, ref.Key)
 	if err != nil {
 		return err
@@ -103,52 +118,49 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 				"putting back %s/%s adds authority: only who took it away may, within 24 h", kind.Resource(), name)
 		}
 	}
-	kv, found, view, err := p.engine.etcd.Get(ctx, ref.Key)
-	if err != nil {
-		return err
-	}
-	p.see(view)
 	changedSince := func(how string) error {
 		return fault.New(fault.Stale, "look at it with: halligan get "+kind.Plural+"/"+name, "%s/%s %s since %s", kind.Resource(), name, how, entry.ID)
 	}
-	switch {
-	case ref.Delete && found:
-		return changedSince("was made again")
-	case ref.Delete:
-		return p.restore(ctx, kind, namespace, name, entry, ref, view)
-	case !found:
+	if !found {
+		if ref.Delete {
+			return p.restore(ctx, kind, namespace, name, entry, ref)
+		}
 		return changedSince("was deleted")
-	case isAuthority(kind) && kv.ModRevision != wrote:
-		return changedSince("was changed")
-	case ref.Revision == 0:
-		// The action had made the key, by undoing a deletion: remove it again.
-		obj, err := p.open(ctx, kind, namespace, name, kv)
-		if err != nil {
-			return err
-		}
-		if string(obj.Meta.UID) != planned.Uid {
-			return changedSince("was made again")
-		}
-		p.remove(obj)
-		return nil
 	}
 	obj, err := p.open(ctx, kind, namespace, name, kv)
 	if err != nil {
 		return err
 	}
-	if string(obj.Meta.UID) != planned.Uid {
+	same := string(obj.Meta.UID) == planned.Uid
+	switch {
+	case ref.Delete && same:
+		return nil // an undo that was cut short put it back already
+	case ref.Delete || !same:
 		return changedSince("was made again")
+	case ref.Revision == 0:
+		// The action had made the key, by undoing a deletion: remove it again.
+		if isAuthority(kind) && kv.ModRevision != wrote {
+			return changedSince("was changed")
+		}
+		p.remove(obj)
+		return nil
+	}
+	if isAuthority(kind) && kv.ModRevision != wrote {
+		if _, left, err := kind.Revert(obj.Plain(), ref.Changes); err == nil && len(left) == 0 {
+			return nil
+		}
+		return changedSince("was changed")
 	}
 	return p.revert(obj, ref.Changes)
 }
 
 // restore plans to store a deleted object again.
-func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, name string, entry journal.Entry, ref journal.ImageRef, view etcd.View) error {
+func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, name string, entry journal.Entry, ref journal.ImageRef) error {
 	if ref.UID == "" {
 		return fault.New(fault.Refused, "its bytes are in the record of "+entry.ID+" on this node", "%s/%s could not be read: put back, it would break every LIST of its kind again",
 			kind.Resource(), name)
 	}
-	s := &step{kind: kind, namespace: namespace, name: name, key: ref.Key, uid: ref.UID, op: opCreate, size: ref.Size, since: view.Revision,
+	s := &step{kind: kind, namespace: namespace, name: name, key: ref.Key, uid: ref.UID, op: opCreate, size: ref.Size, since: p.plan.Revision,
 		image: &imageOf{action: entry.ID, ref: ref}}
 	if ref.Lease != 0 {
 		alive, err := p.engine.etcd.LeaseAlive(ctx, ref.Lease)
@@ -161,6 +173,6 @@ func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, na
 		}
 		s.lease = ref.Lease
 	}
-	p.add(s, []*halliganv1.FieldChange{{Path: "", After: fmt.Sprintf("%q", "as it was, "+fmt.Sprint(ref.Size)+" bytes")}})
+	p.add(s, nil)
 	return nil
 }
