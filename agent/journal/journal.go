@@ -8,9 +8,11 @@
 // Whatever lies between an image and the end of a file without an outcome may or
 // may not have happened, and only etcd can tell: see Unfinished.
 //
-// Files are JSON lines, readable with nothing but a pager. A last line without
-// its newline was never acknowledged and is ignored; any other damage is an
-// error. Values are the raw bytes of etcd, so what was encrypted stays so.
+// Files are JSON lines, readable with nothing but a pager, each with a checksum.
+// A last line without its newline was never acknowledged and is ignored: at
+// worst, if it is rot, the action is settled once more. Any other damage is an
+// error, met where the line is read. Values are the raw bytes of etcd, so what
+// was encrypted stays so.
 //
 // It must never talk to etcd, and never remove a file whose action is not
 // settled. It stands on floor 4, below agent/action.
@@ -101,7 +103,7 @@ type Image struct {
 	Lease int64 `json:"lease,omitempty"`
 	// Value holds the stored bytes; nil where the key does not exist yet.
 	Value []byte `json:"value,omitempty"`
-	// ValueSHA256 guards Value against rot.
+	// ValueSHA256 tells whether Value is what etcd held; Images fills it in.
 	ValueSHA256 []byte `json:"valueSHA256,omitempty"`
 	// Delete says that the write removes the key; else AfterSHA256 is the hash
 	// of the stored bytes that it leaves.
@@ -184,8 +186,8 @@ func (j *Journal) load() error {
 	}
 	for _, n := range names {
 		id, ok := strings.CutSuffix(n.Name(), suffix)
-		if !ok || strings.HasPrefix(id, ".") {
-			continue
+		if !ok || !validID.MatchString(id) || !n.Type().IsRegular() {
+			continue // not the journal's
 		}
 		e, err := j.index(id)
 		if err != nil {
@@ -209,6 +211,9 @@ func (j *Journal) load() error {
 // acknowledged. A settled file is read at its two ends only, so that starting
 // stays fast however much the images weigh; an unfinished one is read whole.
 func (j *Journal) index(id string) (*Entry, error) {
+	if err := durable.CheckPrivate(j.path(id)); err != nil {
+		return nil, fault.New(fault.AuditUnavailable, "mend or move the file away", "record: %w", err)
+	}
 	if e, err := j.ends(id); e != nil || err != nil {
 		return e, err
 	}
@@ -238,18 +243,25 @@ func (j *Journal) ends(id string) (*Entry, error) {
 	}
 	tail = tail[:len(tail)-1]
 	start := bytes.LastIndexByte(tail, '\n') + 1
-	var last, first line
-	if start == 0 || json.Unmarshal(tail[start:], &last) != nil || last.Outcome == nil {
+	if start == 0 {
+		return nil, nil
+	}
+	last, err := unseal(tail[start:])
+	if err != nil || last.Outcome == nil {
 		return nil, nil
 	}
 	raw, err := newLineReader(f).next()
+	if err != nil {
+		return nil, nil
+	}
+	first, err := unseal(raw)
 	plan := &halliganv1.Plan{}
-	if err != nil || json.Unmarshal(raw, &first) != nil || protojson.Unmarshal(first.Intent, plan) != nil || plan.Id != id {
+	if err != nil || protojson.Unmarshal(first.Intent, plan) != nil || plan.Id != id {
 		return nil, nil // damaged: the whole scan says how
 	}
 	e := entryOf(plan)
 	e.Result, e.Applied, e.Bytes = last.Outcome.Result, last.Outcome.Applied, st.Size()
-	return e, durable.CheckPrivate(f.Name())
+	return e, nil
 }
 
 func entryOf(p *halliganv1.Plan) *Entry {
@@ -336,6 +348,7 @@ func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err
 		return nil, unavailable("recording the intent", err)
 	}
 	a := &Action{j: j, entry: entryOf(plan), file: f}
+	a.entry.Bytes = reserve // until it is known what it takes
 	a.done.L = &a.mu
 	defer func() {
 		if err != nil {
@@ -434,11 +447,10 @@ func (a *Action) Abandon() error {
 }
 
 func (a *Action) append(l line) error {
-	data, err := json.Marshal(l)
+	data, err := seal(l)
 	if err != nil {
 		return err
 	}
-	data = append(data, '\n')
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.failed != nil {
@@ -607,10 +619,22 @@ func (j *Journal) Value(id string, ref ImageRef) ([]byte, error) {
 		return nil, fault.New(fault.NotFound, "see: halligan history", "the record of %s is gone: %w", id, err)
 	}
 	defer f.Close()
-	var l line
-	dec := json.NewDecoder(io.NewSectionReader(f, ref.offset, 1<<40))
-	if err := dec.Decode(&l); err != nil || l.Image == nil || l.Image.Key != ref.Key {
-		return nil, damaged(f.Name(), ref.offset, errors.Join(err, errors.New("no image of the object here")))
+	if _, err := f.Seek(ref.offset, io.SeekStart); err != nil {
+		return nil, unavailable("reading a record", err)
+	}
+	raw, err := newLineReader(f).next()
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, unavailable("reading a record", err)
+	}
+	l, err := unseal(raw)
+	if err != nil {
+		return nil, damaged(f.Name(), ref.offset, err)
+	}
+	if l.Image == nil || l.Image.Key != ref.Key {
+		return nil, damaged(f.Name(), ref.offset, errors.New("no image of the object here"))
+	}
+	if sum := sha256.Sum256(l.Image.Value); l.Image.Value != nil && !bytes.Equal(sum[:], l.Image.ValueSHA256) {
+		return nil, damaged(f.Name(), ref.offset, fmt.Errorf("the image of %s does not have its hash", l.Image.Key))
 	}
 	return l.Image.Value, nil
 }
@@ -618,9 +642,6 @@ func (j *Journal) Value(id string, ref ImageRef) ([]byte, error) {
 // scan reads a file and calls fn for each whole line with its offset.
 func (j *Journal) scan(id string, fn func(l line, offset int64) error) (*Record, error) {
 	path := j.path(id)
-	if err := durable.CheckPrivate(path); err != nil {
-		return nil, fault.New(fault.AuditUnavailable, "mend or move the file away", "record: %w", err)
-	}
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, unavailable("reading a record", err)
@@ -637,8 +658,8 @@ func (j *Journal) scan(id string, fn func(l line, offset int64) error) (*Record,
 		if err != nil {
 			return nil, unavailable("reading a record", err)
 		}
-		var l line
-		if err := json.Unmarshal(raw, &l); err != nil {
+		l, err := unseal(raw)
+		if err != nil {
 			return nil, damaged(path, at, err)
 		}
 		switch {
@@ -653,11 +674,6 @@ func (j *Journal) scan(id string, fn func(l line, offset int64) error) (*Record,
 		case r.Plan == nil:
 			return nil, damaged(path, at, errors.New("no intent at the start"))
 		case l.Image != nil:
-			if l.Image.Value != nil {
-				if sum := sha256.Sum256(l.Image.Value); !bytes.Equal(sum[:], l.Image.ValueSHA256) {
-					return nil, damaged(path, at, fmt.Errorf("the image of %s does not have its hash", l.Image.Key))
-				}
-			}
 			if l.Image.Index < 0 || l.Image.Index >= len(r.Plan.Objects) {
 				return nil, damaged(path, at, errors.New("an image of no planned object"))
 			}
