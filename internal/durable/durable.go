@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 )
 
 // Dir makes a private folder with all its parents, durable, or checks one that
@@ -41,22 +42,34 @@ func Dir(path string) error {
 	if st.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("%s has mode %04o; others may look into it: chmod 700 it", path, st.Mode().Perm())
 	}
-	return nil
+	return owned(path, st)
 }
 
-// CheckPrivate refuses a file that others than its owner may read or write.
+// CheckPrivate refuses what is no plain file of this process's user, and what
+// others may read or write. A link is no plain file.
 func CheckPrivate(path string) error {
-	st, err := os.Stat(path)
+	st, err := os.Lstat(path)
 	if err != nil {
 		return err
+	}
+	if !st.Mode().IsRegular() {
+		return fmt.Errorf("%s is not a plain file", path)
 	}
 	if st.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("%s has mode %04o; others may read it: chmod 600 it", path, st.Mode().Perm())
 	}
+	return owned(path, st)
+}
+
+func owned(path string, st fs.FileInfo) error {
+	if s, ok := st.Sys().(*syscall.Stat_t); ok && int(s.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s belongs to user %d, not to %d as this process: chown it", path, s.Uid, os.Geteuid())
+	}
 	return nil
 }
 
-// Write replaces the file's content atomically and durably.
+// Write replaces the file's content atomically and durably, with mode 0600. A
+// link of that name is replaced; what it points to stays as it is.
 func Write(path string, data []byte) (err error) {
 	dir := filepath.Dir(path)
 	tmp, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*.tmp")
