@@ -4,13 +4,17 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
+	"net/netip"
 	"os"
+	"path"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"sigs.k8s.io/yaml"
 
 	"github.com/halligan-io/halligan/agent/node"
+	"github.com/halligan-io/halligan/internal/daemonlog"
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
@@ -21,7 +25,7 @@ type Config struct {
 	// Node is this node's name in plans and records; default: the host name.
 	Node string `json:"node,omitempty"`
 	// StateDir holds the records of actions, mode 0700; default
-	// /var/lib/halligan.
+	// /var/lib/halligan. This and all other paths are absolute.
 	StateDir string `json:"stateDir,omitempty"`
 	// JournalMaxBytes bounds the records of actions; default 2 GiB.
 	JournalMaxBytes int64 `json:"journalMaxBytes,omitempty"`
@@ -33,18 +37,21 @@ type Config struct {
 	EncryptionConfig string `json:"encryptionConfig,omitempty"`
 	// PolicyFile tightens the shipped policy; see agent/policy.
 	PolicyFile string `json:"policyFile,omitempty"`
-	// LogLevel is trace, debug, info (default), warn or error.
+	// LogLevel is debug, info (default), warn or error.
 	LogLevel string `json:"logLevel,omitempty"`
 }
 
 // EtcdConfig is how etcd is reached. Addresses are IP addresses, since names may
 // be what failed.
 type EtcdConfig struct {
-	// Endpoints are IP:PORT; the first should be the node's own member.
+	// Endpoints are IP:PORT; the first should be the node's own member. When
+	// they are set, nothing about etcd is looked up on the node.
 	Endpoints []string `json:"endpoints,omitempty"`
-	CAFile    string   `json:"caFile,omitempty"`
-	CertFile  string   `json:"certFile,omitempty"`
-	KeyFile   string   `json:"keyFile,omitempty"`
+	// The client's credentials are taken as one: naming any of the three files
+	// means that none is looked up.
+	CAFile   string `json:"caFile,omitempty"`
+	CertFile string `json:"certFile,omitempty"`
+	KeyFile  string `json:"keyFile,omitempty"`
 	// ServerName is expected in the server's certificate instead of the
 	// address.
 	ServerName string `json:"serverName,omitempty"`
@@ -55,23 +62,29 @@ type EtcdConfig struct {
 // DefaultConfigFile is read when no other is named; it may be missing.
 const DefaultConfigFile = "/etc/halligan/agent.yaml"
 
-// LoadConfig reads the file, fills in what the node tells and returns what was
-// recognised: a distribution's name, or "manual" when the file says how etcd is
-// reached. The default file may be missing; one that was named may not.
-func LoadConfig(file string) (Config, []string, string, error) {
-	var c Config
-	named := file != ""
-	if !named {
-		file = DefaultConfigFile
+// LoadConfig reads the file, fills in what the node tells and returns remarks
+// for the operator and what was recognised: a distribution's name, or "manual"
+// when the file says how etcd is reached. The default file may be missing; one
+// that was named may not.
+func LoadConfig(file string) (c Config, notes []string, distribution string, err error) {
+	name := file
+	if name == "" {
+		name = DefaultConfigFile
 	}
+	return load(name, file != "", "/")
+}
+
+// load reads a configuration for the node whose files are below root.
+func load(file string, required bool, root string) (c Config, notes []string, distribution string, err error) {
 	data, err := os.ReadFile(file)
 	switch {
-	case !named && errors.Is(err, fs.ErrNotExist):
+	case !required && errors.Is(err, fs.ErrNotExist):
 	case err != nil:
 		return c, nil, "", fault.New(fault.Usage, "name a readable file with --config", "configuration: %w", err)
 	default:
 		if err := yaml.UnmarshalStrict(data, &c); err != nil {
-			return c, nil, "", fault.New(fault.Usage, "mend the file", "configuration %s: %w", file, err)
+			// The error may have several lines.
+			return c, nil, "", fault.New(fault.Usage, "mend the file", "configuration %s: %s", file, strings.Join(strings.Fields(err.Error()), " "))
 		}
 	}
 	if c.Node == "" {
@@ -79,40 +92,64 @@ func LoadConfig(file string) (Config, []string, string, error) {
 			return c, nil, "", fault.New(fault.Usage, "set node in the configuration", "finding the node's name: %w", err)
 		}
 	}
-	if c.StateDir == "" {
-		c.StateDir = "/var/lib/halligan"
+	fill(&c.StateDir, "/var/lib/halligan")
+	fill(&c.Socket, "/run/halligan/console.sock")
+	fill(&c.LogLevel, "info")
+	if err := c.check(); err != nil {
+		return c, nil, "", fault.New(fault.Usage, "mend the file", "configuration %s: %w", file, err)
 	}
-	if c.Socket == "" {
-		c.Socket = "/run/halligan/console.sock"
-	}
-	if !filepath.IsAbs(c.StateDir) || !filepath.IsAbs(c.Socket) {
-		return c, nil, "", fault.New(fault.Usage, "write paths from the root", "configuration %s: stateDir and socket must be absolute", file)
-	}
-	distribution := "manual"
-	var notes []string
+	distribution = "manual"
+	keys := []string{c.Etcd.KeyFile} // node tells of those that it finds
 	if len(c.Etcd.Endpoints) == 0 {
-		layout, err := node.Detect("/")
+		layout, err := node.Detect(root)
 		if err != nil {
 			return c, nil, "", fmt.Errorf("etcd.endpoints is not set, and looking at the node: %w", err)
 		}
 		distribution, notes = layout.Distribution, layout.Notes
 		c.Etcd.Endpoints = layout.Endpoints
-		fill(&c.Etcd.CAFile, layout.CAFile)
-		fill(&c.Etcd.CertFile, layout.CertFile)
-		fill(&c.Etcd.KeyFile, layout.KeyFile)
+		if c.Etcd.CAFile+c.Etcd.CertFile+c.Etcd.KeyFile == "" {
+			c.Etcd.CAFile, c.Etcd.CertFile, c.Etcd.KeyFile = layout.CAFile, layout.CertFile, layout.KeyFile
+		}
 		fill(&c.Etcd.Prefix, layout.Prefix)
 		fill(&c.EncryptionConfig, layout.EncryptionConfig)
 		for _, o := range layout.Overrides {
 			notes = append(notes, fmt.Sprintf("%s lives in another etcd (%v), which this agent does not reach", o.Resource, o.Servers))
 		}
 	}
-	for _, e := range c.Etcd.Endpoints {
-		host, _, err := net.SplitHostPort(e)
-		if err != nil || net.ParseIP(host) == nil {
-			return c, nil, "", fault.New(fault.Usage, "give IP:PORT; names may be what failed", "etcd endpoint %q is no address", e)
+	for _, f := range append(keys, c.EncryptionConfig) {
+		if st, err := os.Stat(f); f != "" && err == nil && st.Mode().Perm()&^0o640 != 0 {
+			notes = append(notes, fmt.Sprintf("%s holds a key and has mode %04o: others may use it", f, st.Mode().Perm()))
 		}
 	}
 	return c, notes, distribution, nil
+}
+
+// check refuses values that cannot be meant, and normalises the prefix.
+func (c *Config) check() error {
+	for _, p := range []struct{ key, path string }{
+		{"stateDir", c.StateDir}, {"socket", c.Socket}, {"encryptionConfig", c.EncryptionConfig}, {"policyFile", c.PolicyFile},
+		{"etcd.caFile", c.Etcd.CAFile}, {"etcd.certFile", c.Etcd.CertFile}, {"etcd.keyFile", c.Etcd.KeyFile},
+	} {
+		if p.path != "" && !filepath.IsAbs(p.path) {
+			return fmt.Errorf("%s: %q is not an absolute path", p.key, p.path)
+		}
+	}
+	if c.JournalMaxBytes < 0 {
+		return fmt.Errorf("journalMaxBytes: %d is negative", c.JournalMaxBytes)
+	}
+	if !slices.Contains(daemonlog.Levels, c.LogLevel) {
+		return fmt.Errorf("logLevel: %q is none of %v", c.LogLevel, daemonlog.Levels)
+	}
+	for _, e := range c.Etcd.Endpoints {
+		if ap, err := netip.ParseAddrPort(e); err != nil || ap.Port() == 0 {
+			return fmt.Errorf("etcd.endpoints: %q is not IP:PORT; a name would need DNS, which may be what failed", e)
+		}
+	}
+	if c.Etcd.Prefix != "" {
+		// The API server does the same (apiserver/pkg/storage/etcd3/store.go).
+		c.Etcd.Prefix = path.Join("/", c.Etcd.Prefix)
+	}
+	return nil
 }
 
 func fill(field *string, found string) {

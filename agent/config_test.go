@@ -1,0 +1,182 @@
+package agent
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/halligan-io/halligan/internal/fault"
+)
+
+func write(t *testing.T, path, text string, mode os.FileMode) string {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), mode); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, mode); err != nil { // whatever the umask is
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestLoadConfigManual(t *testing.T) {
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		text string
+		want Config
+	}{
+		"defaults": {"etcd: {endpoints: ['127.0.0.1:2379']}",
+			Config{Node: host, StateDir: "/var/lib/halligan", Socket: "/run/halligan/console.sock", LogLevel: "info", Etcd: EtcdConfig{Endpoints: []string{"127.0.0.1:2379"}}}},
+		"everything": {`
+node: cp-1
+stateDir: /state
+journalMaxBytes: 1000000
+socket: /s/console.sock
+encryptionConfig: /e.yaml
+policyFile: /p.yaml
+logLevel: debug
+etcd:
+  endpoints: ["10.0.0.1:2379", "[fd00::1]:2379"]
+  caFile: /ca
+  certFile: /cert
+  keyFile: /key
+  serverName: etcd
+  prefix: other/
+`, Config{Node: "cp-1", StateDir: "/state", JournalMaxBytes: 1000000, Socket: "/s/console.sock", EncryptionConfig: "/e.yaml", PolicyFile: "/p.yaml", LogLevel: "debug",
+			Etcd: EtcdConfig{Endpoints: []string{"10.0.0.1:2379", "[fd00::1]:2379"}, CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", ServerName: "etcd", Prefix: "/other"}}},
+	} {
+		got, notes, distribution, err := LoadConfig(write(t, filepath.Join(t.TempDir(), "agent.yaml"), c.text, 0o600))
+		if err != nil || distribution != "manual" || len(notes) != 0 {
+			t.Errorf("%s: %q, %v, %v", name, distribution, notes, err)
+		}
+		if d := cmp.Diff(c.want, got); d != "" {
+			t.Errorf("%s: %s", name, d)
+		}
+	}
+}
+
+func TestLoadConfigRefused(t *testing.T) {
+	for text, want := range map[string]string{
+		"nodee: cp-1":                           `unknown field "nodee"`,
+		"etcd: {endpoint: ['127.0.0.1:1']}":     `unknown field "endpoint"`,
+		"node: a\nnode: b":                      "already set",
+		"node: [a]":                             "cannot unmarshal",
+		"- a":                                   "cannot unmarshal",
+		"node: \"a":                             "yaml",
+		"stateDir: state":                       "stateDir",
+		"socket: ./s":                           "socket",
+		"policyFile: p.yaml":                    "policyFile",
+		"encryptionConfig: e.yaml":              "encryptionConfig",
+		"etcd: {keyFile: key}":                  "etcd.keyFile",
+		"journalMaxBytes: -1":                   "journalMaxBytes",
+		"journalMaxBytes: 2Gi":                  "cannot unmarshal",
+		"logLevel: loud":                        "logLevel",
+		"etcd: {endpoints: ['localhost:2379']}": `"localhost:2379" is not IP:PORT; a name would need DNS`,
+		"etcd: {endpoints: ['https://10.0.0.1:2379']}":    "is not IP:PORT",
+		"etcd: {endpoints: ['10.0.0.1']}":                 "is not IP:PORT",
+		"etcd: {endpoints: ['10.0.0.1:']}":                "is not IP:PORT",
+		"etcd: {endpoints: ['10.0.0.1:0']}":               "is not IP:PORT",
+		"etcd: {endpoints: ['10.0.0.1:70000']}":           "is not IP:PORT",
+		"etcd: {endpoints: ['fd00::1:2379']}":             "is not IP:PORT",
+		"etcd: {endpoints: ['127.0.0.1:2379', 'e:2379']}": `"e:2379" is not IP:PORT`,
+	} {
+		file := write(t, filepath.Join(t.TempDir(), "agent.yaml"), text, 0o600)
+		_, _, _, err := LoadConfig(file)
+		f := fault.Of(err)
+		if !fault.Is(err, fault.Usage) || !strings.Contains(f.Message, want) || !strings.Contains(f.Message, file) || f.Next == "" || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+	missing := filepath.Join(t.TempDir(), "none.yaml")
+	if _, _, _, err := LoadConfig(missing); !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), missing) {
+		t.Errorf("a named file that is missing: %v", err)
+	}
+	if _, _, _, err := LoadConfig(t.TempDir()); !fault.Is(err, fault.Usage) {
+		t.Errorf("a folder: %v", err)
+	}
+}
+
+// kubeadmNode makes the files of a node on which kubeadm has put etcd.
+func kubeadmNode(t *testing.T, apiserver string) string {
+	t.Helper()
+	root := t.TempDir()
+	write(t, root+"/etc/kubernetes/manifests/kube-apiserver.yaml", "apiVersion: v1\nkind: Pod\nspec:\n  containers:\n  - name: kube-apiserver\n    command:\n    - kube-apiserver\n"+apiserver, 0o600)
+	write(t, root+"/etc/kubernetes/manifests/etcd.yaml",
+		"apiVersion: v1\nkind: Pod\nspec:\n  containers:\n  - name: etcd\n    command: [etcd, '--listen-client-urls=https://127.0.0.1:2379,https://10.0.0.5:2379']\n", 0o600)
+	for _, f := range []string{"ca.crt", "healthcheck-client.crt", "healthcheck-client.key"} {
+		write(t, root+"/etc/kubernetes/pki/etcd/"+f, "", 0o600)
+	}
+	return root
+}
+
+func TestLoadConfigDetects(t *testing.T) {
+	none := filepath.Join(t.TempDir(), "none.yaml")
+	root := kubeadmNode(t, "    - --etcd-prefix=/k8s\n    - --etcd-servers-overrides=/events#https://10.0.0.9:2379\n")
+	c, notes, distribution, err := load(none, false, root)
+	if err != nil || distribution != "kubeadm" {
+		t.Fatalf("%q, %v", distribution, err)
+	}
+	pki := root + "/etc/kubernetes/pki/etcd/"
+	want := EtcdConfig{Endpoints: []string{"127.0.0.1:2379"}, CAFile: pki + "ca.crt", CertFile: pki + "healthcheck-client.crt", KeyFile: pki + "healthcheck-client.key", Prefix: "/k8s"}
+	if d := cmp.Diff(want, c.Etcd); d != "" {
+		t.Error(d)
+	}
+	if !strings.Contains(strings.Join(notes, "\n"), "events lives in another etcd ([10.0.0.9:2379])") {
+		t.Errorf("notes: %q", notes)
+	}
+
+	// What the file says wins, and credentials are not mixed.
+	file := write(t, filepath.Join(t.TempDir(), "agent.yaml"), "etcd: {caFile: /my/ca, prefix: mine}\nencryptionConfig: /my/encryption.yaml\n", 0o600)
+	c, _, distribution, err = load(file, true, root)
+	want = EtcdConfig{Endpoints: []string{"127.0.0.1:2379"}, CAFile: "/my/ca", Prefix: "/mine"}
+	if d := cmp.Diff(want, c.Etcd); d != "" || err != nil || distribution != "kubeadm" || c.EncryptionConfig != "/my/encryption.yaml" {
+		t.Errorf("%v, %q, %s", err, distribution, d)
+	}
+
+	// Nothing to be found: the default file may be missing, and the error says
+	// what would help.
+	_, _, _, err = load(none, false, t.TempDir())
+	if f := fault.Of(err); f == nil || !strings.Contains(f.Message, "etcd.endpoints is not set") || !strings.Contains(f.Message, "kubeadm") || f.Next == "" {
+		t.Errorf("on no control plane: %v", err)
+	}
+	// Two distributions: nothing is guessed.
+	write(t, root+"/var/lib/rancher/k3s/server/tls/x", "", 0o600)
+	if _, _, _, err = load(none, false, root); err == nil || !strings.Contains(err.Error(), "kubeadm and k3s") {
+		t.Errorf("on two control planes: %v", err)
+	}
+}
+
+func TestLoadConfigTellsOfLaxKeys(t *testing.T) {
+	dir := t.TempDir()
+	key, encryption := write(t, dir+"/key", "", 0o644), write(t, dir+"/encryption.yaml", "", 0o604)
+	file := write(t, dir+"/agent.yaml", "etcd: {endpoints: ['127.0.0.1:2379'], keyFile: "+key+"}\nencryptionConfig: "+encryption+"\n", 0o600)
+	_, notes, _, err := LoadConfig(file)
+	if all := strings.Join(notes, "\n"); err != nil || len(notes) != 2 || !strings.Contains(all, key+" holds a key and has mode 0644") || !strings.Contains(all, encryption) {
+		t.Errorf("%q, %v", notes, err)
+	}
+	for _, f := range []string{key, encryption} {
+		if err := os.Chmod(f, 0o640); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, notes, _, err = LoadConfig(file); err != nil || len(notes) != 0 {
+		t.Errorf("%q, %v", notes, err)
+	}
+	// A key that node finds is told of once.
+	root := kubeadmNode(t, "")
+	if err := os.Chmod(root+"/etc/kubernetes/pki/etcd/healthcheck-client.key", 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, notes, _, err = load("/nonexistent", false, root); err != nil || len(notes) != 1 {
+		t.Errorf("%q, %v", notes, err)
+	}
+}
