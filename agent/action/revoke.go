@@ -178,7 +178,7 @@ func planRevoke(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	}
 	if len(p.steps) == 0 {
 		p.summary("nothing to do: no binding names %s", who.text)
-		return nil
+		return p.doubt(ctx, who)
 	}
 	p.summary("take the rights of %s away (%d bindings)", who.text, users+groups)
 	p.needs("nothing but etcd and the API server's watch of it: requests get 403 at once")
@@ -206,6 +206,25 @@ func (p *planner) removeServiceAccount(ctx context.Context, who subject) error {
 	p.remove(obj)
 	p.warn("its tokens work until the API server's token cache (10 s) forgot them; open watches go on; new pods that use it fail to start")
 	return nil
+}
+
+// doubt warns where a subject without rights may be a slip of the pen.
+func (p *planner) doubt(ctx context.Context, who subject) error {
+	if who.name == "" {
+		if !who.group || who.user {
+			p.warn("a service account is named %sNAMESPACE:NAME", serviceAccountPrefix)
+		}
+		return nil
+	}
+	kind, err := p.engine.resolve(ctx, "serviceaccounts")
+	if err != nil {
+		return err
+	}
+	if _, err = p.load(ctx, kind, who.namespace, who.name); fault.Is(err, fault.NotFound) {
+		p.warn("there is no ServiceAccount %s in namespace %s: is the name right?", who.name, who.namespace)
+		return nil
+	}
+	return err
 }
 
 func isAuthority(k *storage.Kind) bool {

@@ -226,6 +226,12 @@ func (a *app) root(actions []*halliganv1.Action) *cobra.Command {
 	root.SetOut(a.out)
 	root.SetErr(a.err)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		var unknown *pflag.NotExistError
+		if errors.As(err, &unknown) {
+			if meant := kubectlFlags[unknown.GetSpecifiedName()]; meant != "" && cmd.Flags().Lookup(meant) != nil {
+				return fault.New(fault.Usage, "did you mean --"+meant+"?", "unknown flag: --%s", unknown.GetSpecifiedName())
+			}
+		}
 		return usage(cmd, "%s", strings.TrimSuffix(err.Error(), "."))
 	})
 	a.addFlags(root.PersistentFlags(), a.env)
@@ -255,7 +261,7 @@ func noArguments(cmd *cobra.Command, args []string) error {
 }
 
 // usage returns the error of a mistaken command line.
-func usage(cmd *cobra.Command, text string, args ...any) error {
+func usage(cmd *cobra.Command, text string, args ...any) *fault.Error {
 	return fault.New(fault.Usage, "see: "+cmd.CommandPath()+" --help", text, args...)
 }
 

@@ -40,7 +40,8 @@ func (a *app) mutate(cmd *cobra.Command, action *halliganv1.Action, parameters *
 	if a.dryRun {
 		return a.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan})
 	}
-	if !a.yes {
+	// A plan of nothing is nothing to ask a person about.
+	if !a.yes && (len(plan.GetObjects()) > 0 || !a.inTTY) {
 		if err := a.confirm(ctx, plan, machine); err != nil {
 			return a.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan, Error: api.ErrorOf(err)})
 		}

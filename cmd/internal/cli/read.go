@@ -107,7 +107,7 @@ func (a *app) get(cmd *cobra.Command, action *halliganv1.Action, parameters *str
 		o := event.GetObject()
 		if o.GetNote() != "" {
 			if notes++; notes <= maxNotes {
-				a.note("%s: %s", objectName(o.GetResource(), o.GetNamespace(), o.GetName()), o.GetNote())
+				a.note("%s", remark(o))
 			}
 		}
 		if err := show.object(o); err != nil {
@@ -166,6 +166,14 @@ func (a *app) history(cmd *cobra.Command, action *halliganv1.Action, parameters 
 		return err
 	}
 	return a.printJSON(text)
+}
+
+// remark is what the agent says about an object, which it may have named.
+func remark(o *halliganv1.Object) string {
+	if strings.Contains(o.GetNote(), o.GetName()) {
+		return o.GetNote()
+	}
+	return objectName(o.GetResource(), o.GetNamespace(), o.GetName()) + ": " + o.GetNote()
 }
 
 // note says something beside the answer.

@@ -44,13 +44,15 @@ func (a *app) showPlan(w io.Writer, p *halliganv1.Plan) {
 	row(&b, "where", fmt.Sprintf("%s, cluster %s, revision %d", line(p.GetNode()), line(p.GetCluster()), p.GetRevision()))
 	row(&b, "via", aside(line(p.GetVia()), line(p.GetViaReason())))
 	row(&b, "undoes", line(p.GetUndoes()))
-	row(&b, "expires", moment(p.GetExpires()))
+	if len(p.GetObjects()) > 0 {
+		row(&b, "expires", moment(p.GetExpires()))
+	}
 	for _, o := range p.GetObjects()[:min(maxShown, len(p.GetObjects()))] {
 		fmt.Fprintf(&b, "%s %s\n", line(o.GetOperation()), objectName(o.GetResource(), o.GetNamespace(), o.GetName()))
 		row(&b, "key", line(o.GetKey()))
 		identity := "the key must not exist"
 		if o.GetRevision() != 0 {
-			identity = fmt.Sprintf("%s, revision %d", line(o.GetUid()), o.GetRevision())
+			identity = fmt.Sprintf("%s, revision %d", orElse(o.GetUid(), "unknown"), o.GetRevision())
 		}
 		row(&b, "uid", identity)
 		for _, c := range o.GetChanges() {
@@ -122,12 +124,24 @@ func (a *app) showResult(w io.Writer, r *halliganv1.Result) {
 			done++
 		}
 	}
+	if r.GetResult() == "applied" && len(r.GetPlan().GetObjects()) == 0 {
+		fmt.Fprintln(w, "nothing was changed")
+		return
+	}
 	fmt.Fprintf(&b, "%s: %d of %d objects%s\n", line(r.GetResult()), done, max(len(r.GetPlan().GetObjects()), len(r.GetObjects())), timings(r.GetTimingsMs()))
 	showFailures(&b, r.GetObjects())
-	if done > 0 {
+	if done > 0 && canUndo(r.GetPlan()) {
 		fmt.Fprintf(&b, "undo with: halligan undo %s\n", line(r.GetAction()))
 	}
 	_, _ = b.WriteTo(w)
+}
+
+// canUndo reports whether to offer an undo. The agent decides; but it never
+// creates Secrets, nor again what it could not read, which has no UID here.
+func canUndo(p *halliganv1.Plan) bool {
+	return !slices.ContainsFunc(p.GetObjects(), func(o *halliganv1.PlannedObject) bool {
+		return o.GetOperation() == "delete" && (o.GetUid() == "" || o.GetResource() == "secrets")
+	})
 }
 
 func showFailures(w io.Writer, objects []*halliganv1.ObjectResult) {
@@ -272,9 +286,11 @@ func (t *tableWriter) flush() error {
 
 func (t *tableWriter) end() error { return t.flush() }
 
-func orDash(s string) string {
+func orDash(s string) string { return orElse(s, "-") }
+
+func orElse(s, otherwise string) string {
 	if s == "" {
-		return "-"
+		return otherwise
 	}
 	return line(s)
 }
@@ -381,7 +397,7 @@ func (a *app) showEntry(e *halliganv1.HistoryEntry) {
 	showFailures(&b, e.GetResults())
 	if e.GetUndoneBy() != "" {
 		fmt.Fprintf(&b, "undone by: %s\n", line(e.GetUndoneBy()))
-	} else if e.GetApplied() > 0 {
+	} else if e.GetApplied() > 0 && canUndo(e.GetPlan()) {
 		fmt.Fprintf(&b, "undo with: halligan undo %s\n", line(e.GetActionId()))
 	}
 	_, _ = b.WriteTo(a.out)

@@ -18,6 +18,18 @@ import (
 // Kubernetes' own API (int32 replicas); the least is 0.
 const maxInt = 1<<31 - 1
 
+// What the fingers type that know kubectl, or other tools: answered with a hint.
+var (
+	kubectlVerbs = map[string][]string{
+		"get":    {"describe", "list", "ls", "show"},
+		"scale":  {"stop", "suspend", "rollout"},
+		"delete": {"rm", "remove", "kill"},
+		"revoke": {"deny", "ban"},
+		"undo":   {"rollback", "revert", "restore"},
+	}
+	kubectlFlags = map[string]string{"replicas": "to"}
+)
+
 // verb builds the command of an action.
 func (a *app) verb(action *halliganv1.Action) *cobra.Command {
 	use := []string{action.GetName()}
@@ -39,6 +51,7 @@ func (a *app) verb(action *halliganv1.Action) *cobra.Command {
 	if cmd.Long == "" {
 		cmd.Long = cmd.Short + "."
 	}
+	cmd.SuggestFor = kubectlVerbs[action.GetName()]
 	for _, e := range action.GetExamples() {
 		cmd.Example += "  halligan " + neutral.Line(strings.TrimPrefix(e, "halligan ")) + "\n"
 	}
@@ -94,7 +107,11 @@ func collect(cmd *cobra.Command, action *halliganv1.Action, args []string, value
 		}
 		if len(args) == 0 {
 			if p.GetRequired() {
-				return nil, usage(cmd, "%s needs %s", action.GetName(), placeholder(p))
+				err := usage(cmd, "%s needs %s", action.GetName(), placeholder(p))
+				if placeholder(p) == "ACTION-ID" {
+					err.Next = "see: halligan history"
+				}
+				return nil, err
 			}
 			continue
 		}
