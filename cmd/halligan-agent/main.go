@@ -22,10 +22,15 @@ func main() {
 	defer stop()
 	var file string
 	cmd := &cobra.Command{
-		Use:           "halligan-agent [--config FILE]",
-		Short:         "Serve break-glass access to this control-plane node",
-		Args:          cobra.NoArgs,
-		Version:       version.String(),
+		Use:     "halligan-agent [--config FILE]",
+		Short:   "Serve break-glass access to this control-plane node",
+		Version: version.String(),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return fault.New(fault.Usage, "see: halligan-agent --help", "unexpected argument %q", args[0])
+			}
+			return nil
+		},
 		SilenceErrors: true, SilenceUsage: true,
 		RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd.Context(), file) },
 	}
@@ -47,7 +52,7 @@ func run(ctx context.Context, file string) error {
 	}
 	log, err := daemonlog.New(os.Stderr, c.LogLevel, c.Node)
 	if err != nil {
-		return fault.New(fault.Usage, "set logLevel to debug, info, warn or error", "configuration: %w", err)
+		return err
 	}
 	for _, n := range notes {
 		log.Warn().Msg(neutral.Line(n))
