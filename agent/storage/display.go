@@ -14,6 +14,7 @@ import (
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	kubescheme "k8s.io/client-go/kubernetes/scheme"
@@ -32,7 +33,10 @@ var aggregated = sync.OnceValue(func() *runtime.Scheme {
 
 // typed decodes the whole object into its Go type; nil if this build does not
 // know the type.
-func (o *Object) typed() (runtime.Object, error) {
+func (o *Object) typed() (runtime.Object, error) { return o.typedOf(nil) }
+
+// typedOf is typed for a part of a protobuf value.
+func (o *Object) typedOf(keep part) (runtime.Object, error) {
 	obj, err := kubescheme.Scheme.New(o.GroupVersionKind())
 	if err != nil {
 		if obj, err = aggregated().New(o.GroupVersionKind()); err != nil {
@@ -46,11 +50,15 @@ func (o *Object) typed() (runtime.Object, error) {
 		}
 		return obj, nil
 	}
-	message, ok := obj.(interface{ Unmarshal([]byte) error })
+	message, ok := obj.(unmarshaler)
 	if !ok {
 		return nil, nil
 	}
-	return obj, message.Unmarshal(o.raw)
+	raw, err := keep.only(o.raw)
+	if err != nil {
+		return nil, err
+	}
+	return obj, message.Unmarshal(raw)
 }
 
 // decoded returns the object in generic form, numbers as they are spelled, and
@@ -94,7 +102,11 @@ func (o *Object) JSON() (data []byte, note string, err error) {
 		return nil, "", undecodable("the stored object does not decode as %s: %v", o.GroupVersionKind(), err)
 	}
 	if obj == nil {
-		text, err := json.Marshal(o.Meta)
+		var whole metav1.PartialObjectMetadata // Meta is not
+		if err := whole.Unmarshal(o.raw); err != nil {
+			return nil, "", undecodable("the metadata is damaged: %v", err)
+		}
+		text, err := json.Marshal(whole.ObjectMeta)
 		if err != nil {
 			return nil, "", undecodable("the metadata has no JSON form: %v", err)
 		}
@@ -184,14 +196,41 @@ func holdsObject(key string, text []byte) bool {
 	return strings.HasPrefix(value, "{") || strings.HasPrefix(value, "[")
 }
 
+// stateful has the kinds that have a state, and what of a protobuf value makes
+// it: a field of the object and fields of that (k8s.io/api, generated.proto of
+// each group). Decoding whole objects would make most of the cost of a list.
+var stateful = map[string]part{
+	"Deployment":              {2: {1: nil, 7: nil}, 3: {7: nil}},
+	"StatefulSet":             {2: {1: nil}, 3: {3: nil}},
+	"ReplicaSet":              {2: {1: nil}, 3: {4: nil}},
+	"ReplicationController":   {2: {1: nil}, 3: {4: nil}},
+	"DaemonSet":               {3: {3: nil, 4: nil}},
+	"Job":                     {2: {2: nil, 10: nil}, 3: {5: nil}},
+	"CronJob":                 {2: {1: nil, 4: nil}},
+	"HorizontalPodAutoscaler": {2: {2: nil, 3: nil}, 3: {4: nil}},
+	"Pod":                     {3: {1: nil}},
+	"Namespace":               {3: {1: nil}},
+	"PersistentVolumeClaim":   {3: {1: nil}},
+	"PersistentVolume":        {3: {1: nil}},
+	"Node":                    {2: {4: nil}, 3: {4: nil}},
+}
+
 // State returns the object's state in a few characters for a column of a table:
 // ready of desired replicas, suspended, a phase; "" where the kind has none or
 // the object cannot be decoded.
 func (o *Object) State() string {
-	obj, err := o.typed()
+	keep, has := stateful[o.Kind]
+	if !has {
+		return ""
+	}
+	obj, err := o.typedOf(keep)
 	if err != nil {
 		return ""
 	}
+	return stateOf(obj)
+}
+
+func stateOf(obj runtime.Object) string {
 	switch t := obj.(type) {
 	case *appsv1.Deployment:
 		return replicas(t.Status.ReadyReplicas, t.Spec.Replicas, t.Spec.Paused, "paused")

@@ -1,9 +1,11 @@
 package storage
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	appsv1 "k8s.io/api/apps/v1"
 	autoscalingv2 "k8s.io/api/autoscaling/v2"
 	batchv1 "k8s.io/api/batch/v1"
@@ -128,6 +130,43 @@ func TestState(t *testing.T) {
 	}
 	if got := mustDecode(t, []byte(`{"apiVersion":"apps/v1","kind":"ReplicaSet","spec":{"replicas":3},"status":{"readyReplicas":1}}`)).State(); got != "1/3" {
 		t.Errorf("state of a ReplicaSet in JSON is %q", got)
+	}
+}
+
+// TestPartsStandForTheWhole: what an inventory leaves undecoded changes nothing
+// of what it shows.
+func TestPartsStandForTheWhole(t *testing.T) {
+	seen := map[string]bool{}
+	for name, plain := range corpus(t, ".pb") {
+		o, err := Decode(plain)
+		if err != nil {
+			continue // nothing that is stored, such as a Status
+		}
+		obj, err := o.typed()
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		want := stateOf(obj)
+		if got := o.State(); got != want {
+			t.Errorf("state of %s is %q, want %q", name, got, want)
+		}
+		seen[o.Kind] = seen[o.Kind] || want != ""
+
+		var whole metav1.PartialObjectMetadata
+		if err := whole.Unmarshal(o.raw); err != nil {
+			t.Fatal(err)
+		}
+		for i := range whole.ManagedFields {
+			whole.ManagedFields[i].FieldsV1 = nil
+		}
+		if !reflect.DeepEqual(o.Meta, whole.ObjectMeta) {
+			t.Errorf("metadata of %s:\n%s", name, cmp.Diff(whole.ObjectMeta, o.Meta))
+		}
+	}
+	for kind := range stateful {
+		if !seen[kind] {
+			t.Errorf("the corpus has no %s with a state", kind)
+		}
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"strconv"
 
+	"google.golang.org/protobuf/encoding/protowire"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -71,7 +72,9 @@ type Object struct {
 	Format           Format
 	APIVersion, Kind string
 	// Meta is the object's metadata. Field 1 is ObjectMeta in every kind that an
-	// API server stores, so kinds that this build does not know have it too.
+	// API server stores, so kinds that this build does not know have it too. Of
+	// a protobuf value's managedFields the fieldsV1 are left out: they are a good
+	// part of a usual value, and no decision rests on them.
 	Meta metav1.ObjectMeta
 
 	plain []byte
@@ -166,11 +169,26 @@ func (o *Object) decodeProtobuf() error {
 		if f.typ != bytesType {
 			return undecodable("the stored object has no metadata")
 		}
-		if err := o.Meta.Unmarshal(o.raw[f.value:f.end]); err != nil {
+		if err := o.decodeMeta(o.raw[f.value:f.end]); err != nil {
 			return undecodable("the metadata is damaged: %v", err)
 		}
 	}
 	return nil
+}
+
+// Fields of metadata (apimachinery pkg/apis/meta/v1/generated.proto).
+const (
+	managedFields protowire.Number = 17 // of ObjectMeta
+	fieldsV1      protowire.Number = 7  // of ManagedFieldsEntry
+)
+
+func (o *Object) decodeMeta(data []byte) error {
+	return unmarshalBut(&o.Meta, data, managedFields, func(data []byte) error {
+		var entry metav1.ManagedFieldsEntry
+		err := unmarshalBut(&entry, data, fieldsV1, func([]byte) error { return nil })
+		o.Meta.ManagedFields = append(o.Meta.ManagedFields, entry)
+		return err
+	})
 }
 
 // Plain returns the bytes that the object was decoded from.

@@ -38,25 +38,88 @@ type wireField struct {
 // scan splits the message data[from:to] into its fields.
 func scan(data []byte, from, to int) ([]wireField, error) {
 	var fields []wireField
+	err := each(data, from, to, func(f wireField) error {
+		fields = append(fields, f)
+		return nil
+	})
+	return fields, err
+}
+
+// each calls do for every field of the message data[from:to].
+func each(data []byte, from, to int, do func(wireField) error) error {
 	for at := from; at < to; {
 		num, typ, n := protowire.ConsumeTag(data[at:to])
 		if n < 0 {
-			return nil, fmt.Errorf("at byte %d: %w", at, protowire.ParseError(n))
+			return fmt.Errorf("at byte %d: %w", at, protowire.ParseError(n))
 		}
 		f := wireField{num: num, typ: typ, start: at, length: at + n, value: at + n}
 		size := protowire.ConsumeFieldValue(num, typ, data[f.value:to])
 		if size < 0 {
-			return nil, fmt.Errorf("at byte %d: %w", at, protowire.ParseError(size))
+			return fmt.Errorf("at byte %d: %w", at, protowire.ParseError(size))
 		}
 		f.end = f.value + size
 		if typ == bytesType {
 			_, n := protowire.ConsumeVarint(data[f.length:to])
 			f.value += n
 		}
-		fields = append(fields, f)
+		if err := do(f); err != nil {
+			return err
+		}
 		at = f.end
 	}
-	return fields, nil
+	return nil
+}
+
+// unmarshaler is what the generated types of k8s.io/api are. Unmarshal adds to
+// what is there, so that a message can be decoded in pieces.
+type unmarshaler interface{ Unmarshal([]byte) error }
+
+// unmarshalBut decodes a message but for the field num, whose payloads instead
+// gets.
+func unmarshalBut(m unmarshaler, data []byte, num protowire.Number, instead func([]byte) error) error {
+	done := 0
+	err := each(data, 0, len(data), func(f wireField) error {
+		if f.num != num || f.typ != bytesType {
+			return nil
+		}
+		if err := m.Unmarshal(data[done:f.start]); err != nil {
+			return err
+		}
+		done = f.end
+		return instead(data[f.value:f.end])
+	})
+	if err != nil {
+		return err
+	}
+	return m.Unmarshal(data[done:])
+}
+
+// part says which fields of a message to keep, and which fields of those; nil
+// is the whole.
+type part map[protowire.Number]part
+
+// only returns a part of the message.
+func (p part) only(data []byte) ([]byte, error) {
+	if p == nil {
+		return data, nil
+	}
+	var out []byte
+	err := each(data, 0, len(data), func(f wireField) error {
+		inner, keep := p[f.num]
+		switch {
+		case !keep:
+		case inner == nil || f.typ != bytesType:
+			out = append(out, data[f.start:f.end]...)
+		default:
+			message, err := inner.only(data[f.value:f.end])
+			if err != nil {
+				return err
+			}
+			out = protowire.AppendBytes(protowire.AppendTag(out, f.num, f.typ), message)
+		}
+		return nil
+	})
+	return out, err
 }
 
 // wireDocument edits a value in the protobuf envelope. The rules of reading are
