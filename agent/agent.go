@@ -21,6 +21,7 @@ import (
 	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/agent/policy"
 	"github.com/halligan-io/halligan/agent/storage"
+	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/version"
 )
 
@@ -53,6 +54,13 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 
 	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client,
 		Encryption: encryption, Journal: records, Policy: rules, Log: log})
+	for _, e := range records.Entries() {
+		if e.Result == journal.Damaged {
+			log.Error().Str("action", e.ID).Msg(neutral.Line(e.Summary) + "; keep the file for whoever investigates")
+		}
+	}
+	// Ending, in this order: the doors close when every call has returned, then
+	// the settling of old actions, then what both stand on.
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	var background sync.WaitGroup

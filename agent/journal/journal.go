@@ -11,8 +11,9 @@
 // Files are JSON lines, readable with nothing but a pager, each with a checksum.
 // A last line without its newline was never acknowledged and is ignored: at
 // worst, if it is rot, the action is settled once more. Any other damage is an
-// error, met where the line is read. Values are the raw bytes of etcd, so what
-// was encrypted stays so.
+// error, met where the line is read; it takes that one record, not the journal,
+// since nobody must be locked out by an old file. Values are the raw bytes of
+// etcd, so what was encrypted stays so.
 //
 // It must never talk to etcd, and never remove a file whose action is not
 // settled. It stands on floor 4, below agent/action.
@@ -82,12 +83,16 @@ type Entry struct {
 	ID, Action, Actor, Reason, Incident, Summary string
 	Undoes                                       string
 	Time                                         time.Time
-	// Result is empty while the action is not settled.
+	// Result is empty while the action is not settled, and Damaged where the
+	// record cannot be read; Summary then says why, and most is missing.
 	Result  string
 	Objects int
 	Applied int
 	Bytes   int64
 }
+
+// Damaged is the result of a record that cannot be read. It is never removed.
+const Damaged = "damaged"
 
 // Image is what an object was before it is changed, and how to recognise the
 // change afterwards.
@@ -137,8 +142,7 @@ type outcome struct {
 }
 
 // Open makes or opens the journal in dir/actions. One process at a time may
-// hold it. A file that is damaged elsewhere than in its last line is an error
-// that names it.
+// hold it. Folders and records that others may look into are an error.
 func Open(dir string, o Options) (*Journal, error) {
 	if o.MaxBytes == 0 {
 		o.MaxBytes = 2 << 30
@@ -189,9 +193,15 @@ func (j *Journal) load() error {
 		if !ok || !validID.MatchString(id) || !n.Type().IsRegular() {
 			continue // not the journal's
 		}
+		if err := durable.CheckPrivate(j.path(id)); err != nil {
+			return fault.New(fault.AuditUnavailable, "mend or move the file away", "record: %w", err)
+		}
 		e, err := j.index(id)
 		if err != nil {
-			return err
+			e = &Entry{ID: id, Result: Damaged, Summary: fault.Of(err).Message}
+			if st, err := n.Info(); err == nil {
+				e.Time, e.Bytes = st.ModTime(), st.Size()
+			}
 		}
 		if e == nil {
 			// Cut off before its intent was whole: nothing was acknowledged,
@@ -211,9 +221,6 @@ func (j *Journal) load() error {
 // acknowledged. A settled file is read at its two ends only, so that starting
 // stays fast however much the images weigh; an unfinished one is read whole.
 func (j *Journal) index(id string) (*Entry, error) {
-	if err := durable.CheckPrivate(j.path(id)); err != nil {
-		return nil, fault.New(fault.AuditUnavailable, "mend or move the file away", "record: %w", err)
-	}
 	if e, err := j.ends(id); e != nil || err != nil {
 		return e, err
 	}
@@ -518,7 +525,7 @@ func (j *Journal) makeRoom(reserve int64) error {
 	}
 	for i := 0; used > j.opts.MaxBytes && i < len(j.entries); {
 		e := j.entries[i]
-		if e.Result == "" || time.Since(e.Time) < j.opts.Keep {
+		if e.Result == "" || e.Result == Damaged || time.Since(e.Time) < j.opts.Keep {
 			i++
 			continue
 		}

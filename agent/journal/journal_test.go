@@ -283,11 +283,9 @@ func TestRot(t *testing.T) {
 			harmed := slices.Clone(data)
 			harmed[n] ^= bit
 			j, err := place(t, dir, harmed)
-			var r *Record
-			if err == nil {
-				r, err = j.Read("a")
-				check(t, j.Close())
-			}
+			check(t, err) // one record never keeps the agent from starting
+			r, err := j.Read("a")
+			check(t, j.Close())
 			if n == len(data)-1 {
 				if err != nil || r.Result != "" || len(r.Notes) != 2 {
 					t.Fatalf("without the last newline: %+v, %v", r, err)
@@ -358,12 +356,21 @@ func TestMisplaced(t *testing.T) {
 	} {
 		dir := t.TempDir()
 		check(t, os.Chmod(dir, 0o700))
-		if j, err := place(t, dir, content); !fault.Is(err, fault.AuditUnavailable) || !strings.Contains(err.Error(), "a.jsonl is damaged at byte") {
+		j, err := place(t, dir, content)
+		check(t, err)
+		if _, err := j.Read("a"); !fault.Is(err, fault.AuditUnavailable) || !strings.Contains(err.Error(), "a.jsonl is damaged at byte") {
 			t.Errorf("%s: %v", name, err)
-			if j != nil {
-				j.Close()
-			}
 		}
+		// The history shows it, nobody settles it, and the journal works.
+		e, err := j.Find("a")
+		if err != nil || e.Result != Damaged || !strings.Contains(e.Summary, "damaged at byte") || e.Time.IsZero() || e.Bytes != int64(len(content)) || len(j.Unfinished()) != 0 {
+			t.Errorf("%s: %+v, %v", name, e, err)
+		}
+		if _, err := j.Resume("a"); err == nil {
+			t.Errorf("%s: resumed", name)
+		}
+		settled(t, j, "b", 0, 1)
+		check(t, j.Close())
 	}
 }
 
@@ -459,6 +466,17 @@ func TestRetention(t *testing.T) {
 	}
 	if _, err := j.Read("3-new"); err == nil {
 		t.Error("read what is gone")
+	}
+	// What is damaged is kept, however old, for whoever investigates.
+	check(t, j.Close())
+	check(t, os.WriteFile(j.path("4-new"), []byte("rot\n"), 0o600))
+	check(t, os.Chtimes(j.path("4-new"), time.Time{}, time.Now().Add(-1000*time.Hour)))
+	j = open(t, dir, Options{MaxBytes: 270 << 10, Keep: time.Nanosecond})
+	if _, err := j.Begin(planOf("6-new", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) {
+		t.Errorf("began: %v", err)
+	}
+	if got := ids(j.Entries()); !slices.Equal(got, []string{"4-new", "0-unfinished"}) {
+		t.Errorf("kept %v", got)
 	}
 }
 
