@@ -171,7 +171,7 @@ func TestCalls(t *testing.T) {
 	}
 	object, err := get.Recv()
 	summary, err2 := get.Recv()
-	if err != nil || err2 != nil || object.GetObject().GetName() != "web" || summary.GetSummary().GetObjects() != 1 {
+	if err != nil || err2 != nil || object.GetObjects()[0].GetName() != "web" || summary.GetSummary().GetObjects() != 1 {
 		t.Errorf("Get: %v, %v, %v, %v", object, err, summary, err2)
 	}
 	history, err := c.History(ctx, &halliganv1.HistoryRequest{ActionId: "9"})

@@ -184,13 +184,48 @@ func (s *service) Get(req *halliganv1.GetRequest, stream grpc.ServerStreamingSer
 	if params == nil {
 		params = &structpb.Struct{}
 	}
-	summary, err := s.engine.Get(stream.Context(), who, params, func(o *halliganv1.Object) error {
-		return stream.Send(&halliganv1.GetEvent{Event: &halliganv1.GetEvent_Object{Object: o}})
-	})
+	out := batch{stream: stream}
+	summary, err := s.engine.Get(stream.Context(), who, params, out.add)
+	if serr := out.send(); err == nil {
+		err = serr
+	}
 	if err != nil {
 		return api.ToStatus(err)
 	}
-	return stream.Send(&halliganv1.GetEvent{Event: &halliganv1.GetEvent_Summary{Summary: summary}})
+	return stream.Send(&halliganv1.GetEvent{Summary: summary})
+}
+
+// batch sends objects some at a time, since a message costs as much as an
+// object.
+type batch struct {
+	stream  grpc.ServerStreamingServer[halliganv1.GetEvent]
+	objects []*halliganv1.Object
+	size    int // bytes of JSON
+}
+
+// Bounds of a batch: rows of a table, or bytes of whole objects. One object
+// more may be in it.
+const (
+	batchObjects = 100
+	batchBytes   = 64 << 10
+)
+
+func (b *batch) add(o *halliganv1.Object) error {
+	b.objects = append(b.objects, o)
+	if b.size += len(o.GetJson()); len(b.objects) < batchObjects && b.size < batchBytes {
+		return nil
+	}
+	return b.send()
+}
+
+func (b *batch) send() error {
+	if len(b.objects) == 0 {
+		return nil
+	}
+	err := b.stream.Send(&halliganv1.GetEvent{Objects: b.objects})
+	clear(b.objects)
+	b.objects, b.size = b.objects[:0], 0
+	return err
 }
 
 func (s *service) History(req *halliganv1.HistoryRequest, stream grpc.ServerStreamingServer[halliganv1.HistoryEntry]) error {

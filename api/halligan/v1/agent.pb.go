@@ -1632,13 +1632,11 @@ func (x *GetRequest) GetParameters() *structpb.Struct {
 	return nil
 }
 
+// GetEvent has some of the objects or, at the end, the summary.
 type GetEvent struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Types that are valid to be assigned to Event:
-	//
-	//	*GetEvent_Object
-	//	*GetEvent_Summary
-	Event         isGetEvent_Event `protobuf_oneof:"event"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Objects       []*Object              `protobuf:"bytes,1,rep,name=objects,proto3" json:"objects,omitempty"`
+	Summary       *GetSummary            `protobuf:"bytes,2,opt,name=summary,proto3" json:"summary,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1673,46 +1671,19 @@ func (*GetEvent) Descriptor() ([]byte, []int) {
 	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
-func (x *GetEvent) GetEvent() isGetEvent_Event {
+func (x *GetEvent) GetObjects() []*Object {
 	if x != nil {
-		return x.Event
-	}
-	return nil
-}
-
-func (x *GetEvent) GetObject() *Object {
-	if x != nil {
-		if x, ok := x.Event.(*GetEvent_Object); ok {
-			return x.Object
-		}
+		return x.Objects
 	}
 	return nil
 }
 
 func (x *GetEvent) GetSummary() *GetSummary {
 	if x != nil {
-		if x, ok := x.Event.(*GetEvent_Summary); ok {
-			return x.Summary
-		}
+		return x.Summary
 	}
 	return nil
 }
-
-type isGetEvent_Event interface {
-	isGetEvent_Event()
-}
-
-type GetEvent_Object struct {
-	Object *Object `protobuf:"bytes,1,opt,name=object,proto3,oneof"`
-}
-
-type GetEvent_Summary struct {
-	Summary *GetSummary `protobuf:"bytes,2,opt,name=summary,proto3,oneof"`
-}
-
-func (*GetEvent_Object) isGetEvent_Event() {}
-
-func (*GetEvent_Summary) isGetEvent_Event() {}
 
 type Object struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -2266,11 +2237,10 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"GetRequest\x127\n" +
 	"\n" +
 	"parameters\x18\x01 \x01(\v2\x17.google.protobuf.StructR\n" +
-	"parameters\"w\n" +
+	"parameters\"l\n" +
 	"\bGetEvent\x12-\n" +
-	"\x06object\x18\x01 \x01(\v2\x13.halligan.v1.ObjectH\x00R\x06object\x123\n" +
-	"\asummary\x18\x02 \x01(\v2\x17.halligan.v1.GetSummaryH\x00R\asummaryB\a\n" +
-	"\x05event\"\x8a\x02\n" +
+	"\aobjects\x18\x01 \x03(\v2\x13.halligan.v1.ObjectR\aobjects\x121\n" +
+	"\asummary\x18\x02 \x01(\v2\x17.halligan.v1.GetSummaryR\asummary\"\x8a\x02\n" +
 	"\x06Object\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1a\n" +
 	"\bresource\x18\x02 \x01(\tR\bresource\x12\x1c\n" +
@@ -2379,7 +2349,7 @@ var file_halligan_v1_agent_proto_depIdxs = []int32{
 	25, // 15: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
 	17, // 16: halligan.v1.Result.error:type_name -> halligan.v1.Error
 	27, // 17: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
-	20, // 18: halligan.v1.GetEvent.object:type_name -> halligan.v1.Object
+	20, // 18: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
 	21, // 19: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
 	26, // 20: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
 	26, // 21: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
@@ -2414,10 +2384,6 @@ func file_halligan_v1_agent_proto_init() {
 	file_halligan_v1_agent_proto_msgTypes[13].OneofWrappers = []any{
 		(*ApplyEvent_Progress)(nil),
 		(*ApplyEvent_Result)(nil),
-	}
-	file_halligan_v1_agent_proto_msgTypes[19].OneofWrappers = []any{
-		(*GetEvent_Object)(nil),
-		(*GetEvent_Summary)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{

@@ -104,14 +104,15 @@ func (a *app) get(cmd *cobra.Command, action *halliganv1.Action, parameters *str
 			}
 			return nil
 		}
-		o := event.GetObject()
-		if o.GetNote() != "" {
-			if notes++; notes <= maxNotes {
-				a.note("%s", remark(o))
+		for _, o := range event.GetObjects() {
+			if o.GetNote() != "" {
+				if notes++; notes <= maxNotes {
+					a.note("%s", remark(o))
+				}
 			}
-		}
-		if err := show.object(o); err != nil {
-			return err
+			if err := show.object(o); err != nil {
+				return err
+			}
 		}
 	}
 }

@@ -262,7 +262,8 @@ func (t *tableWriter) flush() error {
 	if !t.headed {
 		t.namespaces = t.namespaces && slices.ContainsFunc(t.block, func(o *halliganv1.Object) bool { return o.GetNamespace() != "" })
 	}
-	w := tabwriter.NewWriter(t.out, 0, 0, 3, ' ', 0)
+	var b bytes.Buffer // the writer writes each cell by itself
+	w := tabwriter.NewWriter(&b, 0, 0, 3, ' ', 0)
 	put := func(namespace string, cells ...string) {
 		if t.namespaces {
 			cells = append([]string{namespace}, cells...)
@@ -281,7 +282,11 @@ func (t *tableWriter) flush() error {
 		put(line(o.GetNamespace()), line(o.GetName()), orDash(o.GetState()), born, fmt.Sprint(o.GetRevision()))
 	}
 	t.block = t.block[:0]
-	return w.Flush()
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	_, err := b.WriteTo(t.out)
+	return err
 }
 
 func (t *tableWriter) end() error { return t.flush() }
