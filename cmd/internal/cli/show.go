@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -50,11 +51,11 @@ func (a *app) showPlan(w io.Writer, p *halliganv1.Plan) {
 	for _, o := range p.GetObjects()[:min(maxShown, len(p.GetObjects()))] {
 		fmt.Fprintf(&b, "%s %s\n", line(o.GetOperation()), objectName(o.GetResource(), o.GetNamespace(), o.GetName()))
 		row(&b, "key", line(o.GetKey()))
-		identity := "the key must not exist"
+		seen := "the key must not exist"
 		if o.GetRevision() != 0 {
-			identity = fmt.Sprintf("%s, revision %d", orElse(o.GetUid(), "unknown"), o.GetRevision())
+			seen = fmt.Sprintf("revision %d", o.GetRevision())
 		}
-		row(&b, "uid", identity)
+		row(&b, "uid", orElse(o.GetUid(), "unknown")+", "+seen)
 		for _, c := range o.GetChanges() {
 			fmt.Fprintf(&b, "  %s: %s -> %s\n", line(c.GetPath()), side(c.GetBefore()), side(c.GetAfter()))
 		}
@@ -129,7 +130,9 @@ func (a *app) showResult(w io.Writer, r *halliganv1.Result) {
 		return
 	}
 	fmt.Fprintf(&b, "%s: %d of %d objects%s\n", line(r.GetResult()), done, max(len(r.GetPlan().GetObjects()), len(r.GetObjects())), timings(r.GetTimingsMs()))
-	showFailures(&b, r.GetObjects())
+	if len(r.GetObjects()) > 1 {
+		showFailures(&b, r.GetObjects()) // what became of one is said by the error
+	}
 	if done > 0 && canUndo(r.GetPlan()) {
 		fmt.Fprintf(&b, "undo with: halligan undo %s\n", line(r.GetAction()))
 	}
@@ -159,19 +162,25 @@ func showFailures(w io.Writer, objects []*halliganv1.ObjectResult) {
 	}
 }
 
+// steps are the parts of an action in the order in which they happen.
+var steps = []string{"plan", "read", "compute", "record", "write", "verify", "outcome"}
+
 // timings says how long an action took, and each step of it.
 func timings(ms map[string]float64) string {
+	names := slices.SortedFunc(maps.Keys(ms), func(a, b string) int {
+		return cmp.Or(cmp.Compare(slices.Index(steps, a), slices.Index(steps, b)), cmp.Compare(a, b))
+	})
 	var whole string
-	var steps []string
-	for _, step := range slices.Sorted(maps.Keys(ms)) {
+	var parts []string
+	for _, step := range names {
 		if text := fmt.Sprintf("%.4g ms", ms[step]); step == "total" {
 			whole = " in " + text
 		} else {
-			steps = append(steps, line(step)+" "+text)
+			parts = append(parts, line(step)+" "+text)
 		}
 	}
-	if len(steps) > 0 {
-		whole += " (" + strings.Join(steps, ", ") + ")"
+	if len(parts) > 0 {
+		whole += " (" + strings.Join(parts, ", ") + ")"
 	}
 	return whole
 }

@@ -122,17 +122,21 @@ func furnish(env *testscript.Env, eye string) error {
 	env.Setenv("PATH", eye+string(filepath.ListSeparator)+env.Getenv("PATH"))
 	env.Setenv("ESC", "\x1b")
 	env.Setenv("HALLIGAN_REASON", "a story")
-	w := &waiting{people: map[string]*person{}}
-	env.Values["waiting"] = w
-	env.Defer(w.leave)
+	s := &scene{people: map[string]*person{}}
+	env.Values["scene"] = s
+	env.Defer(s.leave)
 	return nil
 }
 
-// waiting is who sits before a question.
-type waiting struct{ people map[string]*person }
+// scene is who sits before a question, and in a story of faults what there is
+// to break.
+type scene struct {
+	people map[string]*person
+	site   *site
+}
 
-func (w *waiting) leave() {
-	for _, p := range w.people {
+func (s *scene) leave() {
+	for _, p := range s.people {
 		p.terminal.Close()
 		_ = p.cmd.Process.Kill()
 		<-p.ended
@@ -202,7 +206,7 @@ func storyCommands(others map[string]func(*testscript.TestScript, bool, []string
 		"asked": func(ts *testscript.TestScript, _ bool, args []string) {
 			p, err := sitDown(look(ts, args[1]), args[2:], environment(ts))
 			ts.Check(err)
-			ts.Value("waiting").(*waiting).people[args[0]] = p
+			ts.Value("scene").(*scene).people[args[0]] = p
 			select {
 			case <-p.asked:
 			case <-p.ended:
@@ -215,7 +219,7 @@ func storyCommands(others map[string]func(*testscript.TestScript, bool, []string
 		// once; sorted, they end with these exit statuses. What each has seen
 		// is in a file of the name.
 		"answer": func(ts *testscript.TestScript, _ bool, args []string) {
-			people := ts.Value("waiting").(*waiting).people
+			people := ts.Value("scene").(*scene).people
 			for _, name := range args[2:] {
 				_, err := people[name].terminal.WriteString(args[0] + "\n")
 				ts.Check(err)
