@@ -163,6 +163,29 @@ func (ca *CA) load() error {
 	return nil
 }
 
+// Key returns the file name.key in dir with a private key that certifies
+// nothing, such as the one that signs tokens, and makes it where it is missing.
+// Its form is the one of which Kubernetes also takes the public half
+// (client-go/util/keyutil/key.go).
+func Key(dir, name string) (string, error) {
+	if err := durable.Dir(dir); err != nil {
+		return "", err
+	}
+	file := filepath.Join(dir, name+".key")
+	if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
+		return file, err
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return "", err
+	}
+	sec1, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		return "", err
+	}
+	return file, durable.Write(file, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1}))
+}
+
 func readPEM(path string) ([]byte, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {

@@ -33,8 +33,10 @@ const (
 type daemon struct {
 	name, log string
 	argv      []string
+	env       []string // besides this process's own
 	progress  io.Writer
-	failed    chan<- error
+	failed    chan<- error // takes what a lab cannot go on after
+	forever   bool         // never gives up
 
 	stopping context.Context // ends when stop is called
 	cancel   context.CancelFunc
@@ -42,19 +44,19 @@ type daemon struct {
 	done     chan struct{} // closed when nothing runs any more
 }
 
-func startDaemon(name, log string, argv []string, progress io.Writer, failed chan<- error) (*daemon, error) {
-	d := &daemon{name: name, log: log, argv: argv, progress: progress, failed: failed, first: make(chan struct{}), done: make(chan struct{})}
+func (d *daemon) start() error {
+	d.first, d.done = make(chan struct{}), make(chan struct{})
 	d.stopping, d.cancel = context.WithCancel(context.Background())
-	f, err := os.OpenFile(log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	f, err := os.OpenFile(d.log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	go func() {
 		defer close(d.done)
 		defer f.Close()
 		d.keep(f)
 	}()
-	return d, nil
+	return nil
 }
 
 // keep runs the child again and again.
@@ -73,7 +75,7 @@ func (d *daemon) keep(log *os.File) {
 		if time.Since(began) > quickEnd {
 			quick = 1
 		}
-		if quick == restartMost {
+		if quick == restartMost && !d.forever {
 			d.failed <- fmt.Errorf("%s does not stay up: %w; its log %s ends: %s", d.name, err, d.log, lastLine(d.log))
 			return
 		}
@@ -97,6 +99,7 @@ func dieWithParent() *syscall.SysProcAttr {
 func (d *daemon) run(log *os.File) error {
 	cmd := exec.CommandContext(d.stopping, d.argv[0], d.argv[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Env = append(os.Environ(), d.env...)
 	cmd.SysProcAttr = dieWithParent()
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = stopGrace

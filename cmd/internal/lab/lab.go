@@ -1,6 +1,6 @@
 // Package lab runs a control plane's worth of processes on loopback addresses,
-// for demonstrations and tests: three etcd members with TLS, and one agent for
-// each. Everything it knows lies in one folder, and nothing of it outlives the
+// for demonstrations and tests: three etcd members with TLS, one agent for each,
+// and, if asked for, a real Kubernetes control plane on them. Everything it knows lies in one folder, and nothing of it outlives the
 // process.
 //
 // It must never listen on anything but loopback, never touch a folder that is
@@ -57,6 +57,10 @@ type Options struct {
 	// Nodes is how many Node objects, besides the three of the control plane, the
 	// seeded cluster has.
 	Nodes int
+	// Kube has a real Kubernetes control plane run on the lab's etcd. Then Nodes
+	// simulated nodes carry real workloads, and Objects is how many runaway
+	// ConfigMaps there are besides.
+	Kube *KubeOptions
 	// Agent is the command line of an agent, to which --config FILE is added;
 	// default: halligan-agent beside this process's executable.
 	Agent []string
@@ -72,8 +76,11 @@ type Lab struct {
 	opts    Options
 	lock    *os.File
 	cluster *etcdcluster.Cluster
-	agents  []*daemon
-	failed  chan error // first daemon that cannot be kept up
+	// encryption is the file of the EncryptionConfiguration, if there is any.
+	encryption string
+	kube       *Kube // nil without a real control plane
+	agents     []*daemon
+	failed     chan error // first daemon that cannot be kept up
 }
 
 // Up starts a lab and returns when every agent answers and sees a leader. On an
@@ -109,6 +116,11 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 	if s := l.Socket(0); len(s) > 107 {
 		return nil, fault.New(fault.Usage, "choose a folder with a shorter name", "%s is too long for a socket's name", s)
 	}
+	if o.Kube != nil {
+		if l.kube, err = newKube(l); err != nil {
+			return nil, err
+		}
+	}
 
 	began := time.Now()
 	members := make([]etcdcluster.Member, controlNodes)
@@ -126,7 +138,12 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 	if err := l.writeEncryption(); err != nil {
 		return nil, err
 	}
-	if err := l.seed(ctx); err != nil {
+	if l.kube != nil {
+		err = l.kube.start()
+	} else {
+		err = l.seed(ctx)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("seeding: %w", err)
 	}
 	began = time.Now()
@@ -134,6 +151,11 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 		return nil, err
 	}
 	l.say("agents: %d answer on their consoles after %s", len(l.agents), since(began))
+	if l.kube != nil {
+		if err := l.kube.bringUp(ctx); err != nil {
+			return nil, err
+		}
+	}
 	return l, l.writeEnv()
 }
 
@@ -153,6 +175,9 @@ func (l *Lab) Close() error {
 	var g errgroup.Group
 	for _, a := range l.agents {
 		g.Go(a.stop)
+	}
+	if l.kube != nil {
+		g.Go(l.kube.close)
 	}
 	err := g.Wait()
 	l.agents = nil
@@ -229,13 +254,16 @@ func (l *Lab) writeEnv() error {
 	for i, e := range c.Endpoints() {
 		endpoints[i] = "https://" + e
 	}
-	env := exports(
+	env := []string{
 		"ETCDCTL_ENDPOINTS", strings.Join(endpoints, ","),
 		"ETCDCTL_CACERT", c.CAFile(),
 		"ETCDCTL_CERT", c.CertFile(),
 		"ETCDCTL_KEY", c.KeyFile(),
-	)
-	if err := durable.Write(filepath.Join(l.opts.Dir, "env"), env); err != nil {
+	}
+	if l.kube != nil {
+		env = append(env, "KUBECONFIG", l.kube.UserKubeconfig(), "KUBECONFIG_ADMIN", l.kube.AdminKubeconfig())
+	}
+	if err := durable.Write(filepath.Join(l.opts.Dir, "env"), exports(env...)); err != nil {
 		return err
 	}
 	return durable.Write(filepath.Join(l.opts.Dir, "env.console"), exports("HALLIGAN_SOCKET", l.Socket(0)))
@@ -254,7 +282,7 @@ func exports(pairs ...string) []byte {
 func (l *Lab) agentConfig(i int) ([]byte, error) {
 	c := l.cluster
 	dir := filepath.Join(l.opts.Dir, nodeName(i))
-	return yaml.Marshal(map[string]any{
+	config := map[string]any{
 		"node":     nodeName(i),
 		"stateDir": filepath.Join(dir, "state"),
 		"socket":   l.Socket(i),
@@ -265,8 +293,11 @@ func (l *Lab) agentConfig(i int) ([]byte, error) {
 			"certFile":  c.CertFile(),
 			"keyFile":   c.KeyFile(),
 		},
-		"encryptionConfig": l.encryption(),
-	})
+	}
+	if l.encryption != "" {
+		config["encryptionConfig"] = l.encryption
+	}
+	return yaml.Marshal(config)
 }
 
 func (l *Lab) startAgents(ctx context.Context) error {
@@ -285,8 +316,8 @@ func (l *Lab) startAgents(ctx context.Context) error {
 			return err
 		}
 		argv := append(append([]string(nil), l.opts.Agent...), "--config", file)
-		a, err := startDaemon("agent "+nodeName(i), filepath.Join(dir, "agent.log"), argv, l.opts.Progress, l.failed)
-		if err != nil {
+		a := &daemon{name: "agent " + nodeName(i), log: filepath.Join(dir, "agent.log"), argv: argv, progress: l.opts.Progress, failed: l.failed}
+		if err := a.start(); err != nil {
 			return err
 		}
 		l.agents = append(l.agents, a)

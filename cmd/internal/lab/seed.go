@@ -42,7 +42,7 @@ type Seeded struct {
 // that a seeding that was interrupted is done again; it is deterministic and
 // writes the same keys.
 func (l *Lab) seed(ctx context.Context) error {
-	note := filepath.Join(l.opts.Dir, "seeded.json")
+	note := l.seededNote()
 	switch _, err := os.Stat(note); {
 	case err == nil:
 		l.say("objects: %s has those of an earlier run", l.opts.Dir)
@@ -58,7 +58,7 @@ func (l *Lab) seed(ctx context.Context) error {
 		return err
 	}
 	defer cli.Close()
-	sealed, err := storage.LoadEncryption(ctx, l.encryption())
+	sealed, err := storage.LoadEncryption(ctx, l.encryption)
 	if err != nil {
 		return err
 	}
@@ -201,21 +201,29 @@ func (w *seedWriter) write(ctx context.Context, batch []item) error {
 	return flush()
 }
 
-// encryption is the lab's EncryptionConfiguration.
-func (l *Lab) encryption() string { return filepath.Join(l.opts.Dir, "encryption.yaml") }
+// seededNote is the file that says that the folder's etcd has its objects.
+func (l *Lab) seededNote() string { return filepath.Join(l.opts.Dir, "seeded.json") }
 
 // writeEncryption makes the cluster's EncryptionConfiguration, with a key of its
 // own, unless the folder has one: Secrets are encrypted, as in any cluster that
-// is taken care of.
+// is taken care of. A real control plane has it only if asked for, and keeps it.
 func (l *Lab) writeEncryption() error {
-	if _, err := os.Stat(l.encryption()); !errors.Is(err, fs.ErrNotExist) {
+	file := filepath.Join(l.opts.Dir, "encryption.yaml")
+	switch _, err := os.Stat(file); {
+	case err == nil:
+		l.encryption = file
+		return nil
+	case !errors.Is(err, fs.ErrNotExist):
 		return err
+	case l.kube != nil && !l.kube.o.Encrypt:
+		return nil
 	}
+	l.encryption = file
 	key := make([]byte, 32) // secretbox takes no other length
 	if _, err := rand.Read(key); err != nil {
 		return err
 	}
-	return durable.Write(l.encryption(), fmt.Appendf(nil, `apiVersion: apiserver.config.k8s.io/v1
+	return durable.Write(file, fmt.Appendf(nil, `apiVersion: apiserver.config.k8s.io/v1
 kind: EncryptionConfiguration
 resources:
 - resources: [secrets]
