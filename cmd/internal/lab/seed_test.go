@@ -25,7 +25,7 @@ func TestSeedDecodes(t *testing.T) {
 	if err := l.writeEncryption(); err != nil {
 		t.Fatal(err)
 	}
-	sealed, err := storage.LoadEncryption(t.Context(), l.encryption())
+	sealed, err := storage.LoadEncryption(t.Context(), l.encryption)
 	if err != nil {
 		t.Fatal(err)
 	}
