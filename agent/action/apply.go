@@ -37,7 +37,9 @@ const (
 	outcomeFailed     = "failed"
 	outcomeUnknown    = "unknown"
 	outcomeUnverified = "unverified"
-	// outcomeSkipped: nothing had to be done, or nothing was tried.
+	// outcomeGone: somebody else had deleted it already.
+	outcomeGone = "gone"
+	// outcomeSkipped: nothing was tried.
 	outcomeSkipped = "skipped"
 )
 
@@ -175,8 +177,14 @@ func (a *application) many(ctx context.Context) {
 	chunks <- chunk
 	close(chunks)
 	workers.Wait()
-	a.verifyMany(ctx)
+	verify, cancel := context.WithTimeout(context.WithoutCancel(ctx), verifyTimeout)
+	defer cancel()
+	a.verifyMany(verify)
 }
+
+// verifyTimeout bounds the look at what an action on many objects left. It is
+// less than what a door waits for when the agent is told to stop (5 s).
+const verifyTimeout = 4 * time.Second
 
 // chunk carries out some steps. Where there is no leader it waits for the next
 // one: a long action outlives an election; a short one is quicker typed again.
@@ -235,7 +243,7 @@ func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, pa
 		s := a.plan.steps[i]
 		kv, found := kvs[s.key]
 		if s.op == opDelete && !found {
-			settle(i, outcome{what: outcomeSkipped, err: errors.New("gone already")})
+			settle(i, outcome{what: outcomeGone})
 			continue
 		}
 		write, image, out := a.prepare(ctx, i, kv, found, view)
@@ -263,12 +271,12 @@ func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, pa
 	var workers sync.WaitGroup
 	for _, w := range writes {
 		if err := pace.begin(ctx); err != nil {
-			settle(w.index, outcome{what: outcomeFailed, err: fmt.Errorf("not tried: %w", err)})
+			settle(w.index, outcome{what: outcomeSkipped, err: fmt.Errorf("not tried: %w", err)})
 			continue
 		}
 		workers.Go(func() {
 			began := time.Now()
-			revision, err := e.etcd.Commit(ctx, w.write)
+			revision, err := e.etcd.Commit(context.WithoutCancel(ctx), w.write)
 			pace.end(time.Since(began))
 			e.steps("written")
 			settle(w.index, written(revision, err))
@@ -353,7 +361,7 @@ func (a *application) step(ctx context.Context, i int) outcome {
 		return failed(err)
 	}
 	if s.op == opDelete && !found && len(a.plan.steps) > 1 {
-		return outcome{what: outcomeSkipped, err: errors.New("gone already")}
+		return outcome{what: outcomeGone}
 	}
 	lap("read")
 
@@ -374,6 +382,8 @@ func (a *application) step(ctx context.Context, i int) outcome {
 	lap("record")
 
 	e.steps("write")
+	// What was begun is brought to its end; the client bounds each call itself.
+	ctx = context.WithoutCancel(ctx)
 	revision, err := e.etcd.Commit(ctx, write)
 	if err != nil {
 		return written(0, err)
@@ -600,7 +610,7 @@ func holds(s *step, o *object) bool {
 
 // settle notes what became of one object.
 func (a *application) settle(i int, out outcome) {
-	if a.record != nil && out.what != outcomeSkipped {
+	if a.record != nil && out.what != outcomeSkipped && out.what != outcomeGone {
 		n := journal.Note{Index: i, Revision: out.revision, Outcome: out.what}
 		if n.Outcome == outcomeUnverified {
 			n.Outcome = journal.Applied // it was written; undo must know
@@ -618,7 +628,7 @@ func (a *application) settle(i int, out outcome) {
 	defer a.mu.Unlock()
 	a.outcomes[i] = out
 	a.done++
-	if out.what != journal.Applied {
+	if out.what != journal.Applied && out.what != outcomeGone {
 		a.failed++
 	}
 	// Errors that will meet every other object too end the action.
@@ -653,10 +663,7 @@ func (a *application) finish() error {
 		}
 		a.result.Objects = append(a.result.Objects, o)
 	}
-	total, good := len(a.outcomes), count[journal.Applied]
-	if a.stop == nil {
-		good += count[outcomeSkipped]
-	}
+	total, good := len(a.outcomes), count[journal.Applied]+count[outcomeGone]
 	switch {
 	case good == total:
 		a.result.Result, first = resultApplied, nil
