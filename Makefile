@@ -5,6 +5,8 @@ BIN := $(CURDIR)/bin
 TOOLS := $(CURDIR)/internal/tools/bin
 # Tests and benchmarks look at etcd with etcdctl, as the independent eye.
 export HALLIGAN_ETCDCTL := $(TOOLS)/etcdctl
+# Tests run a real Kubernetes control plane from here.
+export HALLIGAN_KUBE ?= $(BIN)/kube
 # -buildvcs=false: a clone owned by somebody else builds all the same.
 BUILD := $(GO) build -trimpath -buildvcs=false
 
@@ -17,12 +19,16 @@ build: ## build every binary into bin/
 	@mkdir -p $(BIN)
 	$(BUILD) -o $(BIN)/ ./cmd/...
 
+.PHONY: kube
+kube: ## build a real Kubernetes control plane into a cache: ten minutes, once
+	@GO=$(GO) internal/kube/build $(BIN)/kube
+
 .PHONY: demo
-demo: build ## stage an outage without an API server, and heal it through etcd
-	$(BIN)/halligan-lab demo
+demo: build $(if $(KUBE),kube) ## stage an outage and heal it through etcd, without an API server; KUBE=1: with a real one
+	$(BIN)/halligan-lab demo $(if $(KUBE),--kube)
 
 .PHONY: test
-test: build $(TOOLS)/etcdctl ## run all tests
+test: build kube $(TOOLS)/etcdctl ## run all tests
 	$(GO) test -buildvcs=false -timeout 15m ./...
 
 .PHONY: race
