@@ -76,6 +76,9 @@ type Client struct {
 // where small values are followed by large ones.
 const maxMessage = 64 << 20
 
+// window is how many bytes the server may send ahead of what was read here.
+const window = 256 << 10
+
 // Open returns a client. etcd need not be alive, but the files must be there.
 func Open(cfg Config) (*Client, error) {
 	if cfg.DialTimeout <= 0 {
@@ -129,6 +132,9 @@ func Open(cfg Config) (*Client, error) {
 			grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
 				return dialer.DialContext(ctx, "tcp", addr)
 			}),
+			// Otherwise gRPC buffers up to 16 MiB of a stream that it finds fast
+			// (internal/transport/bdp_estimator.go).
+			grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window),
 			grpc.WithConnectParams(grpc.ConnectParams{
 				MinConnectTimeout: cfg.DialTimeout,
 				Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},

@@ -3,6 +3,8 @@ package storage
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"strconv"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -127,23 +129,17 @@ func Decode(plain []byte) (*Object, error) {
 // decodeProtobuf reads runtime.Unknown (apimachinery pkg/runtime/generated.proto)
 // as its generated decoder does: embedded messages merge, else the last wins.
 func (o *Object) decodeProtobuf() error {
-	fields, err := scan(o.plain, len(protobufMagic), len(o.plain))
-	if err != nil {
-		return undecodable("the protobuf envelope is damaged: %v", err)
-	}
 	var typeMeta runtime.TypeMeta
 	var encoding, contentType []byte
 	whole := false
-	for _, f := range fields {
+	err := each(o.plain, len(protobufMagic), len(o.plain), func(f wireField) error {
 		if f.num <= 4 && f.typ != bytesType {
-			return undecodable("the protobuf envelope is damaged: field %d has wire type %d", f.num, f.typ)
+			return fmt.Errorf("field %d has wire type %d", f.num, f.typ)
 		}
 		payload := o.plain[f.value:f.end]
 		switch f.num {
 		case 1:
-			if err := typeMeta.Unmarshal(payload); err != nil {
-				return undecodable("the protobuf envelope is damaged: %v", err)
-			}
+			return typeMeta.Unmarshal(payload)
 		case rawField:
 			o.raw, whole = payload, true
 		case 3:
@@ -151,6 +147,10 @@ func (o *Object) decodeProtobuf() error {
 		case 4:
 			contentType = payload
 		}
+		return nil
+	})
+	if err != nil {
+		return undecodable("the protobuf envelope is damaged: %v", err)
 	}
 	if !whole {
 		return undecodable("the protobuf envelope is empty")
@@ -159,19 +159,17 @@ func (o *Object) decodeProtobuf() error {
 		return undecodable("the protobuf envelope has content encoding %q and type %q, which no API server writes", encoding, contentType)
 	}
 	o.APIVersion, o.Kind = typeMeta.APIVersion, typeMeta.Kind
-	if fields, err = scan(o.raw, 0, len(o.raw)); err != nil {
+	err = each(o.raw, 0, len(o.raw), func(f wireField) error {
+		switch {
+		case f.num != 1:
+			return nil
+		case f.typ != bytesType:
+			return errors.New("it has no metadata")
+		}
+		return o.decodeMeta(o.raw[f.value:f.end])
+	})
+	if err != nil {
 		return undecodable("the stored object is damaged: %v", err)
-	}
-	for _, f := range fields {
-		if f.num != 1 {
-			continue
-		}
-		if f.typ != bytesType {
-			return undecodable("the stored object has no metadata")
-		}
-		if err := o.decodeMeta(o.raw[f.value:f.end]); err != nil {
-			return undecodable("the metadata is damaged: %v", err)
-		}
 	}
 	return nil
 }
