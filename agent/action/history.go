@@ -2,6 +2,7 @@ package action
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -51,7 +52,10 @@ func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv
 	if limit == 0 {
 		limit = defaultHistory
 	}
-	for _, entry := range e.journal.Entries() {
+	entries := e.journal.Entries()
+	// Identifiers tell seconds only.
+	slices.SortStableFunc(entries, func(a, b journal.Entry) int { return b.Time.Compare(a.Time) })
+	for _, entry := range entries {
 		if limit--; limit < 0 || ctx.Err() != nil {
 			return ctx.Err()
 		}

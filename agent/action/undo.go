@@ -2,6 +2,7 @@ package action
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"time"
 
@@ -151,7 +152,10 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 		}
 		return changedSince("was changed")
 	}
-	return p.revert(obj, ref.Changes)
+	if err := p.revert(obj, ref.Changes); err != nil {
+		return fmt.Errorf("%s: %w", obj.title(), err)
+	}
+	return nil
 }
 
 // restore plans to store a deleted object again.

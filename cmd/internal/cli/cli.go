@@ -179,7 +179,7 @@ func (o *options) addFlags(flags *pflag.FlagSet, env func(string) string) {
 	o.output = "table"
 	flags.StringVar(&o.socket, "socket", socket, "console `socket` of the agent (HALLIGAN_SOCKET)")
 	flags.VarP((*format)(&o.output), "output", "o", "`form` of the output: table, json or yaml")
-	flags.StringVar(&o.reason, "reason", env("HALLIGAN_REASON"), "why, for the record (HALLIGAN_REASON)")
+	flags.StringVar(&o.reason, "reason", env("HALLIGAN_REASON"), "`text` that says why, for the record (HALLIGAN_REASON)")
 	flags.StringVar(&o.incident, "incident", env("HALLIGAN_INCIDENT"), "`id` of the incident, for the record (HALLIGAN_INCIDENT)")
 	flags.BoolVarP(&o.yes, "yes", "y", false, "apply the plan without asking")
 	flags.BoolVar(&o.dryRun, "dry-run", false, "stop after the plan")

@@ -81,6 +81,11 @@ func dialConsole(ctx context.Context, socket string) (*grpc.ClientConn, error) {
 	return conn, nil
 }
 
+func isSocket(path string) bool {
+	info, err := os.Stat(path)
+	return err != nil || info.Mode()&os.ModeSocket != 0
+}
+
 func unreachable(socket string, err error) error {
 	switch {
 	case errors.Is(err, context.Canceled):
@@ -88,6 +93,8 @@ func unreachable(socket string, err error) error {
 	case errors.Is(err, os.ErrNotExist):
 		return fault.New(fault.Unreachable, "start halligan-agent on this node, or name its socket with --socket or HALLIGAN_SOCKET",
 			"no agent has a socket at %s", socket)
+	case errors.Is(err, syscall.ECONNREFUSED) && !isSocket(socket):
+		return fault.New(fault.Unreachable, "name the agent's socket with --socket or HALLIGAN_SOCKET", "%s is no socket", socket)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fault.New(fault.Unreachable, "start halligan-agent again; its log says why it ended", "the agent of %s is not running", socket)
 	case errors.Is(err, os.ErrPermission):

@@ -45,7 +45,7 @@ func (a *app) verb(action *halliganv1.Action) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:         neutral.Line(strings.Join(use, " ")),
 		Short:       neutral.Line(action.GetSummary()),
-		Long:        neutral.Text(action.GetDescription()),
+		Long:        fold(neutral.Text(action.GetDescription())),
 		Annotations: map[string]string{"effect": action.GetEffect()},
 	}
 	if cmd.Long == "" {
@@ -136,6 +136,25 @@ func joinKindAndName(action *halliganv1.Action, args []string) []string {
 		}
 	}
 	return args
+}
+
+// fold breaks lines between words, before column 80 where that can be.
+func fold(text string) string {
+	var b strings.Builder
+	column := 0
+	for word := range strings.FieldsSeq(text) {
+		switch {
+		case column > 0 && column+1+len(word) >= 80:
+			b.WriteByte('\n')
+			column = 0
+		case column > 0:
+			b.WriteByte(' ')
+			column++
+		}
+		b.WriteString(word)
+		column += len(word)
+	}
+	return b.String()
 }
 
 // flagName returns the long flag of a parameter: allNamespaces becomes
