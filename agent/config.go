@@ -14,6 +14,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/halligan-io/halligan/agent/node"
+	"github.com/halligan-io/halligan/api"
 	"github.com/halligan-io/halligan/internal/daemonlog"
 	"github.com/halligan-io/halligan/internal/fault"
 )
@@ -29,7 +30,8 @@ type Config struct {
 	StateDir string `json:"stateDir,omitempty"`
 	// JournalMaxBytes bounds the records of actions; default 2 GiB.
 	JournalMaxBytes int64 `json:"journalMaxBytes,omitempty"`
-	// Socket is the console's Unix socket; default /run/halligan/console.sock.
+	// Socket is the console's Unix socket; default api.DefaultSocket, which is
+	// where the command line looks.
 	Socket string `json:"socket,omitempty"`
 	// Etcd says how etcd is reached.
 	Etcd EtcdConfig `json:"etcd,omitempty"`
@@ -93,7 +95,7 @@ func load(file string, required bool, root string) (c Config, notes []string, di
 		}
 	}
 	fill(&c.StateDir, "/var/lib/halligan")
-	fill(&c.Socket, "/run/halligan/console.sock")
+	fill(&c.Socket, api.DefaultSocket)
 	fill(&c.LogLevel, "info")
 	if err := c.check(); err != nil {
 		return c, nil, "", fault.New(fault.Usage, "mend the file", "configuration %s: %w", file, err)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/halligan-io/halligan/api"
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
@@ -35,7 +36,7 @@ func TestLoadConfigManual(t *testing.T) {
 		want Config
 	}{
 		"defaults": {"etcd: {endpoints: ['127.0.0.1:2379']}",
-			Config{Node: host, StateDir: "/var/lib/halligan", Socket: "/run/halligan/console.sock", LogLevel: "info", Etcd: EtcdConfig{Endpoints: []string{"127.0.0.1:2379"}}}},
+			Config{Node: host, StateDir: "/var/lib/halligan", Socket: api.DefaultSocket, LogLevel: "info", Etcd: EtcdConfig{Endpoints: []string{"127.0.0.1:2379"}}}},
 		"everything": {`
 node: cp-1
 stateDir: /state
@@ -61,6 +62,19 @@ etcd:
 		if d := cmp.Diff(c.want, got); d != "" {
 			t.Errorf("%s: %s", name, d)
 		}
+	}
+}
+
+// TestDefaultSocket: an agent and a command line that are told nothing meet, where
+// the README says.
+func TestDefaultSocket(t *testing.T) {
+	c, _, _, err := load("/nonexistent", false, kubeadmNode(t, ""))
+	if err != nil || c.Socket != api.DefaultSocket {
+		t.Errorf("%q, want %q; %v", c.Socket, api.DefaultSocket, err)
+	}
+	readme, err := os.ReadFile("../README.md")
+	if err != nil || !strings.Contains(string(readme), "socket: "+api.DefaultSocket+"\n") {
+		t.Errorf("the README does not have %s, or %v", api.DefaultSocket, err)
 	}
 }
 

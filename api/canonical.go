@@ -32,7 +32,7 @@ import (
 
 // DefaultSocket is where an agent has its console and the command line looks
 // for it, unless either is told otherwise.
-const DefaultSocket = "/run/halligan/agent.sock"
+const DefaultSocket = "/run/halligan/console.sock"
 
 // CanonicalJSON returns the one JSON text of a message: equal messages give
 // equal bytes on every release and machine, and protojson.Unmarshal reads them
