@@ -25,6 +25,10 @@ import (
 type Config struct {
 	// Node is this node's name in plans and records; default: the host name.
 	Node string `json:"node,omitempty"`
+	// Distribution names the row of agent/node's table by which etcd is looked
+	// for; it is needed only on a node with the files of several. It excludes
+	// etcd.endpoints, with which nothing is looked for.
+	Distribution string `json:"distribution,omitempty"`
 	// StateDir holds the records of actions, mode 0700; default
 	// /var/lib/halligan. This and all other paths are absolute.
 	StateDir string `json:"stateDir,omitempty"`
@@ -103,7 +107,7 @@ func load(file string, required bool, root string) (c Config, notes []string, di
 	distribution = "manual"
 	keys := []string{c.Etcd.KeyFile} // node tells of those that it finds
 	if len(c.Etcd.Endpoints) == 0 {
-		layout, err := node.Detect(root)
+		layout, err := node.Detect(root, c.Distribution)
 		if err != nil {
 			return c, nil, "", fmt.Errorf("etcd.endpoints is not set, and looking at the node: %w", err)
 		}
@@ -141,6 +145,12 @@ func (c *Config) check() error {
 	}
 	if !slices.Contains(daemonlog.Levels, c.LogLevel) {
 		return fmt.Errorf("logLevel: %q is none of %v", c.LogLevel, daemonlog.Levels)
+	}
+	if d := c.Distribution; d != "" && !slices.Contains(node.Distributions(), d) {
+		return fmt.Errorf("distribution: %q is none of %v", d, node.Distributions())
+	}
+	if c.Distribution != "" && len(c.Etcd.Endpoints) > 0 {
+		return errors.New("distribution says where etcd is looked for, and with etcd.endpoints it is not looked for: set one of them")
 	}
 	for _, e := range c.Etcd.Endpoints {
 		if ap, err := netip.ParseAddrPort(e); err != nil || ap.Port() == 0 {

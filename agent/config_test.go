@@ -80,28 +80,30 @@ func TestDefaultSocket(t *testing.T) {
 
 func TestLoadConfigRefused(t *testing.T) {
 	for text, want := range map[string]string{
-		"nodee: cp-1":                           `unknown field "nodee"`,
-		"etcd: {endpoint: ['127.0.0.1:1']}":     `unknown field "endpoint"`,
-		"node: a\nnode: b":                      "already set",
-		"node: [a]":                             "cannot unmarshal",
-		"- a":                                   "cannot unmarshal",
-		"node: \"a":                             "yaml",
-		"stateDir: state":                       "stateDir",
-		"socket: ./s":                           "socket",
-		"policyFile: p.yaml":                    "policyFile",
-		"encryptionConfig: e.yaml":              "encryptionConfig",
-		"etcd: {keyFile: key}":                  "etcd.keyFile",
-		"journalMaxBytes: -1":                   "journalMaxBytes",
-		"journalMaxBytes: 2Gi":                  "cannot unmarshal",
-		"logLevel: loud":                        "logLevel",
-		"etcd: {endpoints: ['localhost:2379']}": `"localhost:2379" is not IP:PORT; a name would need DNS`,
-		"etcd: {endpoints: ['https://10.0.0.1:2379']}":    "is not IP:PORT",
-		"etcd: {endpoints: ['10.0.0.1']}":                 "is not IP:PORT",
-		"etcd: {endpoints: ['10.0.0.1:']}":                "is not IP:PORT",
-		"etcd: {endpoints: ['10.0.0.1:0']}":               "is not IP:PORT",
-		"etcd: {endpoints: ['10.0.0.1:70000']}":           "is not IP:PORT",
-		"etcd: {endpoints: ['fd00::1:2379']}":             "is not IP:PORT",
-		"etcd: {endpoints: ['127.0.0.1:2379', 'e:2379']}": `"e:2379" is not IP:PORT`,
+		"nodee: cp-1":                       `unknown field "nodee"`,
+		"etcd: {endpoint: ['127.0.0.1:1']}": `unknown field "endpoint"`,
+		"node: a\nnode: b":                  "already set",
+		"node: [a]":                         "cannot unmarshal",
+		"- a":                               "cannot unmarshal",
+		"node: \"a":                         "yaml",
+		"stateDir: state":                   "stateDir",
+		"socket: ./s":                       "socket",
+		"policyFile: p.yaml":                "policyFile",
+		"encryptionConfig: e.yaml":          "encryptionConfig",
+		"etcd: {keyFile: key}":              "etcd.keyFile",
+		"journalMaxBytes: -1":               "journalMaxBytes",
+		"journalMaxBytes: 2Gi":              "cannot unmarshal",
+		"logLevel: loud":                    "logLevel",
+		"distribution: k8s":                 `"k8s" is none of [kubeadm k3s`,
+		"{distribution: kubeadm, etcd: {endpoints: ['127.0.0.1:2379']}}": "set one of them",
+		"etcd: {endpoints: ['localhost:2379']}":                          `"localhost:2379" is not IP:PORT; a name would need DNS`,
+		"etcd: {endpoints: ['https://10.0.0.1:2379']}":                   "is not IP:PORT",
+		"etcd: {endpoints: ['10.0.0.1']}":                                "is not IP:PORT",
+		"etcd: {endpoints: ['10.0.0.1:']}":                               "is not IP:PORT",
+		"etcd: {endpoints: ['10.0.0.1:0']}":                              "is not IP:PORT",
+		"etcd: {endpoints: ['10.0.0.1:70000']}":                          "is not IP:PORT",
+		"etcd: {endpoints: ['fd00::1:2379']}":                            "is not IP:PORT",
+		"etcd: {endpoints: ['127.0.0.1:2379', 'e:2379']}":                `"e:2379" is not IP:PORT`,
 	} {
 		file := write(t, filepath.Join(t.TempDir(), "agent.yaml"), text, 0o600)
 		_, _, _, err := LoadConfig(file)
@@ -166,6 +168,18 @@ func TestLoadConfigDetects(t *testing.T) {
 	write(t, root+"/var/lib/rancher/k3s/server/tls/x", "", 0o600)
 	if _, _, _, err = load(none, false, root); err == nil || !strings.Contains(err.Error(), "kubeadm and k3s") {
 		t.Errorf("on two control planes: %v", err)
+	}
+	if f := fault.Of(err); !strings.Contains(f.Next, "distribution") {
+		t.Errorf("no way out: %v", err)
+	}
+	// The file says which.
+	file = write(t, filepath.Join(t.TempDir(), "agent.yaml"), "distribution: kubeadm\n", 0o600)
+	if c, _, distribution, err = load(file, true, root); err != nil || distribution != "kubeadm" || c.Etcd.KeyFile != pki+"healthcheck-client.key" {
+		t.Errorf("%q, %+v, %v", distribution, c.Etcd, err)
+	}
+	file = write(t, filepath.Join(t.TempDir(), "agent.yaml"), "distribution: rke2\n", 0o600)
+	if _, _, _, err = load(file, true, root); err == nil || !strings.Contains(err.Error(), "no control plane of rke2") {
+		t.Errorf("another than is there: %v", err)
 	}
 }
 

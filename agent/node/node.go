@@ -57,14 +57,18 @@ type EtcdOverride struct {
 const configure = "set etcd's endpoints and credential files in the agent's configuration"
 
 // Detect finds the distribution whose control plane runs on this node and
-// returns its layout. root is "/", or a folder that stands for it. It fails
-// when no row or more than one fits, when the database is not etcd, and when
-// a file that decides something cannot be read.
-func Detect(root string) (*Layout, error) {
+// returns its layout. root is "/", or a folder that stands for it; distribution
+// names the only row that is looked at, for a node with the files of several,
+// and is "" otherwise. It fails when no row or more than one fits, when the
+// database is not etcd, and when a file that decides something cannot be read.
+func Detect(root, distribution string) (*Layout, error) {
 	h := host{root}
 	var found []Row
 	var bases []string
 	for _, r := range rows {
+		if distribution != "" && r.Distribution != distribution {
+			continue
+		}
 		base, err := h.base(r)
 		if err != nil {
 			return nil, err
@@ -75,12 +79,11 @@ func Detect(root string) (*Layout, error) {
 	}
 	switch len(found) {
 	case 0:
-		names := make([]string, len(rows))
-		for i, r := range rows {
-			names[i] = r.Distribution
+		looked := distribution
+		if looked == "" {
+			looked = strings.Join(Distributions(), ", ")
 		}
-		return nil, fault.New(fault.Failed, "run the agent on a control-plane node, or "+configure,
-			"this node has no control plane of %s", strings.Join(names, ", "))
+		return nil, fault.New(fault.Failed, "run the agent on a control-plane node, or "+configure, "this node has no control plane of %s", looked)
 	case 1:
 		return h.layout(found[0], bases[0])
 	}
@@ -88,7 +91,17 @@ func Detect(root string) (*Layout, error) {
 	for i, r := range found {
 		names[i] = r.Distribution
 	}
-	return nil, fault.New(fault.Failed, configure, "this node has the files of more than one distribution: %s", strings.Join(names, " and "))
+	return nil, fault.New(fault.Failed, "name the one that runs with distribution in the agent's configuration",
+		"this node has the files of more than one distribution: %s", strings.Join(names, " and "))
+}
+
+// Distributions returns the names of the table's rows.
+func Distributions() []string {
+	names := make([]string, len(rows))
+	for i, r := range rows {
+		names[i] = r.Distribution
+	}
+	return names
 }
 
 func (h host) layout(r Row, base string) (*Layout, error) {

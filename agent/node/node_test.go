@@ -39,7 +39,7 @@ func tree(t *testing.T, files map[string]string) string {
 func detect(t *testing.T, files map[string]string) (*Layout, error) {
 	t.Helper()
 	root := tree(t, files)
-	l, err := Detect(root)
+	l, err := Detect(root, "")
 	if err != nil {
 		return nil, err
 	}
@@ -419,8 +419,22 @@ func TestKeyMode(t *testing.T) {
 		if err := os.Chmod(key, mode); err != nil {
 			t.Fatal(err)
 		}
-		if l, err := Detect(root); err != nil || len(l.Notes) != notes {
+		if l, err := Detect(root, ""); err != nil || len(l.Notes) != notes {
 			t.Errorf("%04o: %v %v", mode, l, err)
+		}
+	}
+}
+
+// TestDetectNamed: on a node with the files of two, the one that is named counts,
+// and what is wrong with the other's does not matter.
+func TestDetectNamed(t *testing.T) {
+	root := tree(t, with(kubeadm, rke2, map[string]string{"/etc/rancher/rke2/config.yaml": "["}))
+	if l, err := Detect(root, "kubeadm"); err != nil || l.Distribution != "kubeadm" {
+		t.Errorf("%+v, %v", l, err)
+	}
+	for _, name := range []string{"talos", "k8s"} {
+		if l, err := Detect(root, name); !fault.Is(err, fault.Failed) || !strings.Contains(err.Error(), "no control plane of "+name) {
+			t.Errorf("%s: %+v, %v", name, l, err)
 		}
 	}
 }
