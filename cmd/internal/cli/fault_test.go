@@ -29,6 +29,7 @@ import (
 // TestFaults tells what a person meets while parts of a cluster are broken. Each
 // story has a cluster and an agent of its own to break.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	eye := etcdctl(t)
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/fault",

@@ -51,6 +51,7 @@ func agentCommand() []string { return []string{"/usr/bin/env", "CLI_TEST_AS=agen
 // lab's files. The stories share one lab and run at the same time, so each has
 // objects of its own.
 func TestStories(t *testing.T) {
+	t.Parallel()
 	eye := etcdctl(t)
 	// Sockets have short names only.
 	dir, err := os.MkdirTemp("", "story")
