@@ -139,7 +139,7 @@ func flag(name string, value any) string  { return fmt.Sprintf("--%s=%v", name, 
 func exists(path string) bool             { _, err := os.Stat(path); return err == nil }
 
 // newKube checks what can be checked before anything runs.
-func newKube(l *Lab) (*Kube, error) {
+func newKube(ctx context.Context, l *Lab) (*Kube, error) {
 	k := &Kube{lab: l, o: *l.opts.Kube, dir: l.kubeDir(), running: map[string]*daemon{}}
 	if k.o.APIServers == 0 {
 		k.o.APIServers = 1
@@ -160,13 +160,30 @@ func newKube(l *Lab) (*Kube, error) {
 	}
 	addresses := append(k.Servers(), port(k.ip(), managerPort), port(k.ip(), schedulerPort))
 	for _, a := range addresses {
-		free, err := net.Listen("tcp", a)
-		if err != nil {
+		if err := free(ctx, a); err != nil {
 			return nil, fault.New(fault.Failed, "stop what listens there, or choose other addresses with --net 127.0.1", "%s is taken: %w", a, err)
 		}
-		free.Close()
 	}
 	return k, nil
+}
+
+// free returns nil if nobody listens on the address. Those of a lab that was
+// killed take a moment to end with it.
+func free(ctx context.Context, address string) error {
+	for began := time.Now(); ; {
+		l, err := net.Listen("tcp", address)
+		if err == nil {
+			return l.Close()
+		}
+		if time.Since(began) > 2*time.Second {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(kubePoll):
+		}
+	}
 }
 
 // find finds the binaries.
@@ -240,6 +257,13 @@ func (k *Kube) bringUp(ctx context.Context) error {
 	}
 	k.lab.say("kube-apiserver: ready on %s after %s", strings.Join(k.Servers(), ", "), since(began))
 	began = time.Now()
+	// Whoever held a lease in an earlier run died with that, and nobody needs to
+	// wait for it to lapse.
+	for _, name := range []string{managerName, schedulerName} {
+		if err := k.client.CoordinationV1().Leases(metav1.NamespaceSystem).Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+			return err
+		}
+	}
 	for _, p := range []part{k.controllerManager(), k.scheduler()} {
 		if err := k.launch(p); err != nil {
 			return err
@@ -249,7 +273,7 @@ func (k *Kube) bringUp(ctx context.Context) error {
 		return fmt.Errorf("making the cluster's objects: %w", err)
 	}
 	// It may do nothing before its role is there.
-	if err := k.launch(k.kwok()); err != nil {
+	if err := k.StartKwok(ctx); err != nil {
 		return err
 	}
 	var g errgroup.Group
@@ -431,8 +455,15 @@ func (k *Kube) startElected(ctx context.Context, p part) error {
 // and nodes turn NotReady after 40 s.
 func (k *Kube) StopKwok() error { return k.stop(kwokName) }
 
-// StartKwok starts it again; it catches up by itself.
-func (k *Kube) StartKwok() error { return k.launch(k.kwok()) }
+// StartKwok starts it again. It leaves a node alone whose lease another kwok
+// holds, so those of the one that was stopped are removed.
+func (k *Kube) StartKwok(ctx context.Context) error {
+	err := k.client.CoordinationV1().Leases(corev1.NamespaceNodeLease).DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{})
+	if err != nil {
+		return fmt.Errorf("removing the nodes' leases: %w", err)
+	}
+	return k.launch(k.kwok())
+}
 
 // until polls a condition of the cluster. It fails early where one of the parts
 // that the condition waits for has ended at its start.

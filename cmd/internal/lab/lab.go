@@ -117,7 +117,7 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 		return nil, fault.New(fault.Usage, "choose a folder with a shorter name", "%s is too long for a socket's name", s)
 	}
 	if o.Kube != nil {
-		if l.kube, err = newKube(l); err != nil {
+		if l.kube, err = newKube(ctx, l); err != nil {
 			return nil, err
 		}
 	}

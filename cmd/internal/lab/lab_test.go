@@ -34,10 +34,14 @@ func TestMain(m *testing.M) {
 	case "halligan":
 		os.Exit(cli.Main())
 	case "lab":
-		err = beLab(ctx, os.Args[1], os.Args[2])
+		err = beLab(ctx, options(os.Args[1], os.Args[2]))
+	case "kube lab":
+		err = beLab(ctx, everyKubeOption(os.Args[1], os.Args[2]))
 	default:
 		stop()
-		os.Exit(m.Run())
+		code := m.Run()
+		closeShared()
+		os.Exit(code)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -57,13 +61,13 @@ func beAgent(ctx context.Context, config string) error {
 	return agent.Run(ctx, c, distribution, log)
 }
 
-func beLab(ctx context.Context, dir, network string) error {
-	l, err := Up(ctx, options(dir, network))
+func beLab(ctx context.Context, o Options) error {
+	l, err := Up(ctx, o)
 	if err != nil {
 		return err
 	}
 	defer l.Close()
-	fmt.Println("ready", dir)
+	fmt.Println("ready", o.Dir)
 	return l.Wait(ctx)
 }
 
@@ -85,10 +89,10 @@ func network() string {
 }
 
 // startLab runs a lab in a process of its own and waits until it is ready.
-func startLab(t *testing.T, dir, network string) *exec.Cmd {
+func startLab(t *testing.T, what, dir, network string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command(os.Args[0], dir, network)
-	cmd.Env = append(os.Environ(), "LAB_TEST_AS=lab")
+	cmd.Env = append(os.Environ(), "LAB_TEST_AS="+what)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -127,7 +131,7 @@ func children(t *testing.T, dir string) []int {
 func TestLabLivesDiesAndComesBack(t *testing.T) {
 	t.Parallel()
 	dir, network := filepath.Join(t.TempDir(), "lab"), network()
-	cmd := startLab(t, dir, network)
+	cmd := startLab(t, "lab", dir, network)
 
 	t.Run("environment", func(t *testing.T) {
 		out, err := exec.Command("sh", "-ec", `. "$0/env"; . "$0/env.console"; echo "$ETCDCTL_ENDPOINTS $HALLIGAN_SOCKET"; cat "$ETCDCTL_CACERT" "$ETCDCTL_CERT" "$ETCDCTL_KEY" >/dev/null`, dir).CombinedOutput()
@@ -170,7 +174,7 @@ func TestLabLivesDiesAndComesBack(t *testing.T) {
 		eventually(t, "nothing is left", func() bool { return len(children(t, dir)) == 0 })
 	})
 	t.Run("again", func(t *testing.T) {
-		cmd := startLab(t, dir, network)
+		cmd := startLab(t, "lab", dir, network)
 		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
