@@ -81,6 +81,7 @@ func (c *Catalogue) AddCRD(plain []byte) error {
 		Namespaced: spec.Scope == "Namespaced",
 		Dir:        spec.Group + "/" + names.Plural,
 		Custom:     true,
+		Carrier:    Operator,
 		Generation: true, // apiextensions-apiserver, pkg/registry/customresource/strategy.go
 		versions:   make(map[string]map[FieldName]Field),
 	}

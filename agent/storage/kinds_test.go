@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"maps"
 	"reflect"
 	"slices"
 	"strconv"
@@ -8,6 +9,7 @@ import (
 	"testing"
 
 	"google.golang.org/protobuf/encoding/protowire"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/kubernetes/scheme"
 )
@@ -142,6 +144,87 @@ func TestFieldRowsFitTheGeneratedTypes(t *testing.T) {
 	}
 	if checked < 40 {
 		t.Errorf("only %d fields were compared", checked)
+	}
+}
+
+// TestPodTemplateFollowsTheTypes looks for pod templates and pod specs in every
+// Go type that client-go knows.
+func TestPodTemplateFollowsTheTypes(t *testing.T) {
+	// Its data is raw: a DaemonSet's or StatefulSet's template, from which their
+	// controller makes pods during an update.
+	want := map[string]bool{"apps/ControllerRevision": true}
+	c := NewCatalogue()
+	for gvk := range scheme.Scheme.AllKnownTypes() {
+		k := c.ByGroupKind(gvk.Group, gvk.Kind)
+		if k == nil || gvk.Version == "__internal" {
+			continue
+		}
+		object, err := scheme.Scheme.New(gvk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if holdsType(reflect.TypeOf(object), reflect.TypeFor[corev1.PodSpec](), map[reflect.Type]bool{}) {
+			want[k.Group+"/"+k.Kind] = true
+		}
+	}
+	carriers := map[string]int{}
+	for _, k := range c.native {
+		if k.PodTemplate != want[k.Group+"/"+k.Kind] {
+			t.Errorf("%s: PodTemplate is %v", k.Resource(), k.PodTemplate)
+		}
+		if carriers[k.Carrier]++; k.Carrier != "" && !k.PodTemplate {
+			t.Errorf("%s: %s can make no pods of it", k.Resource(), k.Carrier)
+		}
+	}
+	// What has a template but no carrier is only read by others.
+	if !maps.Equal(carriers, map[string]int{"": len(c.native) - 8, Kubelet: 1, ControllerManager: 7}) {
+		t.Errorf("carriers: %v", carriers)
+	}
+	if err := c.AddCRD(definition("example.com", "widgets", "Widget", "Namespaced")); err != nil {
+		t.Fatal(err)
+	}
+	if k := c.ByGroupKind("example.com", "Widget"); k.Carrier != Operator || k.PodTemplate || k.Authority {
+		t.Errorf("custom kind: %+v", k)
+	}
+}
+
+func holdsType(in, want reflect.Type, seen map[reflect.Type]bool) bool {
+	if in == want || seen[in] {
+		return in == want
+	}
+	seen[in] = true
+	switch in.Kind() {
+	case reflect.Pointer, reflect.Slice, reflect.Map:
+		return holdsType(in.Elem(), want, seen)
+	case reflect.Struct:
+		for i := range in.NumField() {
+			if holdsType(in.Field(i).Type, want, seen) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// TestAuthorityRows demands that whoever adds a group decides whether its kinds
+// give authority.
+func TestAuthorityRows(t *testing.T) {
+	whole := map[string]bool{
+		"rbac.authorization.k8s.io": true, "admissionregistration.k8s.io": true,
+		"apiregistration.k8s.io": true, "apiextensions.k8s.io": true, "certificates.k8s.io": true,
+	}
+	none := []string{
+		"", "apps", "autoscaling", "batch", "coordination.k8s.io", "discovery.k8s.io", "events.k8s.io",
+		"flowcontrol.apiserver.k8s.io", "internal.apiserver.k8s.io", "lifecycle.k8s.io", "networking.k8s.io", "node.k8s.io",
+		"policy", "resource.k8s.io", "scheduling.k8s.io", "storage.k8s.io", "storagemigration.k8s.io",
+	}
+	for _, k := range NewCatalogue().native {
+		if !whole[k.Group] && !slices.Contains(none, k.Group) {
+			t.Errorf("%s: decide whether the group gives authority", k.Resource())
+		}
+		if want := whole[k.Group] || k.Resource() == "serviceaccounts"; k.Authority != want {
+			t.Errorf("%s: Authority is %v", k.Resource(), k.Authority)
+		}
 	}
 }
 

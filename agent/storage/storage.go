@@ -60,6 +60,13 @@ type Field struct {
 	Wire []protowire.Number
 }
 
+// Who carries a change out.
+const (
+	ControllerManager = "kube-controller-manager"
+	Kubelet           = "kubelet"
+	Operator          = "operator" // of a custom kind, if there is one
+)
+
 // Kind is a row of the kind table: how one kind is named, where its objects lie
 // and which fields can be edited.
 type Kind struct {
@@ -76,6 +83,17 @@ type Kind struct {
 	// Generation says that the API server counts metadata.generation up when
 	// the spec changes.
 	Generation bool
+	// Authority says that objects of the kind give rights, vouch for identities
+	// or decide what the API server admits or where it sends requests. To put
+	// one back adds authority.
+	Authority bool
+	// PodTemplate says that objects of the kind hold what pods are made of, or
+	// are pods. Of custom kinds it is not known, and so false.
+	PodTemplate bool
+	// Carrier is who makes or ends pods when an object of the kind changes:
+	// ControllerManager, Kubelet, Operator, or "" where a change has its effect
+	// by being seen.
+	Carrier string
 	// Fields holds the edit rows; of a custom kind, those of the version that
 	// it is stored as now. An edit asks Kind.Field, which goes by the version
 	// that the object at hand has.
