@@ -124,7 +124,9 @@ func (p *planner) fights(o *object, to int64, around *surroundings) error {
 		}
 	}
 	if p.plan.Action == scaleName {
-		for _, m := range o.Meta.ManagedFields {
+		// Decode has read the metadata once: no error here.
+		managed, _ := o.ManagedFields()
+		for _, m := range managed {
 			if m.Subresource != "" || m.FieldsV1 == nil || strings.HasPrefix(m.Manager, "kubectl") || m.Manager == "kube-controller-manager" {
 				continue
 			}

@@ -14,7 +14,6 @@ import (
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	kubescheme "k8s.io/client-go/kubernetes/scheme"
@@ -102,11 +101,11 @@ func (o *Object) JSON() (data []byte, note string, err error) {
 		return nil, "", undecodable("the stored object does not decode as %s: %v", o.GroupVersionKind(), err)
 	}
 	if obj == nil {
-		var whole metav1.PartialObjectMetadata // Meta is not
-		if err := whole.Unmarshal(o.raw); err != nil {
-			return nil, "", undecodable("the metadata is damaged: %v", err)
+		meta, err := o.wholeMeta()
+		if err != nil {
+			return nil, "", err
 		}
-		text, err := json.Marshal(whole.ObjectMeta)
+		text, err := json.Marshal(meta)
 		if err != nil {
 			return nil, "", undecodable("the metadata has no JSON form: %v", err)
 		}

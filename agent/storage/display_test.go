@@ -156,9 +156,10 @@ func TestPartsStandForTheWhole(t *testing.T) {
 		if err := whole.Unmarshal(o.raw); err != nil {
 			t.Fatal(err)
 		}
-		for i := range whole.ManagedFields {
-			whole.ManagedFields[i].FieldsV1 = nil
+		if fields, err := o.ManagedFields(); err != nil || !reflect.DeepEqual(fields, whole.ManagedFields) {
+			t.Errorf("managedFields of %s: %v, %v", name, fields, err)
 		}
+		whole.ManagedFields = nil
 		if !reflect.DeepEqual(o.Meta, whole.ObjectMeta) {
 			t.Errorf("metadata of %s:\n%s", name, cmp.Diff(whole.ObjectMeta, o.Meta))
 		}

@@ -74,9 +74,9 @@ type Object struct {
 	Format           Format
 	APIVersion, Kind string
 	// Meta is the object's metadata. Field 1 is ObjectMeta in every kind that an
-	// API server stores, so kinds that this build does not know have it too. Of
-	// a protobuf value's managedFields the fieldsV1 are left out: they are a good
-	// part of a usual value, and no decision rests on them.
+	// API server stores, so kinds that this build does not know have it too. It
+	// has no managedFields: they are a good part of a usual value, and an
+	// inventory needs none.
 	Meta metav1.ObjectMeta
 
 	plain []byte
@@ -109,6 +109,7 @@ func Decode(plain []byte) (*Object, error) {
 		if err := kjson.UnmarshalCaseSensitivePreserveInts(plain, &head); err != nil {
 			return nil, undecodable("the stored value is not a readable JSON object")
 		}
+		head.Metadata.ManagedFields = nil
 		o.APIVersion, o.Kind, o.Meta = head.APIVersion, head.Kind, head.Metadata
 	case CBOR:
 		return nil, fault.New(fault.Undecodable, "read and change it through the API server, or turn off the alpha feature CBORServingAndStorage",
@@ -174,19 +175,33 @@ func (o *Object) decodeProtobuf() error {
 	return nil
 }
 
-// Fields of metadata (apimachinery pkg/apis/meta/v1/generated.proto).
-const (
-	managedFields protowire.Number = 17 // of ObjectMeta
-	fieldsV1      protowire.Number = 7  // of ManagedFieldsEntry
-)
+// managedFields is a field of ObjectMeta (apimachinery
+// pkg/apis/meta/v1/generated.proto).
+const managedFields protowire.Number = 17
 
 func (o *Object) decodeMeta(data []byte) error {
-	return unmarshalBut(&o.Meta, data, managedFields, func(data []byte) error {
-		var entry metav1.ManagedFieldsEntry
-		err := unmarshalBut(&entry, data, fieldsV1, func([]byte) error { return nil })
-		o.Meta.ManagedFields = append(o.Meta.ManagedFields, entry)
-		return err
-	})
+	return unmarshalBut(&o.Meta, data, managedFields, func([]byte) error { return nil })
+}
+
+// wholeMeta decodes the metadata with its managedFields.
+func (o *Object) wholeMeta() (metav1.ObjectMeta, error) {
+	var whole metav1.PartialObjectMetadata
+	var err error
+	if o.Format == JSON {
+		err = kjson.UnmarshalCaseSensitivePreserveInts(o.plain, &whole)
+	} else {
+		err = whole.Unmarshal(o.raw)
+	}
+	if err != nil {
+		return metav1.ObjectMeta{}, undecodable("the metadata is damaged")
+	}
+	return whole.ObjectMeta, nil
+}
+
+// ManagedFields returns metadata.managedFields, which Meta does not have.
+func (o *Object) ManagedFields() ([]metav1.ManagedFieldsEntry, error) {
+	m, err := o.wholeMeta()
+	return m.ManagedFields, err
 }
 
 // Plain returns the bytes that the object was decoded from.
