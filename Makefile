@@ -23,6 +23,9 @@ build: ## build every binary into bin/
 kube: ## build a real Kubernetes control plane into a cache: ten minutes, once
 	@GO=$(GO) internal/kube/build $(BIN)/kube
 
+.PHONY: etcdctl
+etcdctl: $(TOOLS)/etcdctl ## build etcdctl into internal/tools/bin
+
 .PHONY: demo
 demo: build $(if $(KUBE),kube) ## stage an outage and heal it through etcd, without an API server; KUBE=1: with a real one
 	$(BIN)/halligan-lab demo $(if $(KUBE),--kube)

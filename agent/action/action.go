@@ -19,10 +19,12 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
@@ -102,6 +104,24 @@ func Describe() []*halliganv1.Action {
 		})
 	}
 	return out
+}
+
+// maxParameters bounds the parameters of one call in bytes: names and selectors,
+// nothing larger.
+const maxParameters = 16 << 10
+
+// checkParameters refuses what the row does not describe, by exact name, since
+// the decoder would take other spellings for the same.
+func (r *row) checkParameters(s *structpb.Struct) error {
+	for name := range s.GetFields() {
+		if !slices.ContainsFunc(r.parameters, func(p *halliganv1.Parameter) bool { return p.Name == name }) {
+			return fault.New(fault.Usage, "see the action's help", "parameters: unknown field %.64q", name)
+		}
+	}
+	if n := proto.Size(s); n > maxParameters {
+		return fault.New(fault.Usage, "give names, not contents", "parameters of %d bytes are more than %d", n, maxParameters)
+	}
+	return nil
 }
 
 // decode turns parameters into T, whose JSON members they must be: an unknown

@@ -147,7 +147,15 @@ func TestRevoke(t *testing.T) {
 	shared := l.put(&rbacv1.RoleBinding{ObjectMeta: labelled("shop", "readers"), RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: "reader"},
 		Subjects: []rbacv1.Subject{user("alice"), account("telemetry", "collector"), group("ops"), account("other", "collector"), user("system:serviceaccount:telemetry:collector")}})
 	other := l.put(binding("other", account("other", "collector"), group("system:serviceaccounts:telemetry")))
-	l.put(binding("system:discovery", group("system:authenticated")))
+	harmless := binding("system:discovery", group("system:authenticated"))
+	harmless.RoleRef.Name = "system:discovery"
+	l.put(harmless)
+	// A name excuses nothing, and a subject without a namespace is of the
+	// binding's own.
+	posing := l.put(&rbacv1.RoleBinding{ObjectMeta: labelled("telemetry", "system:discovery"), RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: "admin"},
+		Subjects: []rbacv1.Subject{group("system:serviceaccounts:telemetry"), {Kind: rbacv1.ServiceAccountKind, Name: "collector"}}})
+	l.put(&rbacv1.RoleBinding{ObjectMeta: labelled("shop", "own"), RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: "admin"},
+		Subjects: []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Name: "collector"}}})
 	sa := l.put(&corev1.ServiceAccount{ObjectMeta: labelled("telemetry", "collector")})
 	l.put(binding("both-user", user("eve")))
 	l.put(binding("both-group", group("eve")))
@@ -166,7 +174,12 @@ func TestRevoke(t *testing.T) {
 		t.Error("a binding that does not name the subject was changed")
 	}
 	warnings := strings.Join(r.Plan.Warnings, "\n")
-	if !strings.Contains(warnings, "group system:serviceaccounts:telemetry through clusterrolebindings") || strings.Contains(warnings, "system:discovery") {
+	if len(typedAt[rbacv1.RoleBinding](l, posing).Subjects) != 1 {
+		t.Error("the subject without a namespace kept its rights")
+	}
+	if !strings.Contains(warnings, "group system:serviceaccounts:telemetry through clusterrolebindings") ||
+		!strings.Contains(warnings, "through rolebindings.rbac.authorization.k8s.io/system:discovery in namespace telemetry") ||
+		strings.Contains(warnings, "clusterrolebindings.rbac.authorization.k8s.io/system:discovery") {
 		t.Errorf("warnings:\n%s", warnings)
 	}
 
@@ -187,7 +200,10 @@ func TestRevoke(t *testing.T) {
 		t.Errorf("a commander's undo of somebody else's revoke: %v", err)
 	}
 	l.putRaw(shared, l.value(shared))
-	l.refuses(fault.Stale, "was changed since", "undo", map[string]any{"action": r.Action})
+	u := l.do(resultApplied, "undo", map[string]any{"action": r.Action})
+	if warnings := strings.Join(u.Plan.Warnings, "\n"); !strings.Contains(warnings, "left alone: rolebindings.rbac.authorization.k8s.io/readers was changed since") || l.value(only) == nil {
+		t.Errorf("undo with one conflict: %s", warnings)
+	}
 
 	l.refuses(fault.Usage, "names a user in 1 places and a group in 1", "revoke", map[string]any{"subject": "eve"})
 	l.do(resultApplied, "revoke", map[string]any{"subject": "group:eve"})
@@ -275,7 +291,12 @@ func TestDelete(t *testing.T) {
 	}{
 		{fault.Refused, "orphan", map[string]any{"target": "ns/telemetry"}},
 		{fault.Usage, "every object of a kind", map[string]any{"target": "cm", "namespace": "telemetry"}},
+		{fault.Usage, "every object of a kind", map[string]any{"target": "cm", "namespace": "telemetry", "selector": ""}},
 		{fault.Usage, "takes everything", map[string]any{"target": "cm", "namespace": "telemetry", "selector": " "}},
+		{fault.Usage, "takes everything", map[string]any{"target": "cm", "namespace": "telemetry", "selector": "!nosuch"}},
+		{fault.Usage, "takes everything", map[string]any{"target": "cm", "namespace": "telemetry", "selector": "nosuch!=x,a notin (b)"}},
+		{fault.Usage, "unknown field", map[string]any{"target": "cm/x", "namespace": "telemetry", "nameſpace": "evil"}},
+		{fault.Usage, "more than 16384", map[string]any{"target": "cm/x", "namespace": "telemetry", "selector": strings.Repeat("x", 20_000)}},
 		{fault.Usage, "live in namespaces", map[string]any{"target": "cm", "selector": "a=b"}},
 		{fault.Usage, "exclude each other", map[string]any{"target": "cm", "namespace": "a", "allNamespaces": true, "selector": "a=b"}},
 		{fault.Usage, "exclude each other", map[string]any{"target": "cm/x", "namespace": "a", "selector": "a=b"}},
@@ -495,6 +516,14 @@ func TestUnreadableValues(t *testing.T) {
 		t.Errorf("kept %q, %v", kept, err)
 	}
 	l.refuses(fault.Refused, "break every LIST", "undo", map[string]any{"action": r.Action})
+
+	// Nothing comes back into a namespace that is gone.
+	l.put(&corev1.ConfigMap{ObjectMeta: labelled("temporary", "c")})
+	r = l.do(resultApplied, "delete", map[string]any{"target": "cm/c", "namespace": "temporary"})
+	if _, err := l.raw.Delete(l.ctx(), "/registry/namespaces/temporary"); err != nil {
+		t.Fatal(err)
+	}
+	l.refuses(fault.Stale, "lost its namespace", "undo", map[string]any{"action": r.Action})
 }
 
 func TestCapsAndLocalPolicy(t *testing.T) {
@@ -520,7 +549,10 @@ func TestCapsAndLocalPolicy(t *testing.T) {
 	l.refuses(fault.Refused, "more than 4 objects", "delete", some)
 	cut("version: 1\ncaps: {objectsPerHour: 6}\n")
 	r := l.do(resultApplied, "delete", some)
-	l.refuses(fault.Refused, "cap of 6", "undo", map[string]any{"action": r.Action})
+	l.do(resultApplied, "undo", map[string]any{"action": r.Action})
+	l.refuses(fault.Refused, "cap of 6", "delete", some)
+	cut("version: 1\n")
+	r = l.do(resultApplied, "delete", some)
 	cut("version: 1\nprotect:\n- {namespaces: [a], why: it is ours}\n")
 	l.refuses(fault.Refused, "it is ours", "undo", map[string]any{"action": r.Action})
 	cut("version: 1\n")

@@ -17,6 +17,7 @@ import (
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
@@ -58,16 +59,34 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, id, sha string, 
 		}
 		return result
 	}
-	p, err := e.take(who, id, sha)
+	ready := func(p *prepared) error {
+		r, err := authorize(who, p.plan.Action)
+		if err != nil {
+			return err
+		}
+		if r.approvals > 0 {
+			return fault.New(fault.AwaitingApproval, "this build cannot take approvals", "%s needs %d approvals of others", r.name, r.approvals)
+		}
+		cluster, err := e.clusterID(ctx)
+		if err != nil {
+			return err
+		}
+		if cluster != p.plan.Cluster {
+			return fault.New(fault.Stale, "plan again", "etcd is not the cluster that the plan was made for")
+		}
+		return e.journal.Check(0)
+	}
+	p, err := e.take(who, id, sha, ready)
 	if err != nil {
+		if p != nil {
+			result.Plan = proto.CloneOf(p.plan)
+		}
 		return refuse(err)
 	}
+	defer e.release(who, len(p.steps))
 	result.Plan = proto.CloneOf(p.plan)
-	r, err := authorize(who, p.plan.Action)
+	r, err := rowOf(p.plan.Action)
 	if err != nil {
-		return refuse(err)
-	}
-	if err := e.hourly(who, len(p.steps)); err != nil {
 		return refuse(err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.timeout)
@@ -76,26 +95,17 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, id, sha string, 
 		result.Result = resultApplied
 		return result
 	}
-	if cluster, err := e.clusterID(ctx); err != nil || cluster != p.plan.Cluster {
-		return refuse(errors.Join(err, fault.New(fault.Stale, "plan again", "etcd is not the cluster that the plan was made for")))
-	}
-	e.mu.Lock()
-	e.doing[who.Person] += len(p.steps)
-	e.mu.Unlock()
-	defer func() {
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		if e.doing[who.Person] -= len(p.steps); e.doing[who.Person] == 0 {
-			delete(e.doing, who.Person)
-		}
-	}()
 
 	run := &application{engine: e, plan: p, result: result, outcomes: make([]outcome, len(p.steps)), progress: progress, began: time.Now()}
 	err = run.all(ctx)
 	result.TimingsMs["plan"] = ms(p.took)
 	result.TimingsMs["total"] = ms(time.Since(run.began))
-	e.log.Info().Str("action", id).Str("verb", p.plan.Action).Str("actor", who.Person).Str("result", result.Result).
-		Int("objects", len(p.steps)).Dur("took", time.Since(run.began)).AnErr("problem", err).Msg("action applied")
+	line := e.log.Info().Str("action", id).Str("verb", p.plan.Action).Str("actor", who.Person).Str("result", result.Result).
+		Int("objects", len(p.steps)).Dur("took", time.Since(run.began))
+	if err != nil {
+		line = line.Str("problem", neutral.Line(err.Error()))
+	}
+	line.Msg("action applied")
 	return result
 }
 
@@ -116,17 +126,18 @@ type application struct {
 	progress func(*halliganv1.Progress)
 	began    time.Time
 
-	// record is made with the first object that may be written.
-	once   sync.Once
-	record *journal.Action
-	refuse error
-
-	mu       sync.Mutex // guards all below
-	outcomes []outcome
-	done     int
-	failed   int
-	told     time.Time
-	phases   map[string]time.Duration
+	mu sync.Mutex // guards all below
+	// record is made with the first object that may be written; unrecorded
+	// says that a note of it was lost.
+	record     *journal.Action
+	begun      bool
+	refuse     error
+	unrecorded bool
+	outcomes   []outcome
+	done       int
+	failed     int
+	told       time.Time
+	phases     map[string]time.Duration
 	// stop is the error after which no more objects are tried.
 	stop error
 }
@@ -189,12 +200,14 @@ const verifyTimeout = 4 * time.Second
 // chunk carries out some steps. Where there is no leader it waits for the next
 // one: a long action outlives an election; a short one is quicker typed again.
 func (a *application) chunk(ctx context.Context, pace *pacer, chunk []int) {
-	for began := time.Now(); ; time.Sleep(200 * time.Millisecond) {
-		again := a.tryChunk(ctx, pace, chunk, time.Since(began) < electionPatience)
-		if len(again) == 0 {
-			return
+	for began := time.Now(); len(chunk) > 0; {
+		chunk = a.tryChunk(ctx, pace, chunk, time.Since(began) < electionPatience)
+		if len(chunk) > 0 {
+			select {
+			case <-ctx.Done():
+			case <-time.After(200 * time.Millisecond):
+			}
 		}
-		chunk = again
 	}
 }
 
@@ -206,7 +219,7 @@ func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, pa
 	e := a.engine
 	var mu sync.Mutex // guards again
 	settle := func(i int, out outcome) {
-		if patient && fault.Is(out.err, fault.NoQuorum) && ctx.Err() == nil {
+		if patient && out.what != outcomeSkipped && fault.Is(out.err, fault.NoQuorum) && ctx.Err() == nil {
 			mu.Lock()
 			defer mu.Unlock()
 			again = append(again, i)
@@ -257,9 +270,10 @@ func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, pa
 		return again
 	}
 	e.steps("record")
-	err = a.begin()
+	record, err := a.begin()
 	if err == nil {
-		err = a.record.Images(images...)
+		e.steps("image")
+		err = record.Images(images...)
 	}
 	if err != nil {
 		for _, w := range writes {
@@ -270,7 +284,11 @@ func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, pa
 	e.steps("write")
 	var workers sync.WaitGroup
 	for _, w := range writes {
-		if err := pace.begin(ctx); err != nil {
+		err := a.stopped(ctx)
+		if err == nil {
+			err = pace.begin(ctx)
+		}
+		if err != nil {
 			settle(w.index, outcome{what: outcomeSkipped, err: fmt.Errorf("not tried: %w", err)})
 			continue
 		}
@@ -286,45 +304,34 @@ func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, pa
 	return again
 }
 
-// verifyMany looks, in one pass over each range of keys, whether what was
-// written holds.
+// verifyMany reads back what was written, many keys in one round trip. What was
+// deleted costs nothing to read, and what was written since is looked into.
 func (a *application) verifyMany(ctx context.Context) {
-	began := time.Now()
-	defer func() { a.phases["verify"] += time.Since(began) }()
-	ranges := map[string]map[string]int{}
-	for i, s := range a.plan.steps {
-		if a.outcomes[i].what != journal.Applied {
-			continue
+	defer a.lap()("verify")
+	var wrote []int
+	for i, out := range a.outcomes {
+		if out.what == journal.Applied {
+			wrote = append(wrote, i)
 		}
-		r := s.kind.Range(a.engine.prefix, s.namespace)
-		if ranges[r] == nil {
-			ranges[r] = map[string]int{}
-		}
-		ranges[r][s.key] = i
 	}
-	for r, keys := range ranges {
-		seen := map[int]int64{}
-		view, err := a.engine.etcd.Walk(ctx, r, func(kv etcd.KV) error {
-			if i, ok := keys[kv.Key]; ok {
-				seen[i] = kv.ModRevision
-			}
-			return nil
-		})
-		if err == nil && view.Stale != "" {
-			err = errors.New(view.Stale)
+	for chunk := range slices.Chunk(wrote, chunkObjects) {
+		keys := make([]string, len(chunk))
+		for n, i := range chunk {
+			keys[n] = a.plan.steps[i].key
 		}
-		for _, i := range keys {
-			revision, found := seen[i]
-			out := &a.outcomes[i]
+		kvs, _, err := a.engine.etcd.GetMany(ctx, keys)
+		for _, i := range chunk {
+			s, out := a.plan.steps[i], &a.outcomes[i]
+			kv, found := kvs[s.key]
 			switch {
 			case err != nil:
 				out.what, out.err = outcomeUnverified, fault.New(fault.Unverified, "look with: halligan get", "written, but reading back failed: %w", err)
-			case a.plan.steps[i].op == opDelete && found:
+			case s.op == opDelete && found:
 				out.what, out.err = outcomeUnverified, fault.New(fault.Unverified, "find out who makes it, and stop that first",
-					"%s was made again at revision %d", a.plan.steps[i].key, revision)
-			case a.plan.steps[i].op != opDelete && !found:
-				out.what, out.err = outcomeUnverified, fault.New(fault.Unverified, "find out who deletes it, and stop that first",
-					"%s was deleted again", a.plan.steps[i].key)
+					"%s was made again at revision %d", s.key, kv.ModRevision)
+			case s.op != opDelete && (!found || kv.ModRevision != out.revision && !a.engine.holds(ctx, s, kv)):
+				out.what, out.err = outcomeUnverified, fault.New(fault.Unverified, "find out who changes it, and stop that first",
+					"%s does not hold what was written at revision %d", s.key, out.revision)
 			}
 		}
 	}
@@ -373,10 +380,12 @@ func (a *application) step(ctx context.Context, i int) outcome {
 
 	// Intent and before-image are on disk before anything is written.
 	e.steps("record")
-	if err := a.begin(); err != nil {
+	record, err := a.begin()
+	if err != nil {
 		return failed(err)
 	}
-	if err := a.record.Images(image); err != nil {
+	e.steps("image")
+	if err := record.Images(image); err != nil {
 		return failed(err)
 	}
 	lap("record")
@@ -389,7 +398,7 @@ func (a *application) step(ctx context.Context, i int) outcome {
 		return written(0, err)
 	}
 	lap("write")
-	e.steps("verify")
+	e.steps("written")
 	if err := a.verify(ctx, s, write, revision); err != nil {
 		return outcome{what: outcomeUnverified, revision: revision, err: err}
 	}
@@ -563,16 +572,47 @@ func (a *application) stored(ctx context.Context, s *step) ([]byte, error) {
 	return e.seal(ctx, s.kind, s.key, plain)
 }
 
-// begin makes the record, once, before the first object that may be written.
-func (a *application) begin() error {
-	a.once.Do(func() {
-		var bytes int64
-		for _, s := range a.plan.steps {
-			bytes += int64(s.size)
+// begin makes the record, once, before the first object that may be written, and
+// notes what became of objects before.
+func (a *application) begin() (*journal.Action, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.begun {
+		return a.record, a.refuse
+	}
+	a.begun = true
+	var bytes int64
+	for _, s := range a.plan.steps {
+		bytes += int64(s.size)
+	}
+	if a.record, a.refuse = a.engine.journal.Begin(a.plan.plan, bytes); a.refuse != nil {
+		return nil, a.refuse
+	}
+	for i, out := range a.outcomes {
+		if out.what != "" {
+			a.note(i, out)
 		}
-		a.record, a.refuse = a.engine.journal.Begin(a.plan.plan, bytes)
-	})
-	return a.refuse
+	}
+	return a.record, nil
+}
+
+// note records what became of an object; a.mu is held. An unknown outcome is not
+// noted: without a note the engine settles it later.
+func (a *application) note(i int, out outcome) {
+	if a.record == nil || out.what == outcomeUnknown || out.what == outcomeSkipped {
+		return
+	}
+	n := journal.Note{Index: i, Revision: out.revision, Outcome: out.what}
+	if n.Outcome == outcomeUnverified {
+		n.Outcome = journal.Applied // it was written; undo must know
+	}
+	if out.err != nil {
+		n.Error = short(fault.Of(out.err).Message, maxShown)
+	}
+	if err := a.record.Wrote(n); err != nil {
+		a.unrecorded = true
+		a.engine.log.Error().Str("action", a.plan.plan.Id).Err(err).Msg("outcome of an object could not be recorded")
+	}
 }
 
 // verify reads the key back. Somebody may have written it since, a controller
@@ -592,40 +632,31 @@ func (a *application) verify(ctx context.Context, s *step, w etcd.Write, revisio
 		if bytes.Equal(kv.Value, w.Value) {
 			return nil
 		}
-	case found && s.op == opUpdate:
-		obj, err := (&planner{engine: a.engine}).open(ctx, s.kind, s.namespace, s.name, kv)
-		if err == nil && holds(s, obj) {
-			return nil
-		}
+	case found && a.engine.holds(ctx, s, kv):
+		return nil
 	}
 	return fault.New(fault.Unverified, "find out who writes it, and stop that first", "%s does not hold what was written at revision %d", s.key, revision)
 }
 
-// holds reports whether the planned fields still have their planned values:
-// reverting the changes must be possible.
-func holds(s *step, o *object) bool {
-	_, _, err := s.kind.Revert(o.Plain(), s.changes)
-	return err == nil
+// holds reports whether an object that somebody wrote after us still is what the
+// step made of it: the same object, with the changed fields as they were left.
+func (e *Engine) holds(ctx context.Context, s *step, kv etcd.KV) bool {
+	o, err := (&planner{engine: e}).open(ctx, s.kind, s.namespace, s.name, kv)
+	if err != nil || string(o.Meta.UID) != s.uid {
+		return false
+	}
+	if s.op == opCreate {
+		return true
+	}
+	ok, err := s.kind.Holds(o.Plain(), s.changes)
+	return ok && err == nil
 }
 
 // settle notes what became of one object.
 func (a *application) settle(i int, out outcome) {
-	if a.record != nil && out.what != outcomeSkipped && out.what != outcomeGone {
-		n := journal.Note{Index: i, Revision: out.revision, Outcome: out.what}
-		if n.Outcome == outcomeUnverified {
-			n.Outcome = journal.Applied // it was written; undo must know
-		}
-		if out.err != nil {
-			n.Error = fault.Of(out.err).Message
-		}
-		if out.what == outcomeUnknown {
-			// Not noted: without a note the next start settles it again.
-		} else if err := a.record.Wrote(n); err != nil && out.err == nil {
-			out.err = err
-		}
-	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.note(i, out)
 	a.outcomes[i] = out
 	a.done++
 	if out.what != journal.Applied && out.what != outcomeGone {
@@ -657,9 +688,9 @@ func (a *application) finish() error {
 		}
 		touched = touched || out.what == journal.Applied || out.what == outcomeUnknown || out.what == outcomeUnverified
 		s := a.plan.steps[i]
-		o := &halliganv1.ObjectResult{Key: s.key, Uid: s.uid, RevisionBefore: s.revision, RevisionAfter: out.revision, Outcome: out.what}
+		o := &halliganv1.ObjectResult{Key: short(s.key, maxShown), Uid: s.uid, RevisionBefore: s.revision, RevisionAfter: out.revision, Outcome: out.what}
 		if out.err != nil {
-			o.Error = fault.Of(out.err).Message
+			o.Error = short(fault.Of(out.err).Message, maxShown)
 		}
 		a.result.Objects = append(a.result.Objects, o)
 	}
@@ -675,8 +706,6 @@ func (a *application) finish() error {
 		a.result.Result = resultPartial
 	case count[outcomeStale] > 0 && count[outcomeFailed] == 0:
 		a.result.Result = resultStale
-	case fault.Is(first, fault.Stale):
-		a.result.Result = resultStale
 	default:
 		a.result.Result = resultFailed
 	}
@@ -688,10 +717,13 @@ func (a *application) finish() error {
 		first = fault.New(f.Code, f.Next, "%d of %d objects changed: %w", count[journal.Applied]+count[outcomeUnverified], total, errors.New(f.Message))
 	}
 	a.engine.steps("outcome")
-	if err := a.close(touched, first); err != nil && first == nil {
+	if err := a.close(touched, first); err != nil {
 		// What was done is done and can be settled from etcd; say that the
 		// record of its end is missing.
-		first = fmt.Errorf("done, but its outcome could not be recorded: %w", err)
+		a.engine.log.Error().Str("action", a.plan.plan.Id).Err(err).Msg("outcome of an action could not be recorded")
+		if first == nil {
+			first = fmt.Errorf("done, but its outcome could not be recorded: %w", err)
+		}
 	}
 	a.engine.steps("end")
 	for phase, took := range a.phases {
@@ -704,8 +736,8 @@ func (a *application) finish() error {
 }
 
 // close ends the record. One whose action touched nothing is removed, so that
-// the history shows deeds; one with an unknown outcome stays unfinished, so that
-// the engine settles it later.
+// the history shows deeds; one with an unknown outcome, or whose notes are not
+// whole, stays unfinished, so that the engine settles it later.
 func (a *application) close(touched bool, first error) error {
 	began := time.Now()
 	defer func() { a.phases["outcome"] += time.Since(began) }()
@@ -714,7 +746,7 @@ func (a *application) close(touched bool, first error) error {
 		return nil
 	case !touched:
 		return a.record.Abandon()
-	case a.result.Result == resultUnknown:
+	case a.result.Result == resultUnknown || a.unrecorded:
 		a.record.Release()
 		return nil
 	}

@@ -3,10 +3,13 @@ package action
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/structpb"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/selection"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -52,7 +55,7 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		}
 		around := p.lookAround(ctx, kind, par.Namespace, 0)
 		obj, err := p.load(ctx, kind, par.Namespace, name)
-		if obj != nil && (fault.Is(err, fault.Undecodable) || fault.Is(err, fault.Encrypted)) {
+		if obj != nil && fault.Is(err, fault.Undecodable) {
 			p.summary("delete %s, which cannot be read", obj.title())
 			p.removeBlind(obj, err)
 			p.bypass(bypassDelete...)
@@ -75,14 +78,17 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	if err != nil {
 		return err
 	}
-	if selector.Empty() {
-		return fault.New(fault.Usage, "give a selector that names labels", "the selector takes everything")
+	if requirements, _ := selector.Requirements(); !slices.ContainsFunc(requirements, func(r labels.Requirement) bool {
+		return slices.Contains([]selection.Operator{selection.Equals, selection.DoubleEquals, selection.In, selection.Exists}, r.Operator())
+	}) {
+		return fault.New(fault.Usage, "say which label they have: app=web, or just app", "the selector takes everything that lacks a label")
 	}
 	if err := scope(kind, par.Namespace, par.AllNamespaces); err != nil {
 		return err
 	}
 	most := p.engine.policy.Caps().ObjectsPerAction
 	var odd int
+	managed := map[string]int{}
 	_, err = p.walk(ctx, kind, par.Namespace, func(obj *object, problem error) error {
 		if problem != nil {
 			odd++
@@ -96,6 +102,9 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 				"the selector takes more than %d objects, the most that policy lets one action change", most)
 		}
 		p.remove(obj)
+		for _, m := range managers(obj) {
+			managed[m]++
+		}
 		return nil
 	})
 	if err != nil {
@@ -112,6 +121,12 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		return nil
 	}
 	p.summary("delete %d %s with the labels %s in %s", len(p.steps), kind.Resource(), par.Selector, where)
+	for _, m := range slices.Sorted(maps.Keys(managed)) {
+		p.warn("%s manages %d of them and may make them again: suspend that first", m, managed[m])
+	}
+	if isSecret(kind) {
+		p.warn("Secrets cannot be put back through etcd: undo will not bring them back")
+	}
 	if odd > 0 {
 		p.warn("%d %s could not be read and are left alone", odd, kind.Resource())
 	}

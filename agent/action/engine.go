@@ -6,10 +6,12 @@ import (
 	"crypto/sha256"
 	"encoding/base32"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"github.com/rs/zerolog"
 	"google.golang.org/protobuf/proto"
@@ -84,14 +86,15 @@ type prepared struct {
 	took  time.Duration
 }
 
-// Plans are kept in memory only: bounded in number and in objects, the oldest
-// go first.
+// Plans are kept in memory only: bounded for each person in number and in
+// objects, the oldest go first.
 const (
-	maxPlans       = 256
-	maxPlanObjects = 40_000
+	maxPlans       = 64
+	maxPlanObjects = 20_000
 )
 
-// New returns an engine. Call Recover before it serves anybody.
+// New returns an engine. Recover must run beside it: it settles what an earlier
+// process left unfinished.
 func New(o Options) *Engine {
 	if o.Prefix == "" {
 		o.Prefix = storage.DefaultPrefix
@@ -123,6 +126,9 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	if r.plan == nil {
 		return nil, fault.New(fault.Usage, "it needs no plan: call it by its own name", "%s only reads", r.name)
 	}
+	if err := r.checkParameters(req.Parameters); err != nil {
+		return nil, err
+	}
 	if len(req.Reason) > 1024 || len(req.Incident) > 128 {
 		return nil, fault.New(fault.Usage, "say it in at most 1024 bytes (reason) and 128 bytes (incident)", "reason or incident is too long")
 	}
@@ -150,18 +156,29 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	if p.stale != "" {
 		return nil, fault.New(fault.NoQuorum, "reads work (halligan get); bring etcd's members back first", "nothing can be changed: %s", p.stale)
 	}
+	if p.unsaid > 0 {
+		p.plan.Warnings = append(p.plan.Warnings, fmt.Sprintf("and %d more warnings", p.unsaid))
+	}
+	p.plan.Summary = short(p.plan.Summary, 2*maxShown)
 	if p.expired > 0 {
 		p.warn("%d objects are left out: their lease ran out, so that they would be gone by now anyway", p.expired)
 	}
 	for _, s := range p.steps {
-		if err := e.policy.Object(r.name, s.kind.Resource(), s.namespace, s.name); err != nil {
+		err := e.policy.Object(r.name, s.kind.Resource(), s.namespace, s.name)
+		if s.op == opDelete && err == nil { // a deletion is one whatever its verb
+			err = e.policy.Object(deleteName, s.kind.Resource(), s.namespace, s.name)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
 	if most := e.policy.Caps().ObjectsPerAction; len(p.steps) > most {
 		return nil, fault.New(fault.Refused, "take fewer objects at a time", "%d objects are more than the %d that policy lets one action change", len(p.steps), most)
 	}
-	if err := e.hourly(who, len(p.steps)); err != nil {
+	e.mu.Lock()
+	err = e.hourly(who, p.plan)
+	e.mu.Unlock()
+	if err != nil {
 		return nil, err
 	}
 	if p.plan.Sha256, err = api.PlanSHA256(p.plan); err != nil {
@@ -189,17 +206,25 @@ func (e *Engine) clusterID(ctx context.Context) (string, error) {
 	return id, err
 }
 
-// hourly refuses what would take a person over the hourly cap.
-func (e *Engine) hourly(who trust.Identity, objects int) error {
-	e.mu.Lock()
+// hourly refuses what would take a person over the hourly cap; e.mu is held.
+// Actions count by their objects, done or still under way, and for an hour after
+// they began. Taking something back never counts: the cap bounds harm.
+func (e *Engine) hourly(who trust.Identity, plan *halliganv1.Plan) error {
+	objects := len(plan.Objects)
+	if plan.Undoes != "" {
+		return nil
+	}
 	sum := e.doing[who.Person]
-	e.mu.Unlock()
-	since := time.Now().Add(-time.Hour)
+	since := time.Now().Add(-time.Hour - e.planTTL) // Time is that of the plan
 	for _, j := range e.journal.Entries() {
 		if j.Time.Before(since) {
 			break
 		}
-		if j.Actor == who.Person && j.Result != "" {
+		switch {
+		case j.Actor != who.Person || j.Undoes != "" || e.journal.Writing(j.ID):
+		case j.Result == "": // cut off: how much was done is not settled yet
+			sum += j.Objects
+		default:
 			sum += j.Applied
 		}
 	}
@@ -210,46 +235,77 @@ func (e *Engine) hourly(who trust.Identity, objects int) error {
 	return nil
 }
 
+// release gives back what take reserved of the hourly cap.
+func (e *Engine) release(who trust.Identity, objects int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.doing[who.Person] -= objects; e.doing[who.Person] <= 0 {
+		delete(e.doing, who.Person)
+	}
+}
+
+// keep holds a plan until it is applied or too old. One person's plans push out
+// that person's oldest, never anybody else's.
 func (e *Engine) keep(p *prepared) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.plans = append(e.plans, p)
-	objects := 0
-	for i := len(e.plans) - 1; i >= 0; i-- {
-		objects += len(e.plans[i].steps)
-		old := time.Now().After(e.plans[i].plan.Expires.AsTime().Add(time.Hour))
-		if len(e.plans)-i > maxPlans || old || objects > maxPlanObjects && i < len(e.plans)-1 {
-			e.plans = append([]*prepared(nil), e.plans[i+1:]...)
-			return
+	plans, objects := map[string]int{}, map[string]int{}
+	now := time.Now()
+	kept := make([]*prepared, 0, len(e.plans))
+	for _, q := range slices.Backward(e.plans) {
+		who := q.plan.Actor
+		plans[who]++
+		objects[who] += len(q.steps)
+		// An expired plan stays a while, so that whoever applies it is told.
+		if q == p || plans[who] <= maxPlans && objects[who] <= maxPlanObjects && now.Before(q.plan.Expires.AsTime().Add(e.planTTL)) {
+			kept = append(kept, q)
 		}
 	}
+	slices.Reverse(kept)
+	e.plans = kept
 }
 
-// take hands out a plan once.
-func (e *Engine) take(who trust.Identity, id, sha string) (*prepared, error) {
+// take hands out a plan once, with its objects reserved of the hourly cap, if
+// ready agrees. The plan comes with an error where there is one.
+func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared) error) (*prepared, error) {
+	e.mu.Lock()
+	i := slices.IndexFunc(e.plans, func(p *prepared) bool { return p.plan.Id == id })
+	var p *prepared
+	if i >= 0 {
+		p = e.plans[i]
+	}
+	e.mu.Unlock()
+	if p == nil {
+		if entry, err := e.journal.Find(id); err == nil && entry.ID == id {
+			return nil, fault.New(fault.Stale, "see: halligan history "+id, "plan %s was applied already", id)
+		}
+		return nil, fault.New(fault.Stale, "plan again", "this agent has no plan %.64q: it was restarted, or the plan is too old", id)
+	}
+	switch {
+	case p.plan.Actor != who.Person || p.plan.Role != who.Role.String():
+		return nil, fault.New(fault.Refused, "make a plan of your own", "plan %s was made by %s as %s", id, p.plan.Actor, p.plan.Role)
+	case p.plan.Sha256 != sha:
+		return nil, fault.New(fault.Stale, "plan again", "plan %s is not the one with the hash %.16q", id, sha)
+	case time.Now().After(p.plan.Expires.AsTime()):
+		return p, fault.New(fault.Stale, "plan again", "plan %s expired at %s", id, p.plan.Expires.AsTime().Format(time.RFC3339))
+	case !strings.ContainsFunc(p.plan.Reason, func(r rune) bool { return unicode.IsLetter(r) || unicode.IsDigit(r) }):
+		return p, fault.New(fault.Usage, "plan again with a reason (--reason TEXT)", "plan %s has no reason, which the record needs", id)
+	}
+	if err := ready(p); err != nil {
+		return p, err
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for i, p := range e.plans {
-		if p.plan.Id != id {
-			continue
-		}
-		switch {
-		case p.plan.Actor != who.Person:
-			return nil, fault.New(fault.Refused, "make a plan of your own", "plan %s was made by %s", id, p.plan.Actor)
-		case p.plan.Sha256 != sha:
-			return nil, fault.New(fault.Stale, "plan again", "plan %s is not the one with the hash %.16q", id, sha)
-		case time.Now().After(p.plan.Expires.AsTime()):
-			return nil, fault.New(fault.Stale, "plan again", "plan %s expired at %s", id, p.plan.Expires.AsTime().Format(time.RFC3339))
-		case p.plan.Reason == "":
-			return nil, fault.New(fault.Usage, "plan again with a reason (--reason TEXT)", "plan %s has no reason, which the record needs", id)
-		}
-		e.plans = append(e.plans[:i:i], e.plans[i+1:]...)
-		return p, nil
+	if i = slices.Index(e.plans, p); i < 0 {
+		return p, fault.New(fault.Stale, "see: halligan history "+id, "plan %s was applied already", id)
 	}
-	if entry, err := e.journal.Find(id); err == nil && entry.ID == id {
-		return nil, fault.New(fault.Stale, "see: halligan history "+id, "plan %s was applied already", id)
+	if err := e.hourly(who, p.plan); err != nil {
+		return p, err
 	}
-	return nil, fault.New(fault.Stale, "plan again", "this agent has no plan %.64q: it was restarted, or the plan is too old", id)
+	e.plans = slices.Delete(e.plans, i, i+1)
+	e.doing[who.Person] += len(p.steps)
+	return p, nil
 }
 
 // Status tells what works now. It never fails because something is broken.

@@ -405,6 +405,12 @@ func (l *lab) settleAndCheck(t *testing.T, before map[string]string) string {
 		}
 	}
 	if applied > 0 {
+		// Rights that were found deleted after the interruption come back only
+		// by somebody who may add authority.
+		_, err := l.plan("undo", map[string]any{"action": entries[0].ActionId})
+		if fault.Is(err, fault.Refused) && entries[0].Action == "revoke" && strings.Contains(err.Error(), "not certain") {
+			return entries[0].Result
+		}
 		l.do(resultApplied, "undo", map[string]any{"action": entries[0].ActionId[:len(entries[0].ActionId)-2]})
 		for k, v := range before {
 			if strings.Contains(k, "daemonsets") {

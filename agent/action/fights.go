@@ -3,6 +3,7 @@ package action
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -64,21 +65,28 @@ type surroundings struct {
 	budgets     []*policyv1.PodDisruptionBudget
 }
 
+// maxAround is how many autoscalers or budgets of a namespace are looked at.
+const maxAround = 2000
+
 // lookAround starts reading the surroundings of an object of the kind that is
 // to be scaled to that many replicas, or deleted (0).
 func (p *planner) lookAround(ctx context.Context, kind *storage.Kind, namespace string, to int64) *surroundings {
 	around := &surroundings{}
 	p.around = around
 	if kind.Namespaced && validNamespace(namespace) {
-		if p.plan.Action == scaleName && kind.Fields[storage.Replicas].Type != 0 || kind.Custom {
+		if p.plan.Action == scaleName && (kind.Fields[storage.Replicas].Type != 0 || kind.Custom) {
 			around.group.Go(func() (err error) {
-				around.autoscalers, err = listTyped[autoscalingv2.HorizontalPodAutoscaler](ctx, p, "horizontalpodautoscalers.autoscaling", namespace)
+				around.autoscalers, err = listTyped(ctx, p, "horizontalpodautoscalers.autoscaling", namespace, func(h *autoscalingv2.HorizontalPodAutoscaler) *autoscalingv2.HorizontalPodAutoscaler {
+					return &autoscalingv2.HorizontalPodAutoscaler{ObjectMeta: metav1.ObjectMeta{Name: h.Name}, Spec: h.Spec}
+				})
 				return err
 			})
 		}
 		if to == 0 {
 			around.group.Go(func() (err error) {
-				around.budgets, err = listTyped[policyv1.PodDisruptionBudget](ctx, p, "poddisruptionbudgets.policy", namespace)
+				around.budgets, err = listTyped(ctx, p, "poddisruptionbudgets.policy", namespace, func(b *policyv1.PodDisruptionBudget) *policyv1.PodDisruptionBudget {
+					return &policyv1.PodDisruptionBudget{ObjectMeta: metav1.ObjectMeta{Name: b.Name}, Spec: b.Spec}
+				})
 				return err
 			})
 		}
@@ -87,9 +95,9 @@ func (p *planner) lookAround(ctx context.Context, kind *storage.Kind, namespace 
 	return around
 }
 
-// listTyped reads all objects of a kind in a namespace; one that cannot be read
-// is a warning.
-func listTyped[T any](ctx context.Context, p *planner, kindName, namespace string) ([]*T, error) {
+// listTyped reads the objects of a kind in a namespace and keeps of each what
+// part returns; one that cannot be read is a warning.
+func listTyped[T any](ctx context.Context, p *planner, kindName, namespace string, part func(*T) *T) ([]*T, error) {
 	kind, err := p.engine.resolve(ctx, kindName)
 	if err != nil {
 		return nil, err
@@ -104,7 +112,11 @@ func listTyped[T any](ctx context.Context, p *planner, kindName, namespace strin
 			p.warn("%s could not be read: whether it matters here is not known", o.title())
 			return nil
 		}
-		out = append(out, v)
+		if len(out) == maxAround {
+			p.warn("more than %d %s in namespace %s: the rest is not looked at", maxAround, kindName, namespace)
+			return nil
+		}
+		out = append(out, part(v))
 		return nil
 	})
 	return out, err
@@ -116,25 +128,10 @@ func (p *planner) fights(o *object, to int64, around *surroundings) error {
 	if owner := controllerOf(o); owner != "" && p.plan.Action == scaleName {
 		p.warn("%s owns it and may put it back: change the owner instead", owner)
 	}
-	for key, value := range merged(o.Meta.Labels, o.Meta.Annotations) {
-		for mark, tool := range gitOps {
-			if key == mark || key+"="+value == mark {
-				p.warn("%s manages it (%s) and may put it back: suspend that first", tool, key)
-			}
-		}
+	for _, m := range managers(o) {
+		p.warn("%s manages it and may put it back: suspend that first", m)
 	}
-	if p.plan.Action == scaleName {
-		// Decode has read the metadata once: no error here.
-		managed, _ := o.ManagedFields()
-		for _, m := range managed {
-			if m.Subresource != "" || m.FieldsV1 == nil || strings.HasPrefix(m.Manager, "kubectl") || m.Manager == "kube-controller-manager" {
-				continue
-			}
-			if strings.Contains(m.FieldsV1.GetRawString(), `"f:replicas":{}`) {
-				p.warn("field manager %s set its replicas and may set them again", m.Manager)
-			}
-		}
-	}
+	p.fieldManagers(o)
 	if o.Meta.DeletionTimestamp != nil {
 		p.warn("it is being deleted since %s", o.Meta.DeletionTimestamp.UTC().Format(time.RFC3339))
 	}
@@ -154,14 +151,46 @@ func (p *planner) fights(o *object, to int64, around *surroundings) error {
 	return nil
 }
 
-func merged(a, b map[string]string) map[string]string {
-	out := make(map[string]string, len(a)+len(b))
-	for _, m := range []map[string]string{a, b} {
-		for k, v := range m {
-			out[k] = v
+// managers names the tools whose marks an object bears, each once.
+func managers(o *object) []string {
+	found := map[string]bool{}
+	for _, marks := range []map[string]string{o.Meta.Labels, o.Meta.Annotations} {
+		for key, value := range marks {
+			if tool := gitOps[key]; tool != "" {
+				found[tool+" ("+key+")"] = true
+			}
+			if tool := gitOps[key+"="+value]; tool != "" {
+				found[tool+" ("+key+")"] = true
+			}
 		}
 	}
-	return out
+	return slices.Sorted(maps.Keys(found))
+}
+
+// fieldManagers warns of whoever applied a field that the plan changes: an
+// operator, most likely, that compares it with what it wants.
+func (p *planner) fieldManagers(o *object) {
+	var whole struct {
+		Metadata metav1.ObjectMeta `json:"metadata"`
+	}
+	if len(p.steps) == 0 || typed(o, &whole) != nil {
+		return
+	}
+	for _, c := range p.steps[len(p.steps)-1].changes {
+		f, ok := o.kind.Field(c.Field, o.APIVersion)
+		if !ok || c.Field == storage.Generation {
+			continue
+		}
+		name := f.JSON[len(f.JSON)-1]
+		for _, m := range whole.Metadata.ManagedFields {
+			if m.Subresource != "" || m.FieldsV1 == nil || strings.HasPrefix(m.Manager, "kubectl") || m.Manager == "kube-controller-manager" {
+				continue
+			}
+			if strings.Contains(m.FieldsV1.GetRawString(), `"f:`+name+`":`) {
+				p.warn("field manager %s set its %s and may set it again", m.Manager, name)
+			}
+		}
+	}
 }
 
 // autoscaler warns of a HorizontalPodAutoscaler whose target the object is.

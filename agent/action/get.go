@@ -44,6 +44,9 @@ func (e *Engine) Get(ctx context.Context, who trust.Identity, raw *structpb.Stru
 	if err != nil {
 		return nil, err
 	}
+	if err := r.checkParameters(raw); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, r.timeout)
 	defer cancel()
 	par, err := decode[getParameters](raw)

@@ -24,15 +24,21 @@ var historyRow = row{
 	examples: []string{"history", "history 20261123-114502-k3xq"},
 }
 
-const defaultHistory = 50
+const (
+	defaultHistory = 50
+	maxHistory     = 1000
+)
 
 // History sends recorded actions, newest first.
 func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv1.HistoryRequest, send func(*halliganv1.HistoryEntry) error) error {
-	if _, err := authorize(who, historyRow.name); err != nil {
+	r, err := authorize(who, historyRow.name)
+	if err != nil {
 		return err
 	}
-	if req.Limit < 0 {
-		return fault.New(fault.Usage, "give a positive number", "a limit of %d cannot be meant", req.Limit)
+	ctx, cancel := context.WithTimeout(ctx, r.timeout)
+	defer cancel()
+	if req.Limit < 0 || req.Limit > maxHistory {
+		return fault.New(fault.Usage, "give a number up to 1000", "a limit of %d cannot be meant", req.Limit)
 	}
 	if req.ActionId != "" {
 		entry, err := e.journal.Find(req.ActionId)

@@ -42,6 +42,8 @@ type lab struct {
 	engine  *Engine
 	options Options
 	dir     string
+	// spaces are the namespaces that exist.
+	spaces map[string]bool
 }
 
 func newLab(t testing.TB, members int, opts ...func(*etcdcluster.Options)) *lab {
@@ -103,6 +105,13 @@ func (l *lab) put(obj runtime.Object, options ...clientv3.OpOption) string {
 	plain, err := storage.EncodeTyped(obj)
 	if err != nil {
 		l.t.Fatal(err)
+	}
+	if ns := m.GetNamespace(); ns != "" && !l.spaces[ns] {
+		if l.spaces == nil {
+			l.spaces = map[string]bool{}
+		}
+		l.spaces[ns] = true
+		l.put(&corev1.Namespace{ObjectMeta: labelled("", ns)})
 	}
 	key := l.key(obj, m)
 	stored, err := l.options.Encryption.Seal(l.ctx(), l.kind(obj), key, plain)

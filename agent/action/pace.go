@@ -56,9 +56,18 @@ func (w *pacer) begin(ctx context.Context) error {
 	if err := w.limit.Wait(ctx); err != nil {
 		return err
 	}
+	wake := context.AfterFunc(ctx, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.freed.Broadcast()
+	})
+	defer wake()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for w.busy >= int(w.window) {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		w.freed.Wait()
 	}
 	w.busy++
@@ -71,7 +80,7 @@ func (w *pacer) end(took time.Duration) {
 	defer w.mu.Unlock()
 	w.busy--
 	if took > w.latency {
-		w.window = max(2, w.window*0.9)
+		w.window = max(1, w.window*0.9)
 	} else {
 		w.window = min(float64(w.most), w.window+1/w.window)
 	}

@@ -2,6 +2,7 @@ package action
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	"github.com/halligan-io/halligan/agent/storage"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
@@ -37,9 +39,7 @@ type step struct {
 	op                   operation
 	// revision to compare with; 0: must not exist.
 	revision int64
-	// since is a revision at which the write had not happened.
-	since int64
-	lease int64
+	lease    int64
 	// blind: the value cannot be read, so that only its revision says which
 	// object it is. Such an object can be deleted, nothing else.
 	blind bool
@@ -95,8 +95,13 @@ type planner struct {
 	steps []*step
 	// around is being read; the plan is not made before it is.
 	around *surroundings
+	// warned holds what was warned of; unsaid counts what was too much.
+	warned map[string]bool
+	unsaid int
 	// stale is set when something was read without a quorum: why.
 	stale string
+	// gone holds which namespaces an undo found gone.
+	gone map[string]bool
 	// expired counts objects whose lease ran out.
 	expired int
 }
@@ -105,9 +110,34 @@ func (p *planner) summary(format string, args ...any) { p.plan.Summary = fmt.Spr
 func (p *planner) warn(format string, args ...any) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if w := fmt.Sprintf(format, args...); !slices.Contains(p.plan.Warnings, w) {
+	w := short(fmt.Sprintf(format, args...), 2*maxShown)
+	switch {
+	case p.warned[w]:
+	case len(p.plan.Warnings) < maxWarnings:
+		if p.warned == nil {
+			p.warned = map[string]bool{}
+		}
+		p.warned[w] = true
 		p.plan.Warnings = append(p.plan.Warnings, w)
+	default:
+		p.unsaid++
 	}
+}
+
+// Bounds of what a plan shows, so that no object can make it too large to be
+// sent: names of some kinds have no limit of their own.
+const (
+	maxShown    = 512
+	maxWarnings = 200
+)
+
+// short cuts a text that is longer than most bytes, leaving what tells it from
+// others.
+func short(s string, most int) string {
+	if len(s) <= most {
+		return s
+	}
+	return fmt.Sprintf("%s... (%d bytes, sha256 %x)", strings.ToValidUTF8(s[:most-64], ""), len(s), sha256.Sum256([]byte(s)))
 }
 func (p *planner) needs(what ...string)  { p.plan.Needs = append(p.plan.Needs, what...) }
 func (p *planner) bypass(what ...string) { p.plan.Bypassed = append(p.plan.Bypassed, what...) }
@@ -124,19 +154,13 @@ func (p *planner) see(v etcd.View) {
 
 // target resolves KIND or KIND/NAME.
 func (p *planner) target(ctx context.Context, text string) (*storage.Kind, string, error) {
-	kindName, name, _ := strings.Cut(text, "/")
-	k, err := p.engine.resolve(ctx, kindName)
-	if err != nil {
+	kindName, _, _ := strings.Cut(text, "/")
+	if _, err := p.engine.resolve(ctx, kindName); err != nil {
 		return nil, "", err
 	}
-	if strings.Contains(text, "/") {
-		// The catalogue judges the whole of it, so that every door refuses the
-		// same names.
-		if _, name, err = p.engine.parseTarget(text); err != nil {
-			return nil, "", err
-		}
-	}
-	return k, name, nil
+	// With custom kinds loaded where they are needed, the catalogue judges the
+	// whole of it, so that every door refuses the same names.
+	return p.engine.parseTarget(text)
 }
 
 // allow asks the policy about an object that was named, before it is looked for,
@@ -177,14 +201,30 @@ func (p *planner) load(ctx context.Context, kind *storage.Kind, namespace, name 
 func (p *planner) elsewhere(ctx context.Context, kind *storage.Kind, name string) []string {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	root := kind.Range(p.engine.prefix, "")
-	var found []string
+	namespaces, err := p.engine.resolve(ctx, "namespaces")
+	if err != nil {
+		return nil
+	}
+	var keys, found []string
+	root := namespaces.Range(p.engine.prefix, "")
 	_, _ = p.engine.etcd.Walk(ctx, root, func(kv etcd.KV) error {
-		if ns, ok := strings.CutSuffix(strings.TrimPrefix(kv.Key, root), "/"+name); ok && len(found) < 3 {
-			found = append(found, ns)
+		if key, err := kind.Key(p.engine.prefix, strings.TrimPrefix(kv.Key, root), name); err == nil {
+			keys = append(keys, key)
 		}
 		return nil
 	})
+	for chunk := range slices.Chunk(keys, etcd.MaxMany) {
+		kvs, _, err := p.engine.etcd.GetMany(ctx, chunk)
+		if err != nil {
+			return found
+		}
+		for _, key := range chunk {
+			if _, ok := kvs[key]; ok && len(found) < 3 {
+				_, ns, _, _ := p.engine.byKey(key)
+				found = append(found, ns)
+			}
+		}
+	}
 	return found
 }
 
@@ -292,7 +332,7 @@ func (p *planner) remove(o *object) {
 	s := &step{kind: o.kind, namespace: o.namespace, name: o.name, key: o.key, uid: string(o.Meta.UID), op: opDelete, revision: o.revision, size: o.size}
 	planned := p.add(s, nil)
 	warn := func(format string, args ...any) {
-		planned.Warnings = append(planned.Warnings, fmt.Sprintf(format, args...))
+		planned.Warnings = append(planned.Warnings, short(fmt.Sprintf(format, args...), maxShown))
 	}
 	if len(o.Meta.Finalizers) > 0 {
 		warn("finalizers are bypassed: %s", strings.Join(o.Meta.Finalizers, ", "))
@@ -311,7 +351,10 @@ func (p *planner) remove(o *object) {
 // add appends a step and what of it is shown.
 func (p *planner) add(s *step, changes []*halliganv1.FieldChange) *halliganv1.PlannedObject {
 	p.steps = append(p.steps, s)
-	o := &halliganv1.PlannedObject{Key: s.key, Resource: s.kind.Resource(), Namespace: s.namespace, Name: s.name, Uid: s.uid,
+	for _, c := range changes {
+		c.Path, c.Before, c.After = short(c.Path, maxShown), short(c.Before, 2*maxShown), short(c.After, 2*maxShown)
+	}
+	o := &halliganv1.PlannedObject{Key: short(s.key, maxShown), Resource: s.kind.Resource(), Namespace: s.namespace, Name: short(s.name, maxShown), Uid: s.uid,
 		Revision: s.revision, Operation: string(s.op), Changes: changes}
 	p.plan.Objects = append(p.plan.Objects, o)
 	return o
@@ -382,7 +425,7 @@ func (e *Engine) loadCRDs(ctx context.Context) error {
 			err = fresh.AddCRD(plain)
 		}
 		if err != nil {
-			e.log.Warn().Str("key", kv.Key).Err(err).Msg("custom kind left out")
+			e.log.Warn().Str("key", neutral.Line(kv.Key)).Str("problem", neutral.Line(err.Error())).Msg("custom kind left out")
 		}
 		return nil
 	})

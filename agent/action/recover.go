@@ -9,12 +9,14 @@ import (
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
 )
 
 // Recover settles what an earlier process, or an outage of etcd, left
 // unfinished. Nothing is written to etcd: each object whose before-image is on
 // record is looked up in etcd's history and ends as applied, failed (not done)
-// or unknown. It returns when nothing is left or the context ends.
+// or unknown. It runs until the context ends, since an outcome can become unknown
+// at any time.
 func (e *Engine) Recover(ctx context.Context) {
 	wait := 200 * time.Millisecond
 	for {
@@ -22,7 +24,7 @@ func (e *Engine) Recover(ctx context.Context) {
 		for _, id := range e.journal.Unfinished() {
 			if err := e.settleOne(ctx, id); err != nil {
 				left++
-				e.log.Warn().Str("action", id).Err(err).Msg("unfinished action could not be settled yet")
+				e.log.Warn().Str("action", id).Str("problem", neutral.Line(err.Error())).Msg("unfinished action could not be settled yet")
 			}
 		}
 		if left == 0 {
@@ -56,9 +58,7 @@ func (e *Engine) settleOne(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if cluster != record.Plan.Cluster {
-		return errors.New("it belongs to another cluster's etcd")
-	}
+	foreign := cluster != record.Plan.Cluster // restored since: its history is another one
 	modified, err := e.journal.Modified(id)
 	if err != nil {
 		return err
@@ -75,14 +75,16 @@ func (e *Engine) settleOne(ctx context.Context, id string) error {
 		}
 		expect := etcd.Expect{Key: img.Key, ModRevision: img.Revision, Since: img.Since, Deleted: img.Delete}
 		copy(expect.SHA256[:], img.AfterSHA256)
-		fate, revision, err := e.etcd.Settle(ctx, expect)
-		if err != nil {
-			return err
+		fate, revision := etcd.Undetermined, int64(0)
+		if !foreign {
+			if fate, revision, err = e.etcd.Settle(ctx, expect); err != nil {
+				return err
+			}
 		}
 		if fate != etcd.Done && time.Since(modified) < e.settle {
 			return errTooEarly
 		}
-		n := journal.Note{Index: img.Index, Revision: revision}
+		n := journal.Note{Index: img.Index, Revision: revision, Settled: img.Delete}
 		switch fate {
 		case etcd.Done:
 			n.Outcome = journal.Applied

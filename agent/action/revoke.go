@@ -75,12 +75,17 @@ func parseSubject(text string) (subject, error) {
 	return subject{text: text, user: true, group: true}, nil
 }
 
-// is reports whether a binding's subject is the one meant. In a RoleBinding a
-// ServiceAccount without a namespace is never valid, so it never matches.
-func (s subject) is(r rbacv1.Subject) bool {
+// is reports whether a binding's subject is the one meant. A ServiceAccount
+// without a namespace is one of the RoleBinding's own namespace
+// (pkg/registry/rbac/validation/rule.go, appliesToUser).
+func (s subject) is(r rbacv1.Subject, binding *object) bool {
 	switch r.Kind {
 	case rbacv1.ServiceAccountKind:
-		return s.name != "" && r.Name == s.name && r.Namespace == s.namespace
+		namespace := r.Namespace
+		if namespace == "" {
+			namespace = binding.namespace
+		}
+		return s.name != "" && r.Name == s.name && namespace == s.namespace
 	case rbacv1.UserKind:
 		return s.user && r.Name == s.text
 	case rbacv1.GroupKind:
@@ -101,6 +106,12 @@ func (s subject) groups() []string {
 // discovery are the roles that the API server itself binds to everybody; they
 // let nobody do harm: plugin/pkg/auth/authorizer/rbac/bootstrappolicy/policy.go.
 var discovery = []string{"system:discovery", "system:basic-user", "system:public-info-viewer", "system:service-account-issuer-discovery"}
+
+// harmless reports whether a binding gives one of the discovery roles.
+func harmless(binding *object) bool {
+	var b rbacv1.ClusterRoleBinding // a RoleBinding has its role in the same place
+	return typed(binding, &b) == nil && b.RoleRef.Kind == "ClusterRole" && slices.Contains(discovery, b.RoleRef.Name)
+}
 
 func planRevoke(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	par, err := decode[revokeParameters](raw)
@@ -136,21 +147,23 @@ func planRevoke(ctx context.Context, p *planner, raw *structpb.Struct) error {
 			}
 			var hit []int
 			for i, s := range subjects {
-				if who.is(s) {
+				if who.is(s, obj) {
 					hit = append(hit, i)
 					if s.Kind == rbacv1.GroupKind {
 						groups++
 					} else {
 						users++
 					}
-				} else if s.Kind == rbacv1.GroupKind && slices.Contains(who.groups(), s.Name) && !slices.Contains(discovery, obj.name) {
+				} else if s.Kind == rbacv1.GroupKind && slices.Contains(who.groups(), s.Name) && !harmless(obj) {
 					remain = append(remain, fmt.Sprintf("group %s through %s", s.Name, obj.title()))
 				}
 			}
 			if len(hit) == 0 {
 				return nil
 			}
-			if len(hit) == len(subjects) {
+			// A binding that nobody may delete stays, without subjects.
+			protected := p.engine.policy.Object(deleteName, kind.Resource(), obj.namespace, obj.name) != nil
+			if len(hit) == len(subjects) && !protected {
 				p.remove(obj)
 				return nil
 			}
@@ -175,6 +188,9 @@ func planRevoke(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	}
 	for _, r := range remain {
 		p.warn("rights remain: %s", r)
+	}
+	if who.name == "" && who.user {
+		p.warn("a user's groups come from certificates or the identity provider and are not known here: rights through them remain")
 	}
 	if len(p.steps) == 0 {
 		p.summary("nothing to do: no binding names %s", who.text)

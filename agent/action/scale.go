@@ -95,7 +95,22 @@ func scaleEdits(obj *object, to int64) ([]storage.Edit, string, error) {
 		}
 		return nil
 	}
+	// What is absent has a default: one replica, not suspended. To write it out
+	// would change nothing.
+	absent := func(name storage.FieldName) bool {
+		f, _ := obj.kind.Field(name, obj.APIVersion)
+		if name == storage.Replicas {
+			_, present, err := obj.Int(f)
+			return err == nil && !present
+		}
+		_, present, err := obj.Bool(f)
+		return err == nil && !present
+	}
 	switch {
+	case has(storage.Replicas) && to == 1 && !obj.kind.Custom && absent(storage.Replicas):
+		return nil, "at 1 replicas", nil
+	case has(storage.Suspend) && to == 1 && absent(storage.Suspend):
+		return nil, "not suspended", nil
 	case has(storage.Replicas):
 		return []storage.Edit{{Field: storage.Replicas, Value: to}}, fmt.Sprintf("at %d replicas", to), nil
 	case has(storage.NodeSelector):

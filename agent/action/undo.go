@@ -63,15 +63,17 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		return fault.New(fault.Refused, "undo it where it was done", "action %s belongs to another cluster's etcd", entry.ID)
 	}
 	p.plan.Undoes = entry.ID
-	applied := map[int]int64{}
+	applied := map[int]journal.Note{}
 	for _, n := range record.Notes {
 		if n.Outcome == journal.Applied {
-			applied[n.Index] = n.Revision
+			applied[n.Index] = n
 		}
 	}
-	// In reverse, so that what was taken away last comes back first. The last
+	// In reverse, so that, of a few objects, what was taken away last comes back
+	// first; many go at once. The last
 	// image of an object that was tried twice is the one that was written.
 	var written []journal.ImageRef
+	var conflicts []error
 	seen := map[int]bool{}
 	for _, ref := range slices.Backward(record.Images) {
 		if _, ok := applied[ref.Index]; ok && !seen[ref.Index] {
@@ -91,10 +93,24 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		p.see(view)
 		for _, ref := range chunk {
 			kv, found := now[ref.Key]
-			if err := p.undoOne(ctx, entry, record.Plan.Objects[ref.Index], ref, applied[ref.Index], kv, found); err != nil {
+			err := p.undoOne(ctx, entry, record.Plan.Objects[ref.Index], ref, applied[ref.Index], kv, found)
+			if fault.Is(err, fault.Stale) && len(written) > 1 {
+				// One that somebody changed since does not hold up the others.
+				if conflicts = append(conflicts, err); len(conflicts) <= 5 {
+					p.warn("left alone: %s", fault.Of(err).Message)
+				}
+				continue
+			}
+			if err != nil {
 				return err
 			}
 		}
+	}
+	if len(conflicts) > 5 {
+		p.warn("left alone: %d objects in all that were changed since", len(conflicts))
+	}
+	if len(p.steps) == 0 && len(conflicts) > 0 {
+		return conflicts[0]
 	}
 	if len(p.steps) == 0 {
 		p.summary("nothing to do: %s left nothing that could be put back", entry.ID)
@@ -106,27 +122,47 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 }
 
 // undoOne plans the reversal of one object's change.
-func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *halliganv1.PlannedObject, ref journal.ImageRef, wrote int64, kv etcd.KV, found bool) error {
+func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *halliganv1.PlannedObject, ref journal.ImageRef, wrote journal.Note, kv etcd.KV, found bool) error {
 	kind, namespace, name, err := p.kindOfKey(ctx, ref.Key)
 	if err != nil {
 		return err
 	}
-	// Putting rights back adds authority, which one person alone may do only
-	// to the own, recent, unchanged deed.
-	if isAuthority(kind) {
-		if entry.Actor != p.who.Person || time.Since(entry.Time) > undoAuthority {
+	// Putting rights, or pods, back adds authority, which one person alone may do
+	// only to the own, recent, unchanged deed.
+	authority := isAuthority(kind)
+	if authority || ref.Delete && hasPods(kind) {
+		switch {
+		case entry.Actor != p.who.Person || time.Since(entry.Time) > undoAuthority:
 			return fault.New(fault.Refused, "have a commander do it through the API server",
 				"putting back %s/%s adds authority: only who took it away may, within 24 h", kind.Resource(), name)
+		case authority && wrote.Settled:
+			return fault.New(fault.Refused, "have a commander look at it and do it through the API server",
+				"putting back %s/%s adds authority, and after an interruption it is not certain that %s took it away", kind.Resource(), name, entry.ID)
 		}
 	}
 	changedSince := func(how string) error {
 		return fault.New(fault.Stale, "look at it with: halligan get "+kind.Plural+"/"+name, "%s/%s %s since %s", kind.Resource(), name, how, entry.ID)
 	}
 	if !found {
-		if ref.Delete {
-			return p.restore(ctx, kind, namespace, name, entry, ref)
+		if !ref.Delete {
+			return changedSince("was deleted")
 		}
-		return changedSince("was deleted")
+		if authority {
+			quiet, err := p.engine.etcd.QuietSince(ctx, ref.Key, wrote.Revision)
+			if err != nil {
+				return err
+			}
+			if !quiet {
+				return changedSince("was made again and deleted, or etcd's history does not tell,")
+			}
+		}
+		if gone, err := p.namespaceGone(ctx, namespace); err != nil || gone {
+			if gone {
+				err = changedSince("lost its namespace")
+			}
+			return err
+		}
+		return p.restore(ctx, kind, namespace, name, entry, ref)
 	}
 	obj, err := p.open(ctx, kind, namespace, name, kv)
 	if err != nil {
@@ -140,13 +176,13 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 		return changedSince("was made again")
 	case ref.Revision == 0:
 		// The action had made the key, by undoing a deletion: remove it again.
-		if isAuthority(kind) && kv.ModRevision != wrote {
+		if isAuthority(kind) && kv.ModRevision != wrote.Revision {
 			return changedSince("was changed")
 		}
 		p.remove(obj)
 		return nil
 	}
-	if isAuthority(kind) && kv.ModRevision != wrote {
+	if isAuthority(kind) && kv.ModRevision != wrote.Revision {
 		if _, left, err := kind.Revert(obj.Plain(), ref.Changes); err == nil && len(left) == 0 {
 			return nil
 		}
@@ -158,13 +194,47 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 	return nil
 }
 
+// namespaceGone reports whether the namespace does not exist any more: whoever
+// makes it again must not find what was in it.
+func (p *planner) namespaceGone(ctx context.Context, namespace string) (bool, error) {
+	if namespace == "" {
+		return false, nil
+	}
+	if gone, known := p.gone[namespace]; known {
+		return gone, nil
+	}
+	kind, err := p.engine.resolve(ctx, "namespaces")
+	if err != nil {
+		return false, err
+	}
+	key, err := kind.Key(p.engine.prefix, "", namespace)
+	if err != nil {
+		return false, err
+	}
+	_, found, _, err := p.engine.etcd.Get(ctx, key)
+	if p.gone == nil {
+		p.gone = map[string]bool{}
+	}
+	p.gone[namespace] = !found
+	return !found, err
+}
+
+// hasPods reports whether objects of the kind are pods or make them.
+func hasPods(k *storage.Kind) bool {
+	switch k.Kind {
+	case "Pod", "PodTemplate", "Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController", "Job", "CronJob":
+		return k.Group == "" || k.Group == "apps" || k.Group == "batch"
+	}
+	return false
+}
+
 // restore plans to store a deleted object again.
 func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, name string, entry journal.Entry, ref journal.ImageRef) error {
 	if ref.UID == "" {
 		return fault.New(fault.Refused, "its bytes are in the record of "+entry.ID+" on this node", "%s/%s could not be read: put back, it would break every LIST of its kind again",
 			kind.Resource(), name)
 	}
-	s := &step{kind: kind, namespace: namespace, name: name, key: ref.Key, uid: ref.UID, op: opCreate, size: ref.Size, since: p.plan.Revision,
+	s := &step{kind: kind, namespace: namespace, name: name, key: ref.Key, uid: ref.UID, op: opCreate, size: ref.Size,
 		image: &imageOf{action: entry.ID, ref: ref}}
 	if ref.Lease != 0 {
 		alive, err := p.engine.etcd.LeaseAlive(ctx, ref.Lease)

@@ -166,6 +166,25 @@ func (c *Client) fence(ctx context.Context, what, key string, patient bool) (kv 
 	}
 }
 
+// QuietSince reports whether nothing happened to the key after the revision. It
+// says no where etcd's history no longer tells, or where the revision is 0.
+func (c *Client) QuietSince(ctx context.Context, key string, revision int64) (bool, error) {
+	if revision <= 0 {
+		return false, nil
+	}
+	_, _, view, err := c.Get(ctx, key)
+	if err != nil || view.Stale != "" {
+		return false, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.RequestTimeout)
+	defer cancel()
+	_, state, err := c.firstEvent(ctx, key, revision+1, view.Revision)
+	if err != nil {
+		return false, c.explain(ctx, "looking at the history of "+name(key), err, true)
+	}
+	return state == none, nil
+}
+
 type history int
 
 const (

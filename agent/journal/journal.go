@@ -123,6 +123,10 @@ type Note struct {
 	Revision int64  `json:"revision,omitempty"`
 	Outcome  string `json:"outcome"`
 	Error    string `json:"error,omitempty"`
+	// Settled says that a deletion was found out afterwards from etcd's
+	// history, which does not tell whose it was. (Bytes that were written can
+	// be recognised.)
+	Settled bool `json:"settled,omitempty"`
 }
 
 // line is one line of a file; exactly one member is set.
@@ -697,6 +701,13 @@ func (j *Journal) scan(id string, fn func(l line, offset int64) error) (*Record,
 	}
 	r.bytes = rd.offset
 	return r, nil
+}
+
+// Writing reports whether the action is being recorded at this moment.
+func (j *Journal) Writing(id string) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.open[id] != nil
 }
 
 // Unfinished returns the identifiers of actions without an outcome that nobody

@@ -292,18 +292,10 @@ func (e *editor) revertValue(f Field, c Change) error {
 // revertElement puts a removed element back. Of an element that an earlier
 // Revert put back it takes it away again.
 func (e *editor) revertElement(f Field, c Change) error {
-	elements, err := e.doc.elements(f)
+	elements, at, want, err := e.find(f, c)
 	if err != nil {
 		return err
 	}
-	want, err := e.doc.show(c.Raw)
-	if err != nil {
-		return undecodable("the stored element %s is damaged", c.Path)
-	}
-	at := slices.IndexFunc(elements, func(element []byte) bool {
-		shown, err := e.doc.show(element)
-		return err == nil && same(shown, want)
-	})
 	switch {
 	case c.After != nil && at < 0:
 		return changedSince(c.Path)
@@ -318,6 +310,52 @@ func (e *editor) revertElement(f Field, c Change) error {
 	}
 	e.record(f, Change{Path: pathString(f.JSON, strconv.Itoa(at)), Field: c.Field, Index: at, After: want, Raw: c.Raw})
 	return nil
+}
+
+// find looks for the element of a change among those that are there; at is -1
+// where it is not.
+func (e *editor) find(f Field, c Change) (elements [][]byte, at int, want json.RawMessage, err error) {
+	if elements, err = e.doc.elements(f); err != nil {
+		return nil, -1, nil, err
+	}
+	if want, err = e.doc.show(c.Raw); err != nil {
+		return nil, -1, nil, undecodable("the stored element %s is damaged", c.Path)
+	}
+	at = slices.IndexFunc(elements, func(element []byte) bool {
+		shown, err := e.doc.show(element)
+		return err == nil && same(shown, want)
+	})
+	return elements, at, want, nil
+}
+
+// Holds reports whether an object still is what the changes made of it,
+// whatever else was changed. The generation does not count.
+func (k *Kind) Holds(plain []byte, changes []Change) (bool, error) {
+	e, err := k.edit(plain)
+	if err != nil {
+		return false, err
+	}
+	for _, c := range changes {
+		if c.Field == Generation {
+			continue
+		}
+		f, err := e.field(c.Field)
+		if err != nil {
+			return false, err
+		}
+		if f.Type == List {
+			_, at, _, err := e.find(f, c)
+			if err != nil || (at >= 0) != (c.After != nil) {
+				return false, err
+			}
+			continue
+		}
+		current, err := e.doc.get(f, c.Entry)
+		if err != nil || !same(current, c.After) {
+			return false, err
+		}
+	}
+	return true, nil
 }
 
 // finish counts the generation up and checks the result.
