@@ -21,12 +21,14 @@ import (
 	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/agent/policy"
 	"github.com/halligan-io/halligan/agent/storage"
+	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/version"
 )
 
 // Run serves until the context ends. It starts without etcd: reads and writes
-// then say what is missing, and work as soon as it is back.
+// then say what is missing, and work as soon as it is back. The same goes for the
+// encryption configuration.
 func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger) error {
 	// Kubernetes' encryption code logs through klog; what matters of it comes
 	// back as an error, and standard error belongs to the daemon's own log.
@@ -40,11 +42,12 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 		return err
 	}
 	defer records.Close()
-	encryption, err := storage.LoadEncryption(ctx, c.EncryptionConfig)
-	if err != nil {
-		return err
-	}
+	encryption := storage.OpenEncryption(c.EncryptionConfig)
 	defer encryption.Close()
+	if err := encryption.Usable(ctx); err != nil {
+		// Reads and deletions of what is not encrypted do not depend on it.
+		log.Error().Msg(neutral.Line(fault.Of(err).Error()))
+	}
 	client, err := etcd.Open(etcd.Config{Endpoints: c.Etcd.Endpoints, CAFile: c.Etcd.CAFile, CertFile: c.Etcd.CertFile, KeyFile: c.Etcd.KeyFile,
 		ServerName: c.Etcd.ServerName})
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/structpb"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -229,6 +230,71 @@ func TestRunWithoutEtcd(t *testing.T) {
 	}
 }
 
+// TestRunWithoutEncryptionConfig: an agent whose encryption configuration is
+// missing starts, shows and deletes what is in the clear, says why it writes
+// nothing, and writes as soon as the file is there.
+func TestRunWithoutEncryptionConfig(t *testing.T) {
+	cluster := etcdcluster.ForTest(t, 1)
+	raw, err := cluster.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	value, err := storage.EncodeTyped(&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web", UID: "u1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := raw.Put(t.Context(), "/registry/deployments/shop/web", string(value)); err != nil {
+		t.Fatal(err)
+	}
+	c := configOf(t, cluster)
+	c.EncryptionConfig = filepath.Join(t.TempDir(), "encryption.yaml")
+	client, log, _ := running(t, c)
+	if text := log.String(); !strings.Contains(text, `"level":"error"`) || !strings.Contains(text, c.EncryptionConfig) {
+		t.Errorf("the log: %s", text)
+	}
+	within(t, "etcd is there", func() bool {
+		st, err := client.Status(t.Context(), &halliganv1.StatusRequest{})
+		return err == nil && st.Etcd.Quorum && strings.Contains(st.ReadOnly, c.EncryptionConfig)
+	})
+	plan := func(action string, parameters map[string]any) error {
+		s, err := structpb.NewStruct(parameters)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err = client.Plan(t.Context(), &halliganv1.PlanRequest{Action: action, Parameters: s, Reason: "test"}); err != nil {
+			return api.FromStatus(err)
+		}
+		return nil
+	}
+	target := map[string]any{"target": "deploy/web", "namespace": "shop"}
+	scale := map[string]any{"target": "deploy/web", "namespace": "shop", "to": 0}
+	s, err := structpb.NewStruct(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	get, err := client.Get(t.Context(), &halliganv1.GetRequest{Parameters: s})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if event, err := get.Recv(); err != nil || len(event.Objects) != 1 {
+		t.Errorf("get: %v, %v", event, err)
+	}
+	if err := plan("scale", scale); !fault.Is(err, fault.Encrypted) || !strings.Contains(err.Error(), c.EncryptionConfig) {
+		t.Errorf("scale: %v", err)
+	}
+	if err := plan("delete", target); err != nil {
+		t.Errorf("delete: %v", err)
+	}
+	write(t, c.EncryptionConfig, "apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources:\n- resources: [secrets]\n  providers: [{identity: {}}]\n", 0o600)
+	if err := plan("scale", scale); err != nil {
+		t.Errorf("the file is there, and yet: %v", err)
+	}
+	if st, err := client.Status(t.Context(), &halliganv1.StatusRequest{}); err != nil || st.ReadOnly != "" || st.Encryption["secrets"] != "identity" {
+		t.Errorf("%v, %v", st, err)
+	}
+}
+
 // TestRunRefuses: what cannot be served says so at the start, and leaves nothing
 // running or held.
 func TestRunRefuses(t *testing.T) {
@@ -244,12 +310,11 @@ func TestRunRefuses(t *testing.T) {
 		change func(*Config)
 		want   string
 	}{
-		"policy":     {func(c *Config) { c.PolicyFile = dir + "/none" }, "local policy"},
-		"encryption": {func(c *Config) { c.EncryptionConfig = dir + "/none" }, dir + "/none"},
-		"ca":         {func(c *Config) { c.Etcd.CAFile = dir + "/none" }, dir + "/none"},
-		"state":      {func(c *Config) { c.StateDir = lax }, "chmod 700"},
-		"socket":     {func(c *Config) { c.Socket = lax + "/s" }, "mode 0700"},
-		"record":     {func(c *Config) { write(t, c.StateDir+"/actions/20260101-000000-aa.jsonl", "", 0o640) }, "20260101-000000-aa.jsonl has mode 0640"},
+		"policy": {func(c *Config) { c.PolicyFile = dir + "/none" }, "local policy"},
+		"ca":     {func(c *Config) { c.Etcd.CAFile = dir + "/none" }, dir + "/none"},
+		"state":  {func(c *Config) { c.StateDir = lax }, "chmod 700"},
+		"socket": {func(c *Config) { c.Socket = lax + "/s" }, "mode 0700"},
+		"record": {func(c *Config) { write(t, c.StateDir+"/actions/20260101-000000-aa.jsonl", "", 0o640) }, "20260101-000000-aa.jsonl has mode 0640"},
 	} {
 		config := Config{StateDir: filepath.Join(dir, name, "state"), Socket: filepath.Join(dir, name, "run", "s"), Etcd: EtcdConfig{Endpoints: []string{"127.0.0.1:1"}}}
 		c.change(&config)

@@ -172,6 +172,12 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 			return nil, err
 		}
 	}
+	if slices.ContainsFunc(p.steps, func(s *step) bool { return s.op != opDelete }) {
+		if err := e.encryption.Usable(ctx); err != nil {
+			f := fault.Of(err)
+			return nil, fault.New(fault.Encrypted, f.Next, "objects can only be deleted now: %s", f.Message)
+		}
+	}
 	if most := e.policy.Caps().ObjectsPerAction; len(p.steps) > most {
 		return nil, fault.New(fault.Refused, "take fewer objects at a time", "%d objects are more than the %d that policy lets one action change", len(p.steps), most)
 	}
@@ -330,6 +336,10 @@ func (e *Engine) Status(ctx context.Context, who trust.Identity) (*halliganv1.St
 		out.ReadOnly = fault.Of(err).Error()
 	case !st.Quorum:
 		out.ReadOnly = "etcd has no quorum: only reads work"
+	default:
+		if err := e.encryption.Usable(ctx); err != nil {
+			out.ReadOnly = "all but deletions: " + fault.Of(err).Error()
+		}
 	}
 	return out, nil
 }

@@ -243,10 +243,13 @@ func TestEncryptionAtRest(t *testing.T) {
 	l := newLab(t, 1)
 	key1 := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte("1"), 32))
 	key2 := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte("2"), 32))
+	config := func(providers string) string {
+		return "apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources:\n- resources: ['*.*']\n  providers:\n" + providers
+	}
 	load := func(providers string) {
 		t.Helper()
 		l.engine.journal.Close()
-		tr, err := storage.LoadEncryption(context.Background(), write(t, "apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources:\n- resources: ['*.*']\n  providers:\n"+providers))
+		tr, err := storage.LoadEncryption(context.Background(), write(t, config(providers)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -273,10 +276,47 @@ func TestEncryptionAtRest(t *testing.T) {
 	r = l.do(resultApplied, "delete", map[string]any{"target": "ds/collector", "namespace": "telemetry"})
 	l.do(resultApplied, "undo", map[string]any{"action": r.Action})
 
+	// Keys are rotated while the agent runs: the next write has the key that is
+	// first by then, and while the file is broken there is none.
+	file := write(t, config(old))
+	tr, err := storage.LoadEncryption(context.Background(), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(tr.Close)
+	l.engine.journal.Close()
+	l.start(func(o *Options) { o.Encryption = tr })
+	rewrite := func(text string) {
+		t.Helper()
+		if err := os.Rename(write(t, text), file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	key = l.put(collector())
+	p, err := l.plan("scale", stopCollector)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rewrite(config(both))
+	if r = l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil); r.Result != resultApplied || !bytes.HasPrefix(l.value(key), []byte("k8s:enc:secretbox:v1:two:")) {
+		t.Errorf("%s, %v: written as %.30q by an agent that started before the rotation", r.Result, r.Error, l.value(key))
+	}
+	before := l.value(key)
+	rewrite("}")
+	l.refuses(fault.Encrypted, file, "undo", map[string]any{"action": r.Action})
+	if st, err := l.engine.Status(l.ctx(), responder); err != nil || !strings.Contains(st.ReadOnly, file) || !strings.Contains(st.ReadOnly, "deletions") {
+		t.Errorf("status: %v, %v", st, err)
+	}
+	if !bytes.Equal(l.value(key), before) {
+		t.Error("it was written")
+	}
+	rewrite(config(both))
+	l.do(resultApplied, "undo", map[string]any{"action": r.Action})
+
 	// The key is lost: nothing can be changed, and the reason names the key.
 	load("  - identity: {}\n")
 	l.refuses(fault.Encrypted, "two", "scale", stopCollector)
-	before := l.value(key)
+	before = l.value(key)
 	load("  - kms: {apiVersion: v2, name: vault, endpoint: 'unix:///nonexistent/kms.sock', timeout: 1s}\n  - identity: {}\n")
 	l.refuses(fault.Encrypted, "", "scale", stopCollector)
 	l.putRaw(key, []byte("k8s:enc:kms:v2:vault:xxxx"))

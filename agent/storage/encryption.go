@@ -3,6 +3,7 @@ package storage
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -36,7 +37,7 @@ const sealedPrefix = "k8s:enc:"
 const (
 	// transformTimeout bounds Open and Seal where the caller's context does not.
 	transformTimeout = 5 * time.Second
-	// loadTimeout bounds each question that LoadEncryption asks a KMS plugin.
+	// loadTimeout bounds each question that loading asks a KMS plugin.
 	loadTimeout = 500 * time.Millisecond
 	// askInterval is the time between questions to a plugin that is there, but
 	// is not known to be yet.
@@ -45,14 +46,33 @@ const (
 
 const nextConfig = "give Halligan the file that the API server's --encryption-provider-config names now"
 
+const mendConfig = "mend the file, or " + nextConfig
+
 // Transformers opens and seals values as the cluster's EncryptionConfiguration
-// says. It is safe for concurrent use.
+// says. It follows the file: a key that was rotated meanwhile must not write,
+// and only the file says so. It is safe for concurrent use.
 type Transformers struct {
+	path string // of the file; "": the cluster has none
+
+	reading sync.Mutex // guards the next two; held while the file is read and loaded
+	sum     [sha256.Size]byte
+	problem error // why the content of that sum cannot be used
+
+	mu     sync.Mutex     // guards all below, and every configuration's uses
+	now    *configuration // the last good one
+	closed bool
+}
+
+// configuration is one content of the file, loaded.
+type configuration struct {
 	byResource encryptionconfig.StaticTransformers
 	rules      map[schema.GroupResource]encryptionRule
 	names      map[string]string // as Providers returns it
 	checks     []healthz.HealthChecker
 	stop       context.CancelFunc
+	// uses counts the calls under way and, while it is the last good one, one
+	// more; with none left it is stopped.
+	uses int
 }
 
 // encryptionRule is what the configuration says of a resource, for messages and
@@ -81,58 +101,128 @@ func (r encryptionRule) opens(stored []byte) (encryptionProvider, bool) {
 	return encryptionProvider{}, false
 }
 
-// LoadEncryption reads the cluster's EncryptionConfiguration. An empty path
-// means that the cluster has none. A file that is not readable or not valid is
-// an error; a KMS plugin that does not answer is not, only what needs it will
-// fail. ctx bounds the loading; Close ends what runs in the background.
+// LoadEncryption is OpenEncryption for those who need the file to be there and
+// valid. A KMS plugin that does not answer is no error, only what needs it will
+// fail.
 func LoadEncryption(ctx context.Context, path string) (*Transformers, error) {
-	t := &Transformers{stop: func() {}}
-	if path == "" {
-		return t, nil
-	}
-	if err := ctx.Err(); err != nil {
+	t := OpenEncryption(path)
+	if err := t.Usable(ctx); err != nil {
+		t.Close()
 		return nil, err
 	}
-	config, err := readEncryption(path)
+	return t, nil
+}
+
+// OpenEncryption returns the transformers of the cluster's
+// EncryptionConfiguration. An empty path means that the cluster has none. The
+// file is read when it is needed, and again when it has changed. While it cannot
+// be read or is not valid nothing is sealed, and what the last good content
+// opens goes on to be opened; before there was one, that is what is in the
+// clear. Close ends what runs in the background.
+func OpenEncryption(path string) *Transformers {
+	return &Transformers{path: path, now: &configuration{stop: func() {}, uses: 1}}
+}
+
+// Usable reads the file if it has changed, and says why it cannot be used now:
+// then Seal refuses.
+func (t *Transformers) Usable(ctx context.Context) error {
+	if t.path == "" {
+		return nil
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	t.reading.Lock()
+	defer t.reading.Unlock()
+	// Its size and time do not tell for certain whether it changed, and it is
+	// small.
+	raw, err := os.ReadFile(t.path)
 	if err != nil {
+		return fault.New(fault.Failed, nextConfig, "the encryption configuration cannot be read: %w", err)
+	}
+	sum := sha256.Sum256(raw)
+	if sum == t.sum {
+		return t.problem
+	}
+	loaded, err := loadConfiguration(t.path, raw, sum)
+	if errors.Is(err, errChanging) {
+		return err // what it holds by then is looked at the next time
+	}
+	t.sum, t.problem = sum, err
+	if err == nil {
+		t.replace(loaded)
+	}
+	return err
+}
+
+var errChanging = fault.New(fault.Failed, "try again", "the encryption configuration is being written at this moment")
+
+// loadConfiguration loads what the file at path holds, which is raw.
+func loadConfiguration(path string, raw []byte, sum [sha256.Size]byte) (*configuration, error) {
+	// This is read for what the transformers do not tell: the names of providers
+	// and keys. Validation is left to the library.
+	var config apiserverv1.EncryptionConfiguration
+	if err := yaml.Unmarshal(raw, &config); err != nil {
+		return nil, fault.New(fault.Failed, nextConfig, "the encryption configuration %s is not readable YAML", quoteASCII(path))
+	}
+	c := &configuration{uses: 1}
+	if err := c.describe(&config); err != nil {
 		return nil, err
 	}
 	loading := new(atomic.Bool)
 	loading.Store(true)
 	defer loading.Store(false)
-	background, stop := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), loadingKey{}, loading))
+	background, stop := context.WithCancel(context.WithValue(context.Background(), loadingKey{}, loading))
 	useOwnKMSClient()
-	if err := t.describe(config); err != nil {
+	loaded, err := encryptionconfig.LoadEncryptionConfig(background, path, false, "")
+	switch {
+	case err != nil:
+		err = fault.New(fault.Failed, nextConfig, "the encryption configuration %s is not valid: %w", quoteASCII(path), err)
+	case loaded.EncryptionFileContentHash != fmt.Sprintf("sha256:%x", sum): // the library reads the file itself
+		err = errChanging
+	}
+	if err != nil {
 		stop()
 		return nil, err
 	}
-	loaded, err := encryptionconfig.LoadEncryptionConfig(background, path, false, "")
-	if err != nil {
-		stop()
-		return nil, fault.New(fault.Failed, nextConfig, "the encryption configuration %s is not valid: %w", quoteASCII(path), err)
-	}
-	t.byResource, t.checks, t.stop = loaded.Transformers, loaded.HealthChecks, stop
-	return t, nil
+	c.byResource, c.checks, c.stop = loaded.Transformers, loaded.HealthChecks, stop
+	return c, nil
 }
 
-// readEncryption reads the configuration for what the transformers do not tell:
-// the names of providers and keys. Validation is left to the library.
-func readEncryption(path string) (*apiserverv1.EncryptionConfiguration, error) {
-	raw, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fault.New(fault.Failed, nextConfig, "the encryption configuration cannot be read: %w", err)
+// replace makes c the last good one; the one before ends with its last use.
+func (t *Transformers) replace(c *configuration) {
+	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		c.stop()
+		return
 	}
-	var config apiserverv1.EncryptionConfiguration
-	if err := yaml.Unmarshal(raw, &config); err != nil {
-		return nil, fault.New(fault.Failed, nextConfig, "the encryption configuration %s is not readable YAML", quoteASCII(path))
+	old := t.now
+	t.now = c
+	t.mu.Unlock()
+	t.done(old)
+}
+
+// use returns the last good configuration; done must follow.
+func (t *Transformers) use() *configuration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.now.uses++
+	return t.now
+}
+
+func (t *Transformers) done(c *configuration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c.uses--; c.uses == 0 {
+		c.stop()
 	}
-	return &config, nil
 }
 
 // describe fills names and rules.
-func (t *Transformers) describe(config *apiserverv1.EncryptionConfiguration) error {
-	t.names = make(map[string]string)
-	t.rules = make(map[schema.GroupResource]encryptionRule)
+func (c *configuration) describe(config *apiserverv1.EncryptionConfiguration) error {
+	c.names = make(map[string]string)
+	c.rules = make(map[schema.GroupResource]encryptionRule)
 	for _, entry := range config.Resources {
 		var rule encryptionRule
 		for _, p := range entry.Providers {
@@ -144,9 +234,9 @@ func (t *Transformers) describe(config *apiserverv1.EncryptionConfiguration) err
 		}
 		for _, resource := range entry.Resources {
 			gr := schema.ParseGroupResource(resource)
-			t.rules[gr] = append(t.rules[gr], rule...) // as the library joins entries of one resource
-			if len(t.rules[gr]) > 0 {
-				t.names[resource] = t.rules[gr][0].name
+			c.rules[gr] = append(c.rules[gr], rule...) // as the library joins entries of one resource
+			if len(c.rules[gr]) > 0 {
+				c.names[resource] = c.rules[gr][0].name
 			}
 		}
 	}
@@ -191,12 +281,24 @@ func describeProvider(p apiserverv1.ProviderConfiguration) (rule encryptionRule,
 var allowKMSv1 = sync.OnceValue(func() error { return utilfeature.DefaultMutableFeatureGate.Set("KMSv1=true") })
 
 // Providers returns for each resource of the configuration, written as there,
-// the provider and key that write it, such as aescbc:key1 or kms:vault.
-func (t *Transformers) Providers() map[string]string { return t.names }
+// the provider and key that write it, such as aescbc:key1 or kms:vault, by
+// the last good content of the file.
+func (t *Transformers) Providers() map[string]string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.now.names
+}
 
 // Close ends the background work. Values of KMS providers cannot be opened
-// afterwards.
-func (t *Transformers) Close() { t.stop() }
+// afterwards, and changes of the file are not followed.
+func (t *Transformers) Close() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.closed {
+		t.closed = true
+		t.now.stop()
+	}
+}
 
 // encryptedAs is the resource by which the API server finds the kind's
 // provider: events of both groups have the core group's storage.
@@ -209,9 +311,9 @@ func (k *Kind) encryptedAs() schema.GroupResource {
 
 // rule finds the rule of a resource in the order in which the library finds its
 // transformer: itself, its group, everything.
-func (t *Transformers) rule(gr schema.GroupResource) encryptionRule {
+func (c *configuration) rule(gr schema.GroupResource) encryptionRule {
 	for _, try := range []schema.GroupResource{gr, {Group: gr.Group, Resource: "*"}, {Group: "*", Resource: "*"}} {
-		if r := t.rules[try]; r != nil {
+		if r := c.rules[try]; r != nil {
 			return r
 		}
 	}
@@ -222,11 +324,32 @@ func (t *Transformers) rule(gr schema.GroupResource) encryptionRule {
 // authenticate along with the value. It returns fault.Encrypted where no
 // configured key fits or the KMS plugin does not answer, and fault.Undecodable
 // for a value in the clear where the configuration allows none, since the API
-// server does not take it either. Without a deadline of ctx's own it waits 5 s
-// at most.
+// server does not take it either. Where it fails, the file may have changed: then
+// it is tried with what the file holds now. Without a deadline of ctx's own it
+// waits 5 s at most for a plugin.
 func (t *Transformers) Open(ctx context.Context, k *Kind, key string, stored []byte) ([]byte, error) {
+	c := t.use()
+	defer t.done(c)
+	plain, err := c.open(ctx, k, key, stored)
+	if err == nil || ctx.Err() != nil {
+		return plain, err
+	}
+	problem := t.Usable(ctx)
+	again := t.use()
+	defer t.done(again)
+	if again != c {
+		return again.open(ctx, k, key, stored)
+	}
+	if problem != nil {
+		f := fault.Of(err)
+		return nil, &fault.Error{Code: f.Code, Message: f.Message + "; " + fault.Of(problem).Message, Next: mendConfig, Cause: err}
+	}
+	return nil, err
+}
+
+func (c *configuration) open(ctx context.Context, k *Kind, key string, stored []byte) ([]byte, error) {
 	gr := k.encryptedAs()
-	provider, ok := t.rule(gr).opens(stored)
+	provider, ok := c.rule(gr).opens(stored)
 	switch {
 	case !ok && !bytes.HasPrefix(stored, []byte(sealedPrefix)):
 		return nil, fault.New(fault.Undecodable, "add the identity provider to the API server's configuration, or delete the object",
@@ -237,8 +360,8 @@ func (t *Transformers) Open(ctx context.Context, k *Kind, key string, stored []b
 	case provider.prefix == "":
 		return stored, nil
 	}
-	transformer := t.byResource.TransformerForResource(gr)
-	plain, err := t.transform(ctx, provider, func(ctx context.Context) ([]byte, error) {
+	transformer := c.byResource.TransformerForResource(gr)
+	plain, err := c.transform(ctx, provider, func(ctx context.Context) ([]byte, error) {
 		plain, _, err := transformer.TransformFromStorage(ctx, stored, value.DefaultContext(key))
 		return plain, err
 	})
@@ -255,17 +378,25 @@ func (t *Transformers) Open(ctx context.Context, k *Kind, key string, stored []b
 }
 
 // Seal encrypts a value with the provider that the configuration names first
-// for the kind's resource. It returns fault.Encrypted where that is a KMS
-// plugin that does not answer. Without a deadline of ctx's own it waits 5 s at
-// most.
+// for the kind's resource at this moment: the file is looked at each time. It
+// returns fault.Encrypted where the file cannot be used, and where the provider
+// is a KMS plugin that does not answer. Without a deadline of ctx's own it waits
+// 5 s at most for a plugin.
 func (t *Transformers) Seal(ctx context.Context, k *Kind, key string, plain []byte) ([]byte, error) {
 	if bytes.HasPrefix(plain, []byte(sealedPrefix)) {
 		return nil, fault.New(fault.Undecodable, "report this as a bug", "%s is encrypted already and must not be again", quoteASCII(key))
 	}
+	if err := t.Usable(ctx); ctx.Err() != nil {
+		return nil, fmt.Errorf("encrypting %s: %w", quoteASCII(key), ctx.Err())
+	} else if err != nil {
+		return nil, &fault.Error{Code: fault.Encrypted, Message: quoteASCII(key) + " cannot be written: " + fault.Of(err).Message, Next: mendConfig, Cause: err}
+	}
+	c := t.use()
+	defer t.done(c)
 	gr := k.encryptedAs()
-	provider := t.rule(gr)[0]
-	transformer := t.byResource.TransformerForResource(gr)
-	stored, err := t.transform(ctx, provider, func(ctx context.Context) ([]byte, error) {
+	provider := c.rule(gr)[0]
+	transformer := c.byResource.TransformerForResource(gr)
+	stored, err := c.transform(ctx, provider, func(ctx context.Context) ([]byte, error) {
 		return transformer.TransformToStorage(ctx, plain, value.DefaultContext(key))
 	})
 	switch {
@@ -283,7 +414,7 @@ func (t *Transformers) Seal(ctx context.Context, k *Kind, key string, plain []by
 // needed it sees to it that the library has asked it for a data key, which it
 // does by itself when loading and then every 10 s; without one it neither seals
 // nor opens anything.
-func (t *Transformers) transform(ctx context.Context, p encryptionProvider, do func(context.Context) ([]byte, error)) ([]byte, error) {
+func (c *configuration) transform(ctx context.Context, p encryptionProvider, do func(context.Context) ([]byte, error)) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, transformTimeout)
 	defer cancel()
 	if p.v1 { // its client obeys no context and would wait out its timeout
@@ -296,7 +427,7 @@ func (t *Transformers) transform(ctx context.Context, p encryptionProvider, do f
 		if err = dialKMS(ctx, p.socket); err != nil {
 			break
 		}
-		asked := t.askPlugins(ctx)
+		asked := c.askPlugins(ctx)
 		if out, err = do(ctx); err == nil || asked == nil {
 			break
 		}
@@ -339,14 +470,14 @@ func kmsFault(key string, p encryptionProvider, err error) error {
 }
 
 // askPlugins makes the library ask its KMS v2 plugins for a data key.
-func (t *Transformers) askPlugins(ctx context.Context) error {
-	done := make(chan error, len(t.checks))
-	for _, check := range t.checks {
+func (c *configuration) askPlugins(ctx context.Context) error {
+	done := make(chan error, len(c.checks))
+	for _, check := range c.checks {
 		// The library holds a lock while it asks, which does not obey ctx; the
 		// call that it waits for does.
 		go func() { done <- check.Check((&http.Request{}).WithContext(ctx)) }()
 	}
-	for range t.checks {
+	for range c.checks {
 		select {
 		case err := <-done:
 			if err != nil {
@@ -375,7 +506,7 @@ func dialKMS(ctx context.Context, socket string) error {
 	return conn.Close()
 }
 
-// loadingKey is the context key under which LoadEncryption hands the KMS client
+// loadingKey is the context key under which loadConfiguration hands the KMS client
 // the flag that says whether it is still loading.
 type loadingKey struct{}
 
