@@ -222,11 +222,38 @@ func (o *Object) State() string {
 	if !has {
 		return ""
 	}
+	if o.Format == Protobuf && o.APIVersion == "v1" {
+		switch o.Kind {
+		case "Pod", "Namespace", "PersistentVolumeClaim", "PersistentVolume":
+			return o.phase()
+		}
+	}
 	obj, err := o.typedOf(keep)
 	if err != nil {
 		return ""
 	}
 	return stateOf(obj)
+}
+
+// phase returns status.phase, field 3.1 of the core kinds that have one, without
+// making their Go types: there may be 100,000 pods.
+func (o *Object) phase() string {
+	var phase []byte
+	err := each(o.raw, 0, len(o.raw), func(status wireField) error {
+		if status.num != 3 || status.typ != bytesType {
+			return nil
+		}
+		return each(o.raw, status.value, status.end, func(f wireField) error {
+			if f.num == 1 && f.typ == bytesType {
+				phase = o.raw[f.value:f.end]
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return ""
+	}
+	return string(phase)
 }
 
 func stateOf(obj runtime.Object) string {
