@@ -9,6 +9,8 @@ package agent
 import (
 	"context"
 	"fmt"
+	"os"
+	"runtime/debug"
 	"sync"
 
 	"github.com/go-logr/logr"
@@ -26,6 +28,10 @@ import (
 	"github.com/halligan-io/halligan/internal/version"
 )
 
+// gcPercent is half of Go's usual 100: a list of 100,000 objects then stays
+// below 64 MiB resident, for some more CPU time. GOGC in the environment wins.
+const gcPercent = 50
+
 // Run serves until the context ends. It starts without etcd: reads and writes
 // then say what is missing, and work as soon as it is back. The same goes for the
 // encryption configuration.
@@ -33,6 +39,9 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	// Kubernetes' encryption code logs through klog; what matters of it comes
 	// back as an error, and standard error belongs to the daemon's own log.
 	klog.SetLogger(logr.Discard())
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	rules, err := policy.Load(c.PolicyFile)
 	if err != nil {
 		return err
