@@ -37,6 +37,7 @@ type daemon struct {
 	progress  io.Writer
 	failed    chan<- error // takes what a lab cannot go on after
 	forever   bool         // never gives up
+	impatient bool         // ends it at once, without any grace
 
 	stopping context.Context // ends when stop is called
 	cancel   context.CancelFunc
@@ -101,7 +102,9 @@ func (d *daemon) run(log *os.File) error {
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.Env = append(os.Environ(), d.env...)
 	cmd.SysProcAttr = dieWithParent()
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	if !d.impatient {
+		cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	}
 	cmd.WaitDelay = stopGrace
 	if err := cmd.Run(); err != nil {
 		return err

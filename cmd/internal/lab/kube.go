@@ -260,7 +260,7 @@ func (k *Kube) bringUp(ctx context.Context) error {
 	// Whoever held a lease in an earlier run died with that, and nobody needs to
 	// wait for it to lapse.
 	for _, name := range []string{managerName, schedulerName} {
-		if err := k.client.CoordinationV1().Leases(metav1.NamespaceSystem).Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		if err := k.succeed(ctx, name); err != nil {
 			return err
 		}
 	}
@@ -295,6 +295,9 @@ type part struct {
 	name string
 	argv []string
 	env  []string
+	// impatient: it would wait up to a minute for open watches to end
+	// (apiserver/pkg/server/secure_serving.go).
+	impatient bool
 }
 
 func (k *Kube) apiServer(i int) part {
@@ -332,7 +335,7 @@ func (k *Kube) apiServer(i int) part {
 	if k.o.Procs > 0 {
 		env = append(env, "GOMAXPROCS="+strconv.Itoa(k.o.Procs))
 	}
-	return part{name, argv, env}
+	return part{name, argv, env, true}
 }
 
 func (k *Kube) controllerManager() part {
@@ -347,11 +350,11 @@ func (k *Kube) controllerManager() part {
 			"-certificatesigningrequest-signing-controller,-certificatesigningrequest-approving-controller,-certificatesigningrequest-cleaner-controller"),
 		// 15 s is the default; an autoscaler that fights shows sooner.
 		flag("horizontal-pod-autoscaler-sync-period", "5s"),
-		flag("kube-api-qps", 50), flag("kube-api-burst", 100)), []string{"GOMEMLIMIT=1GiB"}}
+		flag("kube-api-qps", 50), flag("kube-api-burst", 100)), []string{"GOMEMLIMIT=1GiB"}, false}
 }
 
 func (k *Kube) scheduler() part {
-	return part{schedulerName, k.elected(schedulerName, schedulerPort), []string{"GOMEMLIMIT=512MiB"}}
+	return part{schedulerName, k.elected(schedulerName, schedulerPort), []string{"GOMEMLIMIT=512MiB"}, false}
 }
 
 // elected are the flags that the two elected parts share.
@@ -365,7 +368,7 @@ func (k *Kube) elected(name string, p int) []string {
 func (k *Kube) kwok() part {
 	return part{kwokName, []string{k.binary(kwokName), flag("kubeconfig", k.config(kwokName)), flag("config", k.file(stagesName)),
 		flag("manage-all-nodes", true), flag("cidr", k.PodRange()), flag("node-ip", k.ip()),
-		flag("node-lease-duration-seconds", 40)}, []string{"GOMEMLIMIT=512MiB"}}
+		flag("node-lease-duration-seconds", 40)}, []string{"GOMEMLIMIT=512MiB"}, false}
 }
 
 // launch starts a part that does not run. It is started again however often it
@@ -376,7 +379,7 @@ func (k *Kube) launch(p part) error {
 	if k.running[p.name] != nil {
 		return fmt.Errorf("%s runs already", p.name)
 	}
-	d := &daemon{name: p.name, log: k.log(p.name), argv: p.argv, progress: k.lab.opts.Progress, failed: k.lab.failed, forever: true,
+	d := &daemon{name: p.name, log: k.log(p.name), argv: p.argv, progress: k.lab.opts.Progress, failed: k.lab.failed, forever: true, impatient: p.impatient,
 		// A home of its own: nobody's configuration matters.
 		env: append([]string{"HOME=" + k.dir}, p.env...)}
 	if err := d.start(); err != nil {
@@ -413,7 +416,7 @@ func (k *Kube) close() error {
 	return g.Wait()
 }
 
-// StopAPIServer ends the API server of node i, counted from 0, and returns when
+// StopAPIServer kills the API server of node i, counted from 0, and returns when
 // it is gone. It stays so until it is started.
 func (k *Kube) StopAPIServer(i int) error { return k.stop(apiServerName(i)) }
 
@@ -441,13 +444,25 @@ func (k *Kube) StopScheduler() error { return k.stop(schedulerName) }
 // StartScheduler starts it again and returns when it leads.
 func (k *Kube) StartScheduler(ctx context.Context) error { return k.startElected(ctx, k.scheduler()) }
 
+// succeed removes the lease of a holder that is dead.
+func (k *Kube) succeed(ctx context.Context, name string) error {
+	err := k.client.CoordinationV1().Leases(metav1.NamespaceSystem).Delete(ctx, name, metav1.DeleteOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("removing the lease of %s: %w", name, err)
+	}
+	return nil
+}
+
 func (k *Kube) startElected(ctx context.Context, p part) error {
+	ctx, cancel := context.WithTimeout(ctx, kubeReadyWithin)
+	defer cancel()
+	if err := k.succeed(ctx, p.name); err != nil {
+		return err
+	}
 	began := time.Now()
 	if err := k.launch(p); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, kubeReadyWithin)
-	defer cancel()
 	return k.leads(ctx, p.name, began)
 }
 
