@@ -10,6 +10,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 	appsv1 "k8s.io/api/apps/v1"
 	autoscalingv2 "k8s.io/api/autoscaling/v2"
@@ -18,6 +19,7 @@ import (
 	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/halligan-io/halligan/agent/policy"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
@@ -569,6 +571,102 @@ func TestCapsAndLocalPolicy(t *testing.T) {
 		if seen := who.May(trust.Observer); seen != (err == nil) || seen != (herr == nil) {
 			t.Errorf("%+v: get %v, history %v", who, err, herr)
 		}
+	}
+}
+
+// TestVerifySeesTheReversal: what somebody puts back between the write and the
+// look is not called done, by the short way and by the long one.
+func TestVerifySeesTheReversal(t *testing.T) {
+	for _, bindings := range []int{1, smallAction + 4} {
+		l := newLab(t, 1)
+		var keys []string
+		for i := range bindings {
+			keys = append(keys, l.put(binding(fmt.Sprint("b", i), account("telemetry", "collector"), user("alice"))))
+		}
+		before := l.value(keys[0])
+		var once sync.Once
+		l.engine.steps = func(step string) {
+			if step == "written" {
+				once.Do(func() {
+					for _, k := range keys { // in the long way several may be on their way: all are put back
+						for bytes.Equal(l.value(k), before) && k == keys[0] {
+							time.Sleep(time.Millisecond)
+						}
+					}
+					l.putRaw(keys[0], before)
+				})
+			}
+		}
+		p, err := l.plan("revoke", map[string]any{"subject": "system:serviceaccount:telemetry:collector"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil)
+		if r.Result != resultUnverified || r.Error.GetCode() != string(fault.Unverified) {
+			t.Errorf("%d bindings: %s, %v", bindings, r.Result, r.Error)
+		}
+	}
+}
+
+func TestCapsHoldAtOnce(t *testing.T) {
+	l := newLab(t, 1)
+	p, err := policy.Load(write(t, "version: 1\ncaps: {objectsPerHour: 5}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.engine.policy = p
+	var plans []*halliganv1.Plan
+	for i := range 8 {
+		for j := range 5 {
+			l.put(&corev1.ConfigMap{ObjectMeta: labelled("a", fmt.Sprint("c", i, j), "x", fmt.Sprint(i))})
+		}
+		p, err := l.plan("delete", map[string]any{"target": "cm", "namespace": "a", "selector": fmt.Sprint("x=", i)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		plans = append(plans, p)
+	}
+	l.engine.asked = time.Time{} // as after a while: each asks etcd which cluster it is
+	var wg sync.WaitGroup
+	for _, p := range plans {
+		wg.Go(func() { l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil) })
+	}
+	wg.Wait()
+	if n, err := l.raw.Get(l.ctx(), "/registry/configmaps/", clientv3.WithPrefix(), clientv3.WithCountOnly()); err != nil || n.Count != 35 {
+		t.Errorf("%d of 40 are left, %v", n.Count, err)
+	}
+}
+
+// TestLongNames: names of RBAC kinds have no limit but that of a request (four
+// times the name in that of a creation), and must not make a plan too
+// large to be sent.
+func TestLongNames(t *testing.T) {
+	l := newLab(t, 1)
+	for i := range 14 {
+		b := &rbacv1.RoleBinding{ObjectMeta: labelled("telemetry", fmt.Sprint(strings.Repeat("x", 350_000), i)), Subjects: []rbacv1.Subject{account("telemetry", "collector")}}
+		b.UID = types.UID(fmt.Sprint("uid-", i))
+		l.put(b)
+	}
+	r := l.do(resultApplied, "revoke", map[string]any{"subject": "system:serviceaccount:telemetry:collector"})
+	if n := proto.Size(r); n > 64<<10 {
+		t.Errorf("the result has %d bytes", n)
+	}
+	l.do(resultApplied, "undo", map[string]any{"action": r.Action})
+}
+
+func TestUndoOfAService(t *testing.T) {
+	l := newLab(t, 1)
+	web := &corev1.Service{ObjectMeta: labelled("shop", "web"), Spec: corev1.ServiceSpec{ClusterIPs: []string{"10.0.0.7"}, Ports: []corev1.ServicePort{{Port: 80, NodePort: 30080, Protocol: "TCP"}}}}
+	key := l.put(web)
+	r := l.do(resultApplied, "delete", map[string]any{"target": "svc/web", "namespace": "shop"})
+	l.put(&corev1.Service{ObjectMeta: labelled("other", "thief"), Spec: corev1.ServiceSpec{ClusterIPs: []string{"10.0.0.7"}}})
+	l.refuses(fault.Stale, "thief in namespace other got", "undo", map[string]any{"action": r.Action})
+	if _, err := l.raw.Delete(l.ctx(), "/registry/services/specs/other/thief"); err != nil {
+		t.Fatal(err)
+	}
+	l.do(resultApplied, "undo", map[string]any{"action": r.Action})
+	if l.value(key) == nil {
+		t.Error("not back")
 	}
 }
 

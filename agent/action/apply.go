@@ -201,7 +201,7 @@ const verifyTimeout = 4 * time.Second
 // one: a long action outlives an election; a short one is quicker typed again.
 func (a *application) chunk(ctx context.Context, pace *pacer, chunk []int) {
 	for began := time.Now(); len(chunk) > 0; {
-		chunk = a.tryChunk(ctx, pace, chunk, time.Since(began) < electionPatience)
+		chunk = a.tryChunk(ctx, pace, chunk, func() bool { return time.Since(began) < electionPatience })
 		if len(chunk) > 0 {
 			select {
 			case <-ctx.Done():
@@ -211,15 +211,22 @@ func (a *application) chunk(ctx context.Context, pace *pacer, chunk []int) {
 	}
 }
 
-// electionPatience is how long an action on many objects waits for a leader.
-const electionPatience = 15 * time.Second
+// electionPatience is how long an action on many objects waits for a leader; a
+// variable for tests.
+var electionPatience = 15 * time.Second
 
 // tryChunk returns the steps that should be tried again.
-func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, patient bool) (again []int) {
+func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, patient func() bool) (again []int) {
 	e := a.engine
-	var mu sync.Mutex // guards again
+	var mu sync.Mutex // guards again and lost
+	var lost error    // there was no leader: the rest of this try is not sent
 	settle := func(i int, out outcome) {
-		if patient && out.what != outcomeSkipped && fault.Is(out.err, fault.NoQuorum) && ctx.Err() == nil {
+		mu.Lock()
+		if fault.Is(out.err, fault.NoQuorum) || out.what == outcomeUnknown {
+			lost = fault.New(fault.NoQuorum, "reads work; bring etcd's members back first", "not tried, since etcd lost its leader")
+		}
+		mu.Unlock()
+		if patient() && out.what != outcomeSkipped && fault.Is(out.err, fault.NoQuorum) && ctx.Err() == nil {
 			mu.Lock()
 			defer mu.Unlock()
 			again = append(again, i)
@@ -287,6 +294,14 @@ func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, pa
 		err := a.stopped(ctx)
 		if err == nil {
 			err = pace.begin(ctx)
+		}
+		mu.Lock()
+		leaderless := lost
+		mu.Unlock()
+		if err == nil && leaderless != nil {
+			pace.end(0)
+			settle(w.index, failed(leaderless))
+			continue
 		}
 		if err != nil {
 			settle(w.index, outcome{what: outcomeSkipped, err: fmt.Errorf("not tried: %w", err)})

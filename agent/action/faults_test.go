@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -161,6 +163,69 @@ func TestLeaderLostMidAction(t *testing.T) {
 	if n, err := l.raw.Get(l.ctx(), "/registry/configmaps/", clientv3.WithPrefix(), clientv3.WithCountOnly()); err != nil || n.Count != many {
 		t.Errorf("after undo: %v, %v", n, err)
 	}
+}
+
+// TestQuorumLostMidAction stops two of three members amid a long deletion: it ends
+// soon, every object has an outcome, and none is a lie.
+func TestQuorumLostMidAction(t *testing.T) {
+	l := newLab(t, 3)
+	const many = 300
+	for i := range many {
+		l.put(&corev1.ConfigMap{ObjectMeta: labelled("telemetry", fmt.Sprintf("run-%04d", i), "app", "runaway")})
+	}
+	patience := electionPatience
+	electionPatience = time.Second
+	defer func() { electionPatience = patience }()
+	var once sync.Once
+	writes := atomic.Int64{}
+	stopped := make(chan struct{})
+	l.engine.steps = func(step string) {
+		if step == "written" && writes.Add(1) > 50 {
+			once.Do(func() {
+				go func() {
+					defer close(stopped)
+					l.cluster.Stop(1)
+					l.cluster.Stop(2)
+				}()
+			})
+		}
+	}
+	l.engine.pace = Pace{PerSecond: 200, Most: 8}
+	p, err := l.plan("delete", map[string]any{"target": "cm", "namespace": "telemetry", "selector": "app=runaway"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := int64(0)
+	began := time.Now()
+	r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, func(g *halliganv1.Progress) { last = g.Done })
+	t.Logf("it took %s", time.Since(began))
+	<-stopped
+	if r.Result == resultApplied || r.Error == nil || last != many {
+		t.Errorf("%s, %v, progress ended at %d", r.Result, r.Error, last)
+	}
+	for _, i := range []int{1, 2} {
+		if err := l.cluster.StartMember(i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	count := map[string]int{}
+	for _, o := range r.Objects {
+		count[o.Outcome]++
+		switch gone := l.value(o.Key) == nil; o.Outcome {
+		case journal.Applied, outcomeUnverified:
+			if !gone {
+				t.Errorf("%s is said to be %s and is there", o.Key, o.Outcome)
+			}
+		case outcomeSkipped, outcomeFailed:
+			if gone {
+				t.Errorf("%s is said to be %s and is gone", o.Key, o.Outcome)
+			}
+		case outcomeUnknown:
+		default:
+			t.Errorf("%s has the outcome %q", o.Key, o.Outcome)
+		}
+	}
+	t.Logf("%s: %v, %v", r.Result, count, r.Error)
 }
 
 // TestStateFolder: without a place for the record nothing is written at all.

@@ -26,12 +26,12 @@ var (
 
 // needsOf says what must be alive for the effect to follow the write.
 func needsOf(k *storage.Kind) string {
-	switch {
-	case k.Custom:
+	switch k.Carrier {
+	case storage.Operator:
 		return "the operator of " + k.Resource() + ", and the API server that it watches"
-	case k.Group == "" && k.Kind == "Pod":
+	case storage.Kubelet:
 		return "the pod's kubelet, which stops it when its watch of the API server shows the deletion"
-	case slices.Contains([]string{"Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "ReplicationController", "Job", "CronJob"}, k.Kind):
+	case storage.ControllerManager:
 		return "kube-controller-manager (removes or makes the pods), kubelets (stop them), and an API server that answers both"
 	}
 	return "the API server's watch of etcd, which shows the change to everybody else"
@@ -239,7 +239,7 @@ func podLabels(o *object) labels.Set {
 // controllersAlive looks at the lease that kube-controller-manager renews every
 // 2 s (--leader-elect-retry-period) while it leads.
 func (p *planner) controllersAlive(ctx context.Context, kind *storage.Kind) error {
-	if kind.Custom || !strings.Contains(needsOf(kind), "kube-controller-manager") {
+	if kind.Carrier != storage.ControllerManager {
 		return nil
 	}
 	leases, err := p.engine.resolve(ctx, "leases.coordination.k8s.io")

@@ -343,6 +343,9 @@ func (p *planner) remove(o *object) {
 	if _, mirror := o.Meta.Annotations["kubernetes.io/config.mirror"]; mirror {
 		warn("it mirrors a static pod, which goes on running: its manifest lies on the node")
 	}
+	if o.kind.Group == "" && o.kind.Kind == "Service" {
+		warn("its cluster IP and node ports stay taken until the API server's repair loop frees them (3 min)")
+	}
 	if isSecret(o.kind) {
 		warn("it cannot be put back through etcd: keep a way to restore it through the API server")
 	}

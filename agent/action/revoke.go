@@ -242,11 +242,3 @@ func (p *planner) doubt(ctx context.Context, who subject) error {
 	}
 	return err
 }
-
-func isAuthority(k *storage.Kind) bool {
-	switch k.Group {
-	case "rbac.authorization.k8s.io", "admissionregistration.k8s.io", "apiregistration.k8s.io", "apiextensions.k8s.io":
-		return true
-	}
-	return k.Group == "" && k.Kind == "ServiceAccount"
-}

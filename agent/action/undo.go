@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/types/known/structpb"
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
@@ -129,8 +130,8 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 	}
 	// Putting rights, or pods, back adds authority, which one person alone may do
 	// only to the own, recent, unchanged deed.
-	authority := isAuthority(kind)
-	if authority || ref.Delete && hasPods(kind) {
+	authority := kind.Authority
+	if authority || ref.Delete && kind.PodTemplate {
 		switch {
 		case entry.Actor != p.who.Person || time.Since(entry.Time) > undoAuthority:
 			return fault.New(fault.Refused, "have a commander do it through the API server",
@@ -176,13 +177,13 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 		return changedSince("was made again")
 	case ref.Revision == 0:
 		// The action had made the key, by undoing a deletion: remove it again.
-		if isAuthority(kind) && kv.ModRevision != wrote.Revision {
+		if kind.Authority && kv.ModRevision != wrote.Revision {
 			return changedSince("was changed")
 		}
 		p.remove(obj)
 		return nil
 	}
-	if isAuthority(kind) && kv.ModRevision != wrote.Revision {
+	if kind.Authority && kv.ModRevision != wrote.Revision {
 		if _, left, err := kind.Revert(obj.Plain(), ref.Changes); err == nil && len(left) == 0 {
 			return nil
 		}
@@ -219,15 +220,6 @@ func (p *planner) namespaceGone(ctx context.Context, namespace string) (bool, er
 	return !found, err
 }
 
-// hasPods reports whether objects of the kind are pods or make them.
-func hasPods(k *storage.Kind) bool {
-	switch k.Kind {
-	case "Pod", "PodTemplate", "Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController", "Job", "CronJob":
-		return k.Group == "" || k.Group == "apps" || k.Group == "batch"
-	}
-	return false
-}
-
 // restore plans to store a deleted object again.
 func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, name string, entry journal.Entry, ref journal.ImageRef) error {
 	if ref.UID == "" {
@@ -236,6 +228,15 @@ func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, na
 	}
 	s := &step{kind: kind, namespace: namespace, name: name, key: ref.Key, uid: ref.UID, op: opCreate, size: ref.Size,
 		image: &imageOf{action: entry.ID, ref: ref}}
+	if kind.Group == "" && kind.Kind == "Service" {
+		taken, err := p.addressTaken(ctx, kind, entry, ref)
+		if err != nil {
+			return err
+		}
+		if taken != "" {
+			return fault.New(fault.Stale, "restore it through the API server, which finds another address", "%s/%s had %s since %s", kind.Resource(), name, taken, entry.ID)
+		}
+	}
 	if ref.Lease != 0 {
 		alive, err := p.engine.etcd.LeaseAlive(ctx, ref.Lease)
 		if err != nil {
@@ -249,4 +250,60 @@ func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, na
 	}
 	p.add(s, nil)
 	return nil
+}
+
+// addressTaken looks whether another Service got an address or a node port of
+// the one to be put back: the API server, which hands them out, is not asked. It
+// returns what was taken by whom.
+func (p *planner) addressTaken(ctx context.Context, kind *storage.Kind, entry journal.Entry, ref journal.ImageRef) (string, error) {
+	raw, err := p.engine.journal.Value(entry.ID, ref)
+	if err != nil {
+		return "", err
+	}
+	_, namespace, name, err := p.engine.byKey(ref.Key)
+	if err != nil {
+		return "", err
+	}
+	old, err := p.open(ctx, kind, namespace, name, etcd.KV{Key: ref.Key, Value: raw})
+	if err != nil {
+		return "", err
+	}
+	claims, err := claimsOf(old)
+	if err != nil || len(claims) == 0 {
+		return "", err
+	}
+	taken := ""
+	_, err = p.walk(ctx, kind, "", func(o *object, problem error) error {
+		if problem != nil {
+			return nil
+		}
+		theirs, err := claimsOf(o)
+		for _, c := range theirs {
+			if slices.Contains(claims, c) {
+				taken = c + ", which " + o.title() + " got"
+			}
+		}
+		return err
+	})
+	return taken, err
+}
+
+// claimsOf returns what only one Service can have.
+func claimsOf(o *object) ([]string, error) {
+	var s corev1.Service
+	if err := typed(o, &s); err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, ip := range s.Spec.ClusterIPs {
+		if ip != corev1.ClusterIPNone {
+			out = append(out, "the cluster IP "+ip)
+		}
+	}
+	for _, port := range s.Spec.Ports {
+		if port.NodePort != 0 {
+			out = append(out, fmt.Sprintf("the node port %d/%s", port.NodePort, port.Protocol))
+		}
+	}
+	return out, nil
 }

@@ -3,6 +3,7 @@ package etcd
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -17,11 +18,29 @@ import (
 // DefaultMaxTxnOps).
 const MaxMany = 128
 
-// GetMany reads keys by name, all at one revision, in one round trip. Keys that
-// do not exist are missing from the answer. It is for preparing writes, so it is
-// always linearizable: without a leader it is fault.NoQuorum within
-// RequestTimeout. The caller bounds the sum of the values.
+// GetMany reads keys by name in one round trip, or in some where the names are
+// very long; the View is of the first. Keys that do not exist are missing from
+// the answer. It is for preparing writes, so it is always linearizable: without
+// a leader it is fault.NoQuorum within RequestTimeout. The caller bounds the sum
+// of the values.
 func (c *Client) GetMany(ctx context.Context, keys []string) (map[string]KV, View, error) {
+	// etcd takes requests of 1.5 MiB.
+	size := 0
+	for i, k := range keys {
+		if size += len(k); size > 1<<20 && i > 0 {
+			first, view, err := c.getMany(ctx, keys[:i])
+			if err != nil {
+				return nil, view, err
+			}
+			rest, _, err := c.GetMany(ctx, keys[i:])
+			maps.Copy(first, rest)
+			return first, view, err
+		}
+	}
+	return c.getMany(ctx, keys)
+}
+
+func (c *Client) getMany(ctx context.Context, keys []string) (map[string]KV, View, error) {
 	if len(keys) == 0 || len(keys) > MaxMany {
 		return nil, View{}, fault.New(fault.Usage, "", "reading etcd: %d keys at once", len(keys))
 	}

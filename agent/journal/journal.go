@@ -51,6 +51,8 @@ const (
 	// headroom stays free on the file system beyond what an action reserves,
 	// so that outcomes of actions under way can still be written.
 	headroom = 4 << 20
+	// smallRecord is the most that an action on a few objects reserves.
+	smallRecord = 1 << 20
 	// lineOverhead is what an image or a note takes beside its value.
 	lineOverhead = 512
 )
@@ -523,11 +525,17 @@ func (a *Action) sync() error {
 func (j *Journal) makeRoom(reserve int64) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	// Large actions leave a sixteenth to small ones, so that a clean-up of
+	// thousands of objects cannot close the door to what comes after it.
+	most := j.opts.MaxBytes
+	if reserve > smallRecord {
+		most -= most / 16
+	}
 	used := reserve
 	for _, e := range j.entries {
 		used += e.Bytes
 	}
-	for i := 0; used > j.opts.MaxBytes && i < len(j.entries); {
+	for i := 0; used > most && i < len(j.entries); {
 		e := j.entries[i]
 		if e.Result == "" || e.Result == Damaged || time.Since(e.Time) < j.opts.Keep {
 			i++
@@ -539,7 +547,7 @@ func (j *Journal) makeRoom(reserve int64) error {
 		used -= e.Bytes
 		j.entries = slices.Delete(j.entries, i, i+1)
 	}
-	if used > j.opts.MaxBytes {
+	if used > most {
 		return fault.New(fault.AuditUnavailable, "choose fewer objects, or raise journalMaxBytes in the agent's configuration",
 			"records of actions may take %d MiB and none is old enough to be removed", j.opts.MaxBytes>>20)
 	}

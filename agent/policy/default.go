@@ -10,12 +10,14 @@ var networkAndDNS = []string{
 	"coredns*", "kube-dns*", "node-local-dns*", "nodelocaldns*",
 	"kube-proxy*", "calico-*", "canal*", "cilium*", "kube-flannel*", "weave-net*", "antrea-*",
 	"kube-router*", "kube-ovn*", "ovn*", "aws-node*", "azure-cni*", "azure-npm*", "kindnet*",
-	"multus*", "konnectivity-*", "rke2-coredns*", "rke2-canal*", "rke2-cilium*", "rke2-calico*",
+	"multus*", "kube-multus*", "ovs-*", "kube-vip*", "konnectivity-*", "rke2-coredns*", "rke2-canal*", "rke2-cilium*", "rke2-calico*",
 }
 
 var controlPlaneNames = []string{
 	"etcd*", "kube-apiserver*", "kube-controller-manager*", "kube-scheduler*", "cloud-controller-manager*",
 }
+
+var bindings = []string{"rolebindings.rbac.authorization.k8s.io"}
 
 var defaultRules = []Rule{
 	{
@@ -27,6 +29,16 @@ var defaultRules = []Rule{
 	}, {
 		Actions: []string{"delete"}, Resources: []string{"nodes"},
 		Why: "the pods of the node would be evicted; cordon it instead",
+	}, {
+		Actions: []string{"delete"}, Resources: []string{"installations.operator.tigera.io", "*.crd.projectcalico.org", "*.projectcalico.org", "*.cilium.io",
+			"*.k8s.ovn.org", "*.kubeovn.io", "*.config.openshift.io", "*.operator.openshift.io", "*.machineconfiguration.openshift.io"},
+		Why: "the cluster's network or its operators live by it",
+	}, {
+		Actions: []string{"delete"}, Resources: []string{"storageversions.internal.apiserver.k8s.io", "csinodes.storage.k8s.io", "controllerrevisions.apps"},
+		Why: "the control plane or the nodes keep their own state in it",
+	}, {
+		Actions: []string{"delete"}, Resources: []string{"priorityclasses.scheduling.k8s.io"}, Names: []string{"system-*"},
+		Why: "the control plane's own pods would be the first to go",
 	}, {
 		Actions: []string{"delete"}, Resources: []string{"persistentvolumes", "persistentvolumeclaims", "volumeattachments.storage.k8s.io"},
 		Why: "finalizers that protect data in use would be bypassed",
@@ -42,18 +54,23 @@ var defaultRules = []Rule{
 		Names: []string{"system:*", "cluster-admin", "kubeadm:*"},
 		Why:   "the control plane, the nodes or the administrators stand on it; revoke takes one subject out of a binding",
 	}, {
-		Actions: []string{"scale", "delete"}, Namespaces: []string{"kube-system"}, Names: networkAndDNS,
+		Actions: []string{"revoke"}, Resources: []string{"clusterrolebindings.rbac.authorization.k8s.io"}, Names: []string{"system:controller:*", "system:node*"},
+		Why: "a controller of the control plane, or the nodes, have their rights from it",
+	}, {
+		// This and the next three hold for every action, those of tomorrow too.
+		// Taking a subject out of a binding that lies there is left possible.
+		Namespaces: []string{"kube-system"}, Names: networkAndDNS, Except: bindings,
 		Why: "it is the cluster's network or DNS",
 	}, {
-		Actions: []string{"scale", "delete"}, Namespaces: []string{"kube-system"}, Names: controlPlaneNames,
+		Namespaces: []string{"kube-system"}, Names: controlPlaneNames, Except: bindings,
 		Why: "it is the control plane's own",
 	}, {
-		Actions: []string{"scale", "delete"},
-		Namespaces: []string{"calico-system", "tigera-operator", "kube-flannel", "cilium", "openshift-dns", "openshift-dns-operator",
+		Namespaces: []string{"calico-system", "tigera-operator", "kube-flannel", "cilium", "ovn-kubernetes", "openshift-dns", "openshift-dns-operator",
 			"openshift-ovn-kubernetes", "openshift-sdn", "openshift-network-operator", "openshift-multus"},
-		Why: "it is the cluster's network or DNS",
+		Except: bindings,
+		Why:    "it is the cluster's network or DNS",
 	}, {
-		Actions: []string{"scale", "delete"},
+		Except: bindings,
 		Namespaces: []string{"openshift-etcd*", "openshift-kube-*", "openshift-apiserver*", "openshift-oauth-apiserver",
 			"openshift-authentication*", "openshift-cluster-version", "openshift-machine-config-operator"},
 		Why: "it is the control plane's own",
@@ -66,7 +83,8 @@ var defaultRules = []Rule{
 		Namespaces: []string{"default"}, Names: []string{"kubernetes", "kubernetes-*"},
 		Why: "every pod finds the API server through it",
 	}, {
-		Actions: []string{"undo"}, Resources: []string{"secrets", "certificatesigningrequests.certificates.k8s.io"},
+		Actions: []string{"undo"}, Resources: []string{"secrets", "certificatesigningrequests.certificates.k8s.io",
+			"podcertificaterequests.certificates.k8s.io", "clustertrustbundles.certificates.k8s.io"},
 		Why: "Secrets and signing requests are never created through etcd; put it back through the API server",
 	},
 }
@@ -77,14 +95,15 @@ var defaultSubjects = []SubjectRule{
 		Why:      "it is how administrators get in",
 	}, {
 		Subjects: []string{"system:kube-controller-manager", "system:kube-scheduler", "system:kube-proxy", "system:apiserver",
-			"kube-apiserver-kubelet-client", "system:cloud-controller-manager", "system:cluster-policy-controller", "system:openshift-*"},
+			"kube-apiserver-kubelet-client", "kube-apiserver", "system:k3s-controller", "system:rke2-controller", "system:konnectivity-server", "system:admin",
+			"system:cloud-controller-manager", "system:cluster-policy-controller", "system:openshift-*"},
 		Why: "it is the control plane's own",
 	}, {
 		Subjects: []string{"system:nodes", "system:node:*", "system:bootstrappers", "system:bootstrappers:*"},
 		Why:      "the nodes would be lost",
 	}, {
 		Subjects: []string{"system:authenticated", "system:unauthenticated", "system:anonymous", "system:serviceaccounts",
-			"system:serviceaccounts:kube-system", "system:monitoring"},
+			"system:serviceaccounts:kube-system", "system:serviceaccounts:calico-system", "system:serviceaccounts:openshift-*", "system:monitoring"},
 		Why: "everybody, or the whole system namespace, is in it; revoke the one offender",
 	}, {
 		Subjects: serviceAccounts("kube-system", networkAndDNS),
@@ -102,7 +121,7 @@ var defaultSubjects = []SubjectRule{
 			"cronjob-controller", "daemon-set-controller", "deployment-controller", "device-taint-eviction-controller",
 			"disruption-controller", "endpoint-controller", "endpointslice-controller", "endpointslicemirroring-controller",
 			"ephemeral-volume-controller", "expand-controller", "generic-garbage-collector", "horizontal-pod-autoscaler",
-			"job-controller", "legacy-service-account-token-cleaner", "namespace-controller", "node-controller",
+			"job-controller", "legacy-service-account-token-cleaner", "namespace-controller", "node-controller", "podcertificaterequestcleaner-controller", "kube-apiserver-serving-clustertrustbundle-publisher",
 			"persistent-volume-binder", "pod-garbage-collector", "pv-protection-controller", "pvc-protection-controller",
 			"replicaset-controller", "replication-controller", "resource-claim-controller", "resourcequota-controller",
 			"root-ca-cert-publisher", "route-controller", "selinux-warning-controller", "service-account-controller",
