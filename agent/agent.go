@@ -64,7 +64,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	}
 	defer client.Close()
 
-	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client,
+	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
 		Encryption: encryption, Journal: records, Policy: rules, Log: log})
 	for _, e := range records.Entries() {
 		if e.Result == journal.Damaged {

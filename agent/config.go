@@ -63,6 +63,11 @@ type EtcdConfig struct {
 	ServerName string `json:"serverName,omitempty"`
 	// Prefix of Kubernetes' keys (--etcd-prefix); default /registry.
 	Prefix string `json:"prefix,omitempty"`
+	// Overrides are resources that live in another etcd
+	// (--etcd-servers-overrides) with its addresses, IP:PORT, if known: plural,
+	// plural.group, or *.group for all of a group. The agent refuses to look
+	// for them here.
+	Overrides map[string][]string `json:"overrides,omitempty"`
 }
 
 // DefaultConfigFile is read when no other is named; it may be missing.
@@ -118,6 +123,12 @@ func load(file string, required bool, root string) (c Config, notes []string, di
 		}
 		fill(&c.Etcd.Prefix, layout.Prefix)
 		fill(&c.EncryptionConfig, layout.EncryptionConfig)
+		if c.Etcd.Overrides == nil && len(layout.Overrides) > 0 {
+			c.Etcd.Overrides = map[string][]string{}
+			for _, o := range layout.Overrides {
+				c.Etcd.Overrides[o.Resource] = o.Servers
+			}
+		}
 		for _, o := range layout.Overrides {
 			notes = append(notes, fmt.Sprintf("%s lives in another etcd (%v), which this agent does not reach", o.Resource, o.Servers))
 		}
@@ -155,6 +166,11 @@ func (c *Config) check() error {
 	for _, e := range c.Etcd.Endpoints {
 		if ap, err := netip.ParseAddrPort(e); err != nil || ap.Port() == 0 {
 			return fmt.Errorf("etcd.endpoints: %q is not IP:PORT; a name would need DNS, which may be what failed", e)
+		}
+	}
+	for resource := range c.Etcd.Overrides {
+		if resource == "" || strings.ContainsAny(resource, "/# ") {
+			return fmt.Errorf("etcd.overrides: %q is not a resource such as events or deployments.apps", resource)
 		}
 	}
 	if c.Etcd.Prefix != "" {

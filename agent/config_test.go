@@ -52,8 +52,10 @@ etcd:
   keyFile: /key
   serverName: etcd
   prefix: other/
+  overrides: {events: ["10.0.0.9:2379"], "*.apps": []}
 `, Config{Node: "cp-1", StateDir: "/state", JournalMaxBytes: 1000000, Socket: "/s/console.sock", EncryptionConfig: "/e.yaml", PolicyFile: "/p.yaml", LogLevel: "debug",
-			Etcd: EtcdConfig{Endpoints: []string{"10.0.0.1:2379", "[fd00::1]:2379"}, CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", ServerName: "etcd", Prefix: "/other"}}},
+			Etcd: EtcdConfig{Endpoints: []string{"10.0.0.1:2379", "[fd00::1]:2379"}, CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", ServerName: "etcd", Prefix: "/other",
+				Overrides: map[string][]string{"events": {"10.0.0.9:2379"}, "*.apps": {}}}}},
 	} {
 		got, notes, distribution, err := LoadConfig(write(t, filepath.Join(t.TempDir(), "agent.yaml"), c.text, 0o600))
 		if err != nil || distribution != "manual" || len(notes) != 0 {
@@ -94,6 +96,7 @@ func TestLoadConfigRefused(t *testing.T) {
 		"journalMaxBytes: -1":               "journalMaxBytes",
 		"journalMaxBytes: 2Gi":              "cannot unmarshal",
 		"logLevel: loud":                    "logLevel",
+		"etcd: {overrides: {/events: []}}":  `"/events" is not a resource`,
 		"distribution: k8s":                 `"k8s" is none of [kubeadm k3s`,
 		"{distribution: kubeadm, etcd: {endpoints: ['127.0.0.1:2379']}}": "set one of them",
 		"etcd: {endpoints: ['localhost:2379']}":                          `"localhost:2379" is not IP:PORT; a name would need DNS`,
@@ -142,7 +145,8 @@ func TestLoadConfigDetects(t *testing.T) {
 		t.Fatalf("%q, %v", distribution, err)
 	}
 	pki := root + "/etc/kubernetes/pki/etcd/"
-	want := EtcdConfig{Endpoints: []string{"127.0.0.1:2379"}, CAFile: pki + "ca.crt", CertFile: pki + "healthcheck-client.crt", KeyFile: pki + "healthcheck-client.key", Prefix: "/k8s"}
+	want := EtcdConfig{Endpoints: []string{"127.0.0.1:2379"}, CAFile: pki + "ca.crt", CertFile: pki + "healthcheck-client.crt", KeyFile: pki + "healthcheck-client.key", Prefix: "/k8s",
+		Overrides: map[string][]string{"events": {"10.0.0.9:2379"}}}
 	if d := cmp.Diff(want, c.Etcd); d != "" {
 		t.Error(d)
 	}
@@ -151,9 +155,9 @@ func TestLoadConfigDetects(t *testing.T) {
 	}
 
 	// What the file says wins, and credentials are not mixed.
-	file := write(t, filepath.Join(t.TempDir(), "agent.yaml"), "etcd: {caFile: /my/ca, prefix: mine}\nencryptionConfig: /my/encryption.yaml\n", 0o600)
+	file := write(t, filepath.Join(t.TempDir(), "agent.yaml"), "etcd: {caFile: /my/ca, prefix: mine, overrides: {pods: []}}\nencryptionConfig: /my/encryption.yaml\n", 0o600)
 	c, _, distribution, err = load(file, true, root)
-	want = EtcdConfig{Endpoints: []string{"127.0.0.1:2379"}, CAFile: "/my/ca", Prefix: "/mine"}
+	want = EtcdConfig{Endpoints: []string{"127.0.0.1:2379"}, CAFile: "/my/ca", Prefix: "/mine", Overrides: map[string][]string{"pods": {}}}
 	if d := cmp.Diff(want, c.Etcd); d != "" || err != nil || distribution != "kubeadm" || c.EncryptionConfig != "/my/encryption.yaml" {
 		t.Errorf("%v, %q, %s", err, distribution, d)
 	}

@@ -36,10 +36,13 @@ type Options struct {
 	Prefix       string
 	Distribution string
 	Etcd         *etcd.Client
-	Encryption   *storage.Transformers
-	Journal      *journal.Journal
-	Policy       *policy.Policy
-	Log          zerolog.Logger
+	// Elsewhere are resources that live in another etcd, with its addresses:
+	// plural.group, or plural alone for the core group; plural may be *.
+	Elsewhere  map[string][]string
+	Encryption *storage.Transformers
+	Journal    *journal.Journal
+	Policy     *policy.Policy
+	Log        zerolog.Logger
 	// PlanTTL is how long a plan may be applied; default 10 min.
 	PlanTTL time.Duration
 	// SettleAfter is how long after a crash a write that is not seen in etcd
@@ -60,6 +63,7 @@ type Engine struct {
 	node, version, prefix, distribution string
 
 	etcd       *etcd.Client
+	elsewhere  map[string][]string
 	encryption *storage.Transformers
 	journal    *journal.Journal
 	policy     *policy.Policy
@@ -108,7 +112,7 @@ func New(o Options) *Engine {
 	if o.Steps == nil {
 		o.Steps = func(string) {}
 	}
-	return &Engine{node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, encryption: o.Encryption,
+	return &Engine{node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, elsewhere: o.Elsewhere, encryption: o.Encryption,
 		journal: o.Journal, policy: o.Policy, log: o.Log, planTTL: o.PlanTTL, settle: o.SettleAfter, pace: o.Pace, steps: o.Steps,
 		kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]int{}}
 }

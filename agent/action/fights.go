@@ -100,7 +100,7 @@ func (p *planner) lookAround(ctx context.Context, kind *storage.Kind, namespace 
 func listTyped[T any](ctx context.Context, p *planner, kindName, namespace string, part func(*T) *T) ([]*T, error) {
 	kind, err := p.engine.resolve(ctx, kindName)
 	if err != nil {
-		return nil, err
+		return nil, p.unseen(err)
 	}
 	var out []*T
 	_, err = p.walk(ctx, kind, namespace, func(o *object, problem error) error {
@@ -244,7 +244,7 @@ func (p *planner) controllersAlive(ctx context.Context, kind *storage.Kind) erro
 	}
 	leases, err := p.engine.resolve(ctx, "leases.coordination.k8s.io")
 	if err != nil {
-		return err
+		return p.unseen(err)
 	}
 	key, err := leases.Key(p.engine.prefix, "kube-system", "kube-controller-manager")
 	if err != nil {

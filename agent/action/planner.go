@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/halligan-io/halligan/agent/etcd"
@@ -384,7 +386,50 @@ type catalogue struct {
 // it.
 const crdAge = 5 * time.Second
 
+// resolve finds a kind by any of its names. One whose objects are not in this
+// etcd is an error, since "none found" would be a lie.
 func (e *Engine) resolve(ctx context.Context, name string) (*storage.Kind, error) {
+	k, err := e.lookup(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	return k, e.here(k)
+}
+
+// errElsewhere is the cause of resolve's error for a kind in another etcd.
+var errElsewhere = errors.New("in another etcd")
+
+// here returns an error for a kind whose objects live in another etcd. A
+// resource counts before all of its group, as for the API server
+// (apiserver/pkg/server/storage/storage_factory.go).
+func (e *Engine) here(k *storage.Kind) error {
+	gr := k.StoredAs()
+	servers, other := e.elsewhere[gr.String()]
+	if !other {
+		servers, other = e.elsewhere[schema.GroupResource{Group: gr.Group, Resource: "*"}.String()]
+	}
+	if !other {
+		return nil
+	}
+	where := ""
+	if len(servers) > 0 {
+		where = " (" + strings.Join(servers, ", ") + ")"
+	}
+	return &fault.Error{Code: fault.Failed, Message: k.Resource() + " live in another etcd" + where + ", which this agent does not reach",
+		Next: "use the API server, or an agent that is configured for that etcd", Cause: errElsewhere}
+}
+
+// unseen makes a warning of what a plan would only have looked at, where it is
+// in another etcd.
+func (p *planner) unseen(err error) error {
+	if !errors.Is(err, errElsewhere) {
+		return err
+	}
+	p.warn("%s: whether that matters here is not known", fault.Of(err).Message)
+	return nil
+}
+
+func (e *Engine) lookup(ctx context.Context, name string) (*storage.Kind, error) {
 	e.kinds.mu.Lock()
 	k, err := e.kinds.Resolve(name)
 	fresh := time.Since(e.kinds.loaded) < crdAge
@@ -419,6 +464,9 @@ func (e *Engine) byKey(key string) (*storage.Kind, string, string, error) {
 func (e *Engine) loadCRDs(ctx context.Context) error {
 	fresh := storage.NewCatalogue()
 	crd, err := fresh.Resolve("customresourcedefinitions.apiextensions.k8s.io")
+	if err == nil {
+		err = e.here(crd)
+	}
 	if err != nil {
 		return err
 	}

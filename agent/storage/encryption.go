@@ -300,9 +300,9 @@ func (t *Transformers) Close() {
 	}
 }
 
-// encryptedAs is the resource by which the API server finds the kind's
-// provider: events of both groups have the core group's storage.
-func (k *Kind) encryptedAs() schema.GroupResource {
+// StoredAs is the resource by which the API server finds the kind's provider and
+// etcd: events of both groups have the core group's storage.
+func (k *Kind) StoredAs() schema.GroupResource {
 	if k.Group == "events.k8s.io" {
 		return schema.GroupResource{Resource: k.Plural}
 	}
@@ -348,7 +348,7 @@ func (t *Transformers) Open(ctx context.Context, k *Kind, key string, stored []b
 }
 
 func (c *configuration) open(ctx context.Context, k *Kind, key string, stored []byte) ([]byte, error) {
-	gr := k.encryptedAs()
+	gr := k.StoredAs()
 	provider, ok := c.rule(gr).opens(stored)
 	switch {
 	case !ok && !bytes.HasPrefix(stored, []byte(sealedPrefix)):
@@ -393,7 +393,7 @@ func (t *Transformers) Seal(ctx context.Context, k *Kind, key string, plain []by
 	}
 	c := t.use()
 	defer t.done(c)
-	gr := k.encryptedAs()
+	gr := k.StoredAs()
 	provider := c.rule(gr)[0]
 	transformer := c.byResource.TransformerForResource(gr)
 	stored, err := c.transform(ctx, provider, func(ctx context.Context) ([]byte, error) {

@@ -137,7 +137,7 @@ func TestProvidersAgainstTheAPIServersOwn(t *testing.T) {
 				t.Fatal(err)
 			}
 			k := kindNamed(t, "secrets")
-			theirs := encryptionconfig.StaticTransformers(config.Transformers).TransformerForResource(k.encryptedAs())
+			theirs := encryptionconfig.StaticTransformers(config.Transformers).TransformerForResource(k.StoredAs())
 			tr, err := LoadEncryption(t.Context(), path)
 			if err != nil {
 				t.Fatal(err)

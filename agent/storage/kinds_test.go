@@ -299,7 +299,7 @@ func TestEventsAreOneLocation(t *testing.T) {
 		t.Errorf("Kinds lists %d rows for events", len(events))
 	}
 	want := schema.GroupResource{Resource: "events"}
-	if got := c.ByGroupKind("events.k8s.io", "Event").encryptedAs(); got != want {
+	if got := c.ByGroupKind("events.k8s.io", "Event").StoredAs(); got != want {
 		t.Errorf("events.k8s.io is encrypted as %v", got)
 	}
 }
