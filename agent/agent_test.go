@@ -114,7 +114,11 @@ func TestRunWithoutEtcd(t *testing.T) {
 		t.Fatal(err)
 	}
 	const key = "/registry/configmaps/shop/token"
-	for k, v := range map[string][]byte{key: value, "/registry/secrets/shop/token": sealed} {
+	space, err := storage.EncodeTyped(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", UID: "u0"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for k, v := range map[string][]byte{key: value, "/registry/secrets/shop/token": sealed, "/registry/namespaces/shop": space} {
 		if _, err := raw.Put(t.Context(), k, string(v)); err != nil {
 			t.Fatal(err)
 		}

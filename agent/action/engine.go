@@ -46,9 +46,10 @@ type Options struct {
 	// PlanTTL is how long a plan may be applied; default 10 min.
 	PlanTTL time.Duration
 	// SettleAfter is how long after a crash a write that is not seen in etcd
-	// counts as never made; default 8 s, which is more than the 7 s after
-	// which an etcd server gives up a request (server/config/config.go,
-	// ReqTimeout: 5 s and two election timeouts).
+	// counts as never made; default 16 s, which is more than etcd lets a
+	// request live: 5 s and two election timeouts (server/config/config.go,
+	// ReqTimeout), which is 7 s by default and 15 s on k3s and RKE2, whose
+	// election timeout is 5 s (k3s, pkg/etcd/etcd.go).
 	SettleAfter time.Duration
 	// Pace bounds actions on many objects; the zero value is the default.
 	Pace Pace
@@ -107,7 +108,7 @@ func New(o Options) *Engine {
 		o.PlanTTL = 10 * time.Minute
 	}
 	if o.SettleAfter == 0 {
-		o.SettleAfter = 8 * time.Second
+		o.SettleAfter = 16 * time.Second
 	}
 	if o.Steps == nil {
 		o.Steps = func(string) {}
