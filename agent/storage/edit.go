@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"reflect"
 	"slices"
@@ -49,6 +51,9 @@ type Change struct {
 	After  json.RawMessage `json:"after,omitempty"`
 	// Raw is a list's element as it is stored, wire bytes or JSON text.
 	Raw []byte `json:"raw,omitempty"`
+	// Others is how many equal elements a list has beside those that were
+	// removed or put back with this one.
+	Others int `json:"others,omitempty"`
 }
 
 // document is a value opened for edits of single fields. Values go in and out
@@ -57,12 +62,20 @@ type document interface {
 	bytes() []byte
 	get(f Field, entry string) (json.RawMessage, error)
 	set(f Field, entry string, value json.RawMessage) error
-	// elements returns a list's elements as they are stored, show one as JSON.
+	// elements returns a list's elements as they are stored, show one as JSON
+	// and with a key that elements of equal meaning share.
 	elements(f Field) ([][]byte, error)
-	show(element []byte) (json.RawMessage, error)
-	remove(f Field, index int) error
-	// insert puts an element before the one with index, or at the end.
-	insert(f Field, index int, element []byte) error
+	show(element []byte) (shown json.RawMessage, key string, err error)
+	// relist removes the elements for which gone is true, of which there is one
+	// for each element, and inserts others, all in one pass.
+	relist(f Field, gone []bool, insert []insertion) error
+}
+
+// insertion is an element to put in front of the one with that index in the
+// list as it is before anything is removed or inserted; the length is the end.
+type insertion struct {
+	before  int
+	element []byte
 }
 
 // pathString writes a path, and in brackets an entry or index if there is one.
@@ -154,23 +167,78 @@ func (e *editor) set(name FieldName, f Field, entry string, value json.RawMessag
 	return nil
 }
 
-func (e *editor) remove(name FieldName, f Field, index int) error {
+// listing is what a list holds. An element that cannot be read has no key.
+type listing struct {
+	elements [][]byte
+	keys     []string
+	count    map[string]int // by key
+}
+
+func (e *editor) list(f Field) (*listing, error) {
 	elements, err := e.doc.elements(f)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if index < 0 || index >= len(elements) {
-		return noElement(f, index)
+	l := &listing{elements, make([]string, len(elements)), make(map[string]int)}
+	for i, element := range elements {
+		if _, l.keys[i], err = e.doc.show(element); err == nil {
+			l.count[l.keys[i]]++
+		}
 	}
-	shown, err := e.doc.show(elements[index])
-	if err != nil {
-		return undecodable("%s cannot be read", pathString(f.JSON, strconv.Itoa(index)))
+	return l, nil
+}
+
+// grow makes room for as many changes as there are elements gone.
+func (e *editor) grow(gone []bool) {
+	n := 0
+	for _, g := range gone {
+		if g {
+			n++
+		}
 	}
-	if err := e.doc.remove(f, index); err != nil {
-		return err
+	e.changes, e.fields = slices.Grow(e.changes, n), slices.Grow(e.fields, n)
+}
+
+// remove takes elements out, the last one first, so that indexes hold.
+func (e *editor) remove(name FieldName, f Field, l *listing, gone []bool) error {
+	first := len(e.changes)
+	e.grow(gone)
+	for i, element := range slices.Backward(l.elements) {
+		if !gone[i] {
+			continue
+		}
+		path := pathString(f.JSON, strconv.Itoa(i))
+		shown, _, err := e.doc.show(element)
+		if err != nil {
+			return undecodable("%s cannot be read", path)
+		}
+		l.count[l.keys[i]]--
+		e.record(f, Change{Path: path, Field: name, Index: i, Before: shown, Raw: bytes.Clone(element)})
 	}
-	e.record(f, Change{Path: pathString(f.JSON, strconv.Itoa(index)), Field: name, Index: index, Before: shown, Raw: elements[index]})
+	for n := range e.changes[first:] {
+		c := &e.changes[first+n]
+		c.Others = l.count[l.keys[c.Index]]
+	}
 	return nil
+}
+
+// removeAll removes the elements with the indexes, which differ.
+func (e *editor) removeAll(name FieldName, f Field, indexes []int) error {
+	l, err := e.list(f)
+	if err != nil {
+		return err
+	}
+	gone := make([]bool, len(l.elements))
+	for _, i := range indexes {
+		if i < 0 || i >= len(gone) {
+			return noElement(f, i)
+		}
+		gone[i] = true
+	}
+	if err := e.remove(name, f, l, gone); err != nil {
+		return err
+	}
+	return e.doc.relist(f, gone, nil)
 }
 
 // Apply makes the edits in a decrypted value and returns the new value with the
@@ -188,10 +256,13 @@ func (k *Kind) Apply(plain []byte, edits ...Edit) (out []byte, changes []Change,
 	if err != nil {
 		return nil, nil, err
 	}
-	// The last element of a list goes first, so that indexes hold.
-	edits = slices.Clone(edits)
-	slices.SortStableFunc(edits, func(a, b Edit) int { return cmp.Compare(b.Index, a.Index) })
-	seen := map[string]bool{}
+	type target struct {
+		field FieldName
+		entry string
+		index int
+	}
+	seen := make(map[target]bool, len(edits))
+	lists := map[FieldName][]int{}
 	for _, edit := range edits {
 		f, err := e.field(edit.Field)
 		if err != nil {
@@ -201,15 +272,21 @@ func (k *Kind) Apply(plain []byte, edits ...Edit) (out []byte, changes []Change,
 		if err != nil {
 			return nil, nil, err
 		}
-		id := fmt.Sprintf("%s %q %d", edit.Field, edit.Entry, edit.Index)
+		id := target{edit.Field, edit.Entry, edit.Index}
 		if seen[id] {
 			return nil, nil, fault.New(fault.Usage, "ask for each change once", "%s is to be changed twice", pathString(f.JSON, edit.Entry))
 		}
 		seen[id] = true
 		if f.Type == List {
-			err = e.remove(edit.Field, f, edit.Index)
-		} else {
-			err = e.set(edit.Field, f, edit.Entry, value)
+			lists[edit.Field] = append(lists[edit.Field], edit.Index)
+		} else if err := e.set(edit.Field, f, edit.Entry, value); err != nil {
+			return nil, nil, err
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(lists)) {
+		f, err := e.field(name)
+		if err == nil {
+			err = e.removeAll(name, f, lists[name])
 		}
 		if err != nil {
 			return nil, nil, err
@@ -247,31 +324,62 @@ func (edit Edit) value(f Field) (json.RawMessage, error) {
 // Revert takes changes back, the last one first, in a value that may have
 // changed elsewhere since. Each field must still be as the change left it, else
 // the error is fault.Stale and names the field. Fields that were absent become
-// absent, and a removed element goes back to its index, unless an equal one is
-// there already. The generation is never lowered but counted up once more.
+// absent. Removed elements go back to their indexes, as many of equal ones as
+// are missing: none after an earlier Revert. Elements that a Revert put back are
+// removed again. The generation is never lowered but counted up once more.
 func (k *Kind) Revert(plain []byte, changes []Change) (out []byte, reverted []Change, err error) {
 	e, err := k.edit(plain)
 	if err != nil {
 		return nil, nil, err
 	}
-	for _, c := range slices.Backward(changes) {
+	changes = slices.Clone(changes)
+	slices.Reverse(changes)
+	lists, err := e.eachValue(changes, e.revertValue)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, l := range lists {
+		slices.Reverse(l.changes)
+		if err := e.revertList(l); err != nil {
+			return nil, nil, err
+		}
+	}
+	return e.finish()
+}
+
+// listChanges are the changes of one list.
+type listChanges struct {
+	name    FieldName
+	field   Field
+	changes []*Change
+}
+
+// eachValue calls do for each change but those of the generation and of lists,
+// and returns the latter by list.
+func (e *editor) eachValue(changes []Change, do func(Field, Change) error) (lists []*listChanges, err error) {
+	for i := range changes {
+		c := &changes[i]
 		if c.Field == Generation {
 			continue
 		}
 		f, err := e.field(c.Field)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		if f.Type == List {
-			err = e.revertElement(f, c)
-		} else {
-			err = e.revertValue(f, c)
+		if f.Type != List {
+			if err := do(f, *c); err != nil {
+				return nil, err
+			}
+			continue
 		}
-		if err != nil {
-			return nil, nil, err
+		at := slices.IndexFunc(lists, func(l *listChanges) bool { return l.name == c.Field })
+		if at < 0 {
+			at = len(lists)
+			lists = append(lists, &listChanges{name: c.Field, field: f})
 		}
+		lists[at].changes = append(lists[at].changes, c)
 	}
-	return e.finish()
+	return lists, nil
 }
 
 func changedSince(path string) error {
@@ -289,70 +397,149 @@ func (e *editor) revertValue(f Field, c Change) error {
 	return e.set(c.Field, f, c.Entry, c.Before)
 }
 
-// revertElement puts a removed element back. Of an element that an earlier
-// Revert put back it takes it away again.
-func (e *editor) revertElement(f Field, c Change) error {
-	elements, at, want, err := e.find(f, c)
+// elementChange is a change of a list with the key of its element.
+type elementChange struct {
+	*Change
+	shown json.RawMessage
+	key   string
+}
+
+// tally is how many equal elements some changes have, and how many others there
+// were.
+type tally struct{ n, others int }
+
+func tallied(changes []elementChange) map[string]tally {
+	all := make(map[string]tally)
+	for _, c := range changes {
+		t := all[c.key]
+		all[c.key] = tally{t.n + 1, max(t.others, c.Others)}
+	}
+	return all
+}
+
+// read splits changes into those that removed an element and those that put one
+// back.
+func (e *editor) read(changes []*Change) (removed, added []elementChange, err error) {
+	for _, c := range changes {
+		read := elementChange{Change: c}
+		if read.shown, read.key, err = e.doc.show(c.Raw); err != nil {
+			return nil, nil, undecodable("the stored element %s is damaged", c.Path)
+		}
+		if c.After == nil {
+			removed = append(removed, read)
+		} else {
+			added = append(added, read)
+		}
+	}
+	return removed, added, nil
+}
+
+// revertList removes again what an earlier Revert put back, and puts back what
+// was removed. The work is linear in the list and the changes.
+func (e *editor) revertList(changes *listChanges) error {
+	f := changes.field
+	removed, added, err := e.read(changes.changes)
 	if err != nil {
 		return err
 	}
-	switch {
-	case c.After != nil && at < 0:
-		return changedSince(c.Path)
-	case c.After != nil:
-		return e.remove(c.Field, f, at)
-	case at >= 0:
-		return nil
-	}
-	at = max(0, min(c.Index, len(elements)))
-	if err := e.doc.insert(f, at, c.Raw); err != nil {
+	l, err := e.list(f)
+	if err != nil {
 		return err
 	}
-	e.record(f, Change{Path: pathString(f.JSON, strconv.Itoa(at)), Field: c.Field, Index: at, After: want, Raw: c.Raw})
-	return nil
+
+	// Of equal elements those at their own index go, then the last ones.
+	gone := make([]bool, len(l.elements))
+	tallies := tallied(added)
+	elsewhere := map[string]int{}
+	for _, c := range added {
+		if t := tallies[c.key]; l.count[c.key] < t.n+t.others {
+			return changedSince(c.Path)
+		}
+		if i := c.Index; i >= 0 && i < len(gone) && !gone[i] && l.keys[i] == c.key {
+			gone[i] = true
+		} else {
+			elsewhere[c.key]++
+		}
+	}
+	for i, key := range slices.Backward(l.keys) {
+		if !gone[i] && elsewhere[key] > 0 {
+			gone[i] = true
+			elsewhere[key]--
+		}
+	}
+	if err := e.remove(changes.name, f, l, gone); err != nil {
+		return err
+	}
+
+	missing := map[string]int{}
+	for key, t := range tallied(removed) {
+		missing[key] = min(t.n, t.n+t.others-l.count[key])
+	}
+	slices.SortStableFunc(removed, func(a, b elementChange) int { return cmp.Compare(a.Index, b.Index) })
+	var insert []insertion
+	size, next := 0, 0 // of the new list up to here; in the list as it is
+	for _, c := range removed {
+		if missing[c.key] <= 0 {
+			continue
+		}
+		missing[c.key]--
+		for ; next < len(gone) && (size < c.Index || gone[next]); next++ {
+			if !gone[next] {
+				size++
+			}
+		}
+		insert = append(insert, insertion{next, c.Raw})
+		e.record(f, Change{Path: pathString(f.JSON, strconv.Itoa(size)), Field: changes.name, Index: size, After: c.shown, Raw: c.Raw, Others: l.count[c.key]})
+		size++
+	}
+	if insert == nil && !slices.Contains(gone, true) {
+		return nil
+	}
+	return e.doc.relist(f, gone, insert)
 }
 
-// find looks for the element of a change among those that are there; at is -1
-// where it is not.
-func (e *editor) find(f Field, c Change) (elements [][]byte, at int, want json.RawMessage, err error) {
-	if elements, err = e.doc.elements(f); err != nil {
-		return nil, -1, nil, err
-	}
-	if want, err = e.doc.show(c.Raw); err != nil {
-		return nil, -1, nil, undecodable("the stored element %s is damaged", c.Path)
-	}
-	at = slices.IndexFunc(elements, func(element []byte) bool {
-		shown, err := e.doc.show(element)
-		return err == nil && same(shown, want)
-	})
-	return elements, at, want, nil
-}
+// errOther says that a value is not as a change left it.
+var errOther = errors.New("another value")
 
 // Holds reports whether an object still is what the changes made of it,
-// whatever else was changed. The generation does not count.
+// whatever else was changed: of removed elements no more than were left, of
+// those put back no fewer. The generation does not count.
 func (k *Kind) Holds(plain []byte, changes []Change) (bool, error) {
 	e, err := k.edit(plain)
 	if err != nil {
 		return false, err
 	}
-	for _, c := range changes {
-		if c.Field == Generation {
-			continue
+	lists, err := e.eachValue(changes, func(f Field, c Change) error {
+		current, err := e.doc.get(f, c.Entry)
+		if err == nil && !same(current, c.After) {
+			err = errOther
 		}
-		f, err := e.field(c.Field)
+		return err
+	})
+	if errors.Is(err, errOther) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	for _, changed := range lists {
+		removed, added, err := e.read(changed.changes)
 		if err != nil {
 			return false, err
 		}
-		if f.Type == List {
-			_, at, _, err := e.find(f, c)
-			if err != nil || (at >= 0) != (c.After != nil) {
-				return false, err
-			}
-			continue
-		}
-		current, err := e.doc.get(f, c.Entry)
-		if err != nil || !same(current, c.After) {
+		l, err := e.list(changed.field)
+		if err != nil {
 			return false, err
+		}
+		for key, t := range tallied(removed) {
+			if l.count[key] > t.others {
+				return false, nil
+			}
+		}
+		for key, t := range tallied(added) {
+			if l.count[key] < t.n+t.others {
+				return false, nil
+			}
 		}
 	}
 	return true, nil
@@ -413,9 +600,13 @@ func (e *editor) verify(out []byte) error {
 		return err
 	}
 	if e.before.Format == Protobuf {
-		targets := make([]target, len(e.changes))
+		var targets []target
+		seen := map[FieldName]bool{}
 		for i, c := range e.changes {
-			targets[i] = target{append([]protowire.Number{rawField}, e.fields[i].Wire...), e.fields[i], c.Entry}
+			if list := e.fields[i].Type == List; !list || !seen[c.Field] {
+				targets = append(targets, target{append([]protowire.Number{rawField}, e.fields[i].Wire...), e.fields[i], c.Entry})
+				seen[c.Field] = list
+			}
 		}
 		if !sameBeside(e.before.plain[len(protobufMagic):], out[len(protobufMagic):], targets) {
 			return undecodable("the edit would change other bytes than those of its fields")
@@ -426,41 +617,58 @@ func (e *editor) verify(out []byte) error {
 	return e.verifyDecoded(after)
 }
 
-// verifyLists repeats the changes of lists on their elements.
+// verifyLists repeats the changes of lists on their elements: first removals
+// from the last to the first, then insertions from the first to the last.
 func (e *editor) verifyLists(doc document) error {
-	if !slices.ContainsFunc(e.fields, func(f Field) bool { return f.Type == List }) {
+	lists := map[FieldName][]int{} // the changes of each
+	for i, c := range e.changes {
+		if e.fields[i].Type == List {
+			lists[c.Field] = append(lists[c.Field], i)
+		}
+	}
+	if len(lists) == 0 {
 		return nil
 	}
 	before, err := e.before.document()
 	if err != nil {
 		return err
 	}
-	lists := map[FieldName][][]byte{}
-	for i, c := range e.changes {
-		if e.fields[i].Type != List {
-			continue
+	for name, changes := range lists {
+		f := e.fields[changes[0]]
+		wrong := undecodable("%s did not take the edit", name)
+		list, err := before.elements(f)
+		if err != nil {
+			return err
 		}
-		list, ok := lists[c.Field]
-		if !ok {
-			if list, err = before.elements(e.fields[i]); err != nil {
-				return err
+		now, err := doc.elements(f)
+		if err != nil {
+			return err
+		}
+		last, at := len(list), 0
+		for len(changes) > 0 && e.changes[changes[0]].After == nil {
+			c := e.changes[changes[0]]
+			if c.Index < 0 || c.Index >= last || !bytes.Equal(list[c.Index], c.Raw) {
+				return wrong
+			}
+			last, list[c.Index], changes = c.Index, nil, changes[1:]
+		}
+		list = slices.DeleteFunc(list, func(element []byte) bool { return element == nil })
+		for i, element := range now {
+			switch {
+			case len(changes) > 0 && e.changes[changes[0]].Index == i:
+				c := e.changes[changes[0]]
+				if c.After == nil || !bytes.Equal(element, c.Raw) {
+					return wrong
+				}
+				changes = changes[1:]
+			case at == len(list) || !bytes.Equal(element, list[at]):
+				return wrong
+			default:
+				at++
 			}
 		}
-		if c.After == nil {
-			list = slices.Delete(list, c.Index, c.Index+1)
-		} else {
-			list = slices.Insert(list, c.Index, c.Raw)
-		}
-		lists[c.Field] = list
-	}
-	for i, c := range e.changes {
-		list, ok := lists[c.Field]
-		if !ok {
-			continue
-		}
-		now, err := doc.elements(e.fields[i])
-		if err != nil || !slices.EqualFunc(list, now, bytes.Equal) {
-			return undecodable("%s did not take the edit", c.Path)
+		if at != len(list) || len(changes) > 0 {
+			return wrong
 		}
 	}
 	return nil

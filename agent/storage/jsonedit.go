@@ -3,9 +3,7 @@ package storage
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"slices"
-	"strconv"
 )
 
 // jsonNode is a JSON value by its offsets: data[start:end].
@@ -283,40 +281,74 @@ func (d *jsonDocument) elements(f Field) ([][]byte, error) {
 	}
 	elements := make([][]byte, len(n.items))
 	for i := range n.items {
-		elements[i] = bytes.Clone(d.text(&n.items[i]))
+		elements[i] = d.text(&n.items[i])
 	}
 	return elements, nil
 }
 
-func (d *jsonDocument) show(element []byte) (json.RawMessage, error) {
-	if !json.Valid(element) {
-		return nil, errors.New("not JSON")
-	}
-	return element, nil
-}
-
-func (d *jsonDocument) remove(f Field, index int) error {
-	n, err := d.list(f)
+func (d *jsonDocument) show(element []byte) (shown json.RawMessage, key string, err error) {
+	v, err := generic(element)
 	if err != nil {
-		return err
+		return nil, "", err
 	}
-	if n == nil || index < 0 || index >= len(n.items) {
-		return noElement(f, index)
-	}
-	from, to := cut(index, len(n.items), func(i int) (int, int) { return n.items[i].start, n.items[i].end })
-	return d.replace(from, to, nil)
+	text, err := json.Marshal(v) // with the members of objects sorted
+	return element, string(text), err
 }
 
-func (d *jsonDocument) insert(f Field, index int, element []byte) error {
-	if !json.Valid(element) {
-		return undecodable("the element of %s to put back is not whole", pathString(f.JSON, strconv.Itoa(index)))
+func (d *jsonDocument) relist(f Field, gone []bool, insert []insertion) error {
+	for _, in := range insert {
+		if !json.Valid(in.element) {
+			return undecodable("an element of %s to put back is not whole", pathString(f.JSON, ""))
+		}
 	}
 	n, err := d.list(f)
 	if err != nil {
 		return err
 	}
 	if n == nil {
-		return d.set(Field{Type: List, JSON: f.JSON}, "", slices.Concat([]byte("["), element, []byte("]")))
+		elements := make([][]byte, len(insert))
+		for i, in := range insert {
+			elements[i] = in.element
+		}
+		list := slices.Concat([]byte("["), bytes.Join(elements, []byte(",")), []byte("]"))
+		return d.set(Field{Type: List, JSON: f.JSON}, "", list)
 	}
-	return d.put(n, index, len(n.items), bytes.Clone(element), func(i int) (int, int) { return n.items[i].start, n.items[i].end })
+
+	// What is between two elements goes with the first of them. Where that is
+	// none of the old ones, or the last, a comma is put.
+	head, tail := n.start+1, n.start+1
+	if len(n.items) > 0 {
+		head, tail = n.items[0].start, n.items[len(n.items)-1].end
+	}
+	out := bytes.Clone(d.data[n.start:head])
+	between := []byte(nil)
+	put := func(text, after []byte) {
+		out = append(append(out, between...), text...)
+		between = after
+	}
+	comma := []byte(",")
+	kept := 0
+	for _, g := range gone {
+		if !g {
+			kept++
+		}
+	}
+	for i := 0; i <= len(n.items); i++ {
+		for ; len(insert) > 0 && insert[0].before <= i; insert = insert[1:] {
+			if kept == 0 && between != nil {
+				between = comma
+			}
+			put(insert[0].element, comma)
+		}
+		if i == len(n.items) || gone[i] {
+			continue
+		}
+		kept--
+		after := comma
+		if i+1 < len(n.items) {
+			after = d.data[n.items[i].end:n.items[i+1].start]
+		}
+		put(d.text(&n.items[i]), after)
+	}
+	return d.replace(n.start, n.end, append(out, d.data[tail:n.end]...))
 }

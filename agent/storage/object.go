@@ -317,7 +317,7 @@ func (o *Object) Subjects(f Field) ([]rbacv1.Subject, error) {
 	}
 	subjects := make([]rbacv1.Subject, len(elements))
 	for i, e := range elements {
-		text, err := d.show(e)
+		text, _, err := d.show(e)
 		if err == nil {
 			err = kjson.UnmarshalCaseSensitivePreserveInts(text, &subjects[i])
 		}

@@ -158,19 +158,14 @@ func (d *wireDocument) walk(found []place, in place, path []protowire.Number) ([
 	if in.typ != bytesType {
 		return nil, fmt.Errorf("field %d is not a message", in.num)
 	}
-	fields, err := scan(d.data, in.value, in.end)
-	if err != nil {
-		return nil, err
-	}
 	chain := append(slices.Clip(in.chain), in.wireField)
-	for _, f := range fields {
+	err := each(d.data, in.value, in.end, func(f wireField) (err error) {
 		if f.num == path[0] {
-			if found, err = d.walk(found, place{f, chain}, path[1:]); err != nil {
-				return nil, err
-			}
+			found, err = d.walk(found, place{f, chain}, path[1:])
 		}
-	}
-	return found, nil
+		return err
+	})
+	return found, err
 }
 
 // splice replaces data[from:to], which lies in the messages of chain, and
@@ -409,50 +404,67 @@ func (d *wireDocument) elements(f Field) ([][]byte, error) {
 	}
 	elements := make([][]byte, len(found))
 	for i, p := range found {
-		elements[i] = bytes.Clone(d.data[p.start:p.end])
+		elements[i] = d.data[p.start:p.end:p.end]
 	}
 	return elements, nil
 }
 
 // show decodes an element, tag included. The only lists with an edit row are
 // those of subjects.
-func (d *wireDocument) show(element []byte) (json.RawMessage, error) {
+func (d *wireDocument) show(element []byte) (shown json.RawMessage, key string, err error) {
 	fields, err := scan(element, 0, len(element))
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if len(fields) != 1 || fields[0].typ != bytesType {
-		return nil, errors.New("not one message")
+		return nil, "", errors.New("not one message")
 	}
 	var s rbacv1.Subject
 	if err := s.Unmarshal(element[fields[0].value:fields[0].end]); err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	return json.Marshal(s)
+	shown, err = json.Marshal(s)
+	return shown, string(shown), err
 }
 
-func (d *wireDocument) remove(f Field, index int) error {
-	found, err := d.occurrences(f)
-	if err != nil {
-		return err
-	}
-	if index < 0 || index >= len(found) {
-		return noElement(f, index)
-	}
-	d.splice(found[index].chain, found[index].start, found[index].end, nil)
-	return nil
-}
-
-func (d *wireDocument) insert(f Field, index int, element []byte) error {
+func (d *wireDocument) relist(f Field, gone []bool, insert []insertion) error {
 	all, err := d.occurrences(f)
 	if err != nil {
 		return err
 	}
-	fields, err := scan(element, 0, len(element))
-	if err != nil || len(fields) != 1 || fields[0].typ != bytesType || fields[0].num != f.Wire[len(f.Wire)-1] {
-		return undecodable("the element of %s to put back is not whole", pathString(f.JSON, ""))
+	for _, in := range insert {
+		fields, err := scan(in.element, 0, len(in.element))
+		if err != nil || len(fields) != 1 || fields[0].typ != bytesType || fields[0].num != f.Wire[len(f.Wire)-1] {
+			return undecodable("an element of %s to put back is not whole", pathString(f.JSON, ""))
+		}
 	}
-	return d.insertBefore(f, all, index, element)
+	var out []byte
+	put := func(before int) {
+		for ; len(insert) > 0 && insert[0].before <= before; insert = insert[1:] {
+			out = append(out, insert[0].element...)
+		}
+	}
+	if len(all) == 0 {
+		put(0)
+		return d.insertBefore(f, nil, 0, out)
+	}
+	first, last := all[0], all[len(all)-1]
+	at := first.start
+	for i, p := range all {
+		// Lists lie directly in raw, of which there is one.
+		if p.chain[len(p.chain)-1].start != first.chain[len(first.chain)-1].start {
+			return undecodable("%s is stored in pieces", pathString(f.JSON, ""))
+		}
+		out = append(out, d.data[at:p.start]...)
+		put(i)
+		if !gone[i] {
+			out = append(out, d.data[p.start:p.end]...)
+		}
+		at = p.end
+	}
+	put(len(all))
+	d.splice(first.chain, first.start, last.end, out)
+	return nil
 }
 
 // target is an edited field, by its path from the message that is compared.
@@ -498,12 +510,8 @@ func sameBeside(a, b []byte, targets []target) bool {
 // setApart splits a message into the bytes that no target touches and the
 // messages that hold targets.
 func setApart(message []byte, targets []target) (rest []byte, inner map[protowire.Number][][]byte, ok bool) {
-	fields, err := scan(message, 0, len(message))
-	if err != nil {
-		return nil, nil, false
-	}
 	inner = map[protowire.Number][][]byte{}
-	for _, f := range fields {
+	err := each(message, 0, len(message), func(f wireField) error {
 		touched := false
 		for _, t := range targets {
 			if t.path[0] != f.num {
@@ -520,6 +528,7 @@ func setApart(message []byte, targets []target) (rest []byte, inner map[protowir
 		if !touched {
 			rest = append(rest, message[f.start:f.end]...)
 		}
-	}
-	return rest, inner, true
+		return nil
+	})
+	return rest, inner, err == nil
 }
