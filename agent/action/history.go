@@ -2,7 +2,6 @@ package action
 
 import (
 	"context"
-	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -58,10 +57,7 @@ func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv
 	if limit == 0 {
 		limit = defaultHistory
 	}
-	entries := e.journal.Entries()
-	// Identifiers tell seconds only.
-	slices.SortStableFunc(entries, func(a, b journal.Entry) int { return b.Time.Compare(a.Time) })
-	for _, entry := range entries {
+	for _, entry := range e.journal.Entries() {
 		if limit--; limit < 0 || ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -79,18 +75,8 @@ func (e *Engine) historyEntry(j journal.Entry) *halliganv1.HistoryEntry {
 	}
 	return &halliganv1.HistoryEntry{
 		ActionId: j.ID, Action: j.Action, Actor: j.Actor, Reason: j.Reason, Incident: j.Incident, Time: timestamppb.New(j.Time),
-		Summary: j.Summary, Result: result, Objects: int64(j.Objects), Applied: int64(j.Applied), Undoes: j.Undoes, UndoneBy: e.undoneBy(j.ID),
+		Summary: j.Summary, Result: result, Objects: int64(j.Objects), Applied: int64(j.Applied), Undoes: j.Undoes, UndoneBy: e.journal.UndoneBy(j.ID),
 	}
-}
-
-// undoneBy returns the action that took the given one back, if any did.
-func (e *Engine) undoneBy(id string) string {
-	for _, u := range e.journal.Entries() {
-		if u.Undoes == id && u.Result == resultApplied {
-			return u.ID
-		}
-	}
-	return ""
 }
 
 func objectResults(r *journal.Record) []*halliganv1.ObjectResult {

@@ -53,7 +53,7 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	case entry.Actor != p.who.Person && !p.who.May(trust.Commander):
 		return fault.New(fault.Refused, "ask "+entry.Actor+" or a commander", "a responder undoes only own actions; %s was %s's", entry.ID, entry.Actor)
 	}
-	if by := p.engine.undoneBy(entry.ID); by != "" {
+	if by := p.engine.journal.UndoneBy(entry.ID); by != "" {
 		return fault.New(fault.Stale, "see: halligan history "+by, "action %s was taken back already, by %s", entry.ID, by)
 	}
 	record, err := p.engine.journal.Read(entry.ID)

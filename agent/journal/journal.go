@@ -21,6 +21,7 @@ package journal
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -31,7 +32,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"sort"
 	"strings"
 	"sync"
 	"time"
@@ -74,10 +74,12 @@ type Journal struct {
 	opts Options
 	lock *os.File
 
-	mu sync.Mutex // guards entries and open
-	// entries is the index, oldest first.
+	mu sync.Mutex // guards all below
+	// entries is the index, oldest first: by time, then by identifier.
 	entries []*Entry
-	open    map[string]*Action
+	// undone names for each action that was taken back the one that did it.
+	undone map[string]string
+	open   map[string]*Action
 }
 
 // Entry is the index line of one action.
@@ -147,6 +149,11 @@ type outcome struct {
 	Settled bool      `json:"settledAfterRestart,omitempty"`
 }
 
+// fits reports whether the outcome can be one of the plan.
+func (o *outcome) fits(plan *halliganv1.Plan) bool {
+	return o.Result != "" && o.Applied >= 0 && o.Applied <= len(plan.Objects)
+}
+
 // Open makes or opens the journal in dir/actions. One process at a time may
 // hold it. Folders and records that others may look into are an error.
 func Open(dir string, o Options) (*Journal, error) {
@@ -171,7 +178,7 @@ func Open(dir string, o Options) (*Journal, error) {
 		lock.Close()
 		return nil, fault.New(fault.Failed, "stop the other agent first", "state folder %s is held by another process: %w", dir, err)
 	}
-	j := &Journal{dir: actions, opts: o, lock: lock, open: map[string]*Action{}}
+	j := &Journal{dir: actions, opts: o, lock: lock, undone: map[string]string{}, open: map[string]*Action{}}
 	if err := j.load(); err != nil {
 		lock.Close()
 		return nil, err
@@ -219,8 +226,30 @@ func (j *Journal) load() error {
 		}
 		j.entries = append(j.entries, e)
 	}
-	sort.Slice(j.entries, func(a, b int) bool { return j.entries[a].ID < j.entries[b].ID })
+	slices.SortFunc(j.entries, byTime)
+	for _, e := range j.entries {
+		j.settled(e)
+	}
 	return nil
+}
+
+// byTime orders entries. Identifiers begin with the time, but tell seconds only.
+func byTime(a, b *Entry) int {
+	return cmp.Or(a.Time.Compare(b.Time), strings.Compare(a.ID, b.ID))
+}
+
+// settled takes an entry that has its result into the index of undos.
+func (j *Journal) settled(e *Entry) {
+	if e.Undoes != "" && e.Result == Applied {
+		j.undone[e.Undoes] = e.ID
+	}
+}
+
+// UndoneBy returns the action that took the given one back, "" where none did.
+func (j *Journal) UndoneBy(id string) string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.undone[id]
 }
 
 // index makes the index line of one file; nil when nothing in it was ever
@@ -269,7 +298,7 @@ func (j *Journal) ends(id string) (*Entry, error) {
 	}
 	first, err := unseal(raw)
 	plan := &halliganv1.Plan{}
-	if err != nil || protojson.Unmarshal(first.Intent, plan) != nil || plan.Id != id {
+	if err != nil || protojson.Unmarshal(first.Intent, plan) != nil || plan.Id != id || !last.Outcome.fits(plan) {
 		return nil, nil // damaged: the whole scan says how
 	}
 	e := entryOf(plan)
@@ -383,7 +412,7 @@ func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.open[plan.Id] = a
-	i, _ := slices.BinarySearchFunc(j.entries, plan.Id, func(e *Entry, id string) int { return strings.Compare(e.ID, id) })
+	i, _ := slices.BinarySearchFunc(j.entries, a.entry, byTime)
 	j.entries = slices.Insert(j.entries, i, a.entry)
 	return a, nil
 }
@@ -417,7 +446,8 @@ func (a *Action) Wrote(n Note) error {
 	return nil
 }
 
-// Applied is the outcome of an object that was changed as planned.
+// Applied is the outcome of an object that was changed as planned, and the result
+// of an action whose objects all were.
 const Applied = "applied"
 
 // Finish makes the outcome durable and closes the record.
@@ -443,6 +473,7 @@ func (a *Action) finish(result, problem string, settled bool) error {
 	a.entry.Bytes = a.written
 	if err == nil {
 		a.entry.Result = result
+		a.j.settled(a.entry)
 	}
 	return err
 }
@@ -545,6 +576,9 @@ func (j *Journal) makeRoom(reserve int64) error {
 			return unavailable("removing the oldest record", err)
 		}
 		used -= e.Bytes
+		if j.undone[e.Undoes] == e.ID {
+			delete(j.undone, e.Undoes)
+		}
 		j.entries = slices.Delete(j.entries, i, i+1)
 	}
 	if used > most {
@@ -697,10 +731,16 @@ func (j *Journal) scan(id string, fn func(l line, offset int64) error) (*Record,
 				return nil, damaged(path, at, errors.New("an image of no planned object"))
 			}
 		case l.Note != nil:
+			if l.Note.Index < 0 || l.Note.Index >= len(r.Plan.Objects) {
+				return nil, damaged(path, at, errors.New("a note of no planned object"))
+			}
 			if l.Note.Outcome == Applied {
 				r.Applied++
 			}
 		case l.Outcome != nil:
+			if !l.Outcome.fits(r.Plan) {
+				return nil, damaged(path, at, errors.New("an outcome that the plan cannot have"))
+			}
 			r.Result, r.Error, r.Applied = l.Outcome.Result, l.Outcome.Error, l.Outcome.Applied
 		}
 		if err := fn(l, at); err != nil {

@@ -475,7 +475,7 @@ func TestRetention(t *testing.T) {
 	if _, err := j.Begin(planOf("6-new", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) {
 		t.Errorf("began: %v", err)
 	}
-	if got := ids(j.Entries()); !slices.Equal(got, []string{"4-new", "0-unfinished"}) {
+	if got := ids(j.Entries()); !slices.Equal(got, []string{"0-unfinished", "4-new"}) {
 		t.Errorf("kept %v", got)
 	}
 }
@@ -503,6 +503,81 @@ func TestFind(t *testing.T) {
 			t.Errorf("%q: %q, %v", c.prefix, e.ID, err)
 		}
 	}
+}
+
+// TestCrafted: lines with good checksums that no action writes. Readers index the
+// plan's objects with what they say.
+func TestCrafted(t *testing.T) {
+	for name, l := range map[string]line{
+		"note behind":     {Note: &Note{Index: 2, Outcome: Applied}},
+		"note before":     {Note: &Note{Index: -1, Outcome: Applied}},
+		"image behind":    {Image: &Image{Index: 1 << 40}},
+		"outcome beyond":  {Outcome: &outcome{Result: "applied", Applied: 3}},
+		"outcome below":   {Outcome: &outcome{Result: "applied", Applied: -1}},
+		"outcome without": {Outcome: &outcome{Applied: 1}},
+	} {
+		crafted, err := seal(l)
+		check(t, err)
+		data := small(t)
+		at := bytes.LastIndexByte(data[:len(data)-1], '\n') + 1
+		for where, text := range map[string][]byte{
+			"at the end":        slices.Concat(data, crafted),
+			"before the end":    slices.Concat(data[:at], crafted, data[at:]),
+			"instead of an end": slices.Concat(data[:at], crafted),
+		} {
+			dir := t.TempDir()
+			check(t, os.Chmod(dir, 0o700))
+			j, err := place(t, dir, text)
+			check(t, err)
+			if _, err := j.Read("a"); !fault.Is(err, fault.AuditUnavailable) {
+				t.Errorf("%s %s: %v", name, where, err)
+			}
+			if e := j.Entries(); where != "before the end" && e[0].Result != Damaged {
+				t.Errorf("%s %s: %+v", name, where, e)
+			}
+			check(t, j.Close())
+		}
+	}
+}
+
+func TestUndoneBy(t *testing.T) {
+	dir := t.TempDir() + "/state"
+	j := open(t, dir, Options{MaxBytes: 1 << 20, Keep: time.Nanosecond})
+	undo := func(id, of, result string, age time.Duration) {
+		t.Helper()
+		p := planOf(id, 1, age)
+		p.Undoes = of
+		a, err := j.Begin(p, 0)
+		check(t, err)
+		if by := j.UndoneBy(of); by == id {
+			t.Error("taken back before it was")
+		}
+		check(t, a.Finish(result, ""))
+	}
+	expect := func(want map[string]string) {
+		t.Helper()
+		for id, by := range want {
+			if got := j.UndoneBy(id); got != by {
+				t.Errorf("%q was undone by %q, want %q", id, got, by)
+			}
+		}
+	}
+	for _, id := range []string{"a", "b", "c"} {
+		settled(t, j, id, 3*time.Hour, 1)
+	}
+	undo("u1", "a", "failed", 2*time.Hour)
+	undo("u2", "a", "applied", 2*time.Hour)
+	undo("u3", "b", "partial", 2*time.Hour)
+	undo("u4", "u2", "applied", time.Hour)
+	want := map[string]string{"a": "u2", "b": "", "c": "", "u2": "u4", "none": "", "": ""}
+	expect(want)
+	check(t, j.Close())
+	j = open(t, dir, Options{MaxBytes: 1 << 20, Keep: time.Nanosecond})
+	expect(want)
+	// What is removed is forgotten.
+	settled(t, j, "big", 0, 700<<10)
+	settled(t, j, "more", 0, 200<<10)
+	expect(map[string]string{"a": "", "u2": "", "b": ""})
 }
 
 func TestBadIDs(t *testing.T) {
@@ -824,12 +899,26 @@ func TestFolder(t *testing.T) {
 		}
 	})
 	t.Run("order", func(t *testing.T) {
-		j := open(t, t.TempDir()+"/state", Options{})
-		for _, id := range []string{"b", "a", "c"} {
-			settled(t, j, id, 0, 1)
+		dir := t.TempDir() + "/state"
+		j := open(t, dir, Options{})
+		at := time.Now()
+		for _, e := range []struct {
+			id    string
+			after time.Duration // all within one second, which is all that identifiers tell
+		}{{"20260101-000000-b", 1}, {"20260101-000000-a", 2}, {"20260101-000000-d", 0}, {"20260101-000000-c", 2}} {
+			p := planOf(e.id, 1, 0)
+			p.Created = timestamppb.New(at.Add(e.after * time.Millisecond))
+			a, err := j.Begin(p, 0)
+			check(t, err)
+			check(t, a.Finish("failed", ""))
 		}
-		if got := ids(j.Entries()); !slices.Equal(got, []string{"c", "b", "a"}) {
-			t.Errorf("entries: %v", got)
+		want := []string{"20260101-000000-c", "20260101-000000-a", "20260101-000000-b", "20260101-000000-d"}
+		for range 2 {
+			if got := ids(j.Entries()); !slices.Equal(got, want) {
+				t.Errorf("entries: %v", got)
+			}
+			check(t, j.Close())
+			j = open(t, dir, Options{})
 		}
 	})
 }
