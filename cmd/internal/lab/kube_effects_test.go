@@ -53,6 +53,7 @@ func TestKubeEffects(t *testing.T) {
 		act{"writes race", writesRace},
 		act{"plan gets stale", planGetsStale},
 		act{"watches see it", watchesSee},
+		act{"many are deleted", manyDeleted},
 	)
 	queue := make(chan act)
 	var g sync.WaitGroup
@@ -285,18 +286,18 @@ func (w workload) stoppedAndDeleted(s scene) {
 
 const cronJob = `{apiVersion: batch/v1, kind: CronJob, metadata: {name: it}, spec: {schedule: "%s", jobTemplate: {spec: {template: %s}}}}`
 
-// cronJobSuspended lets the minute pass in which a Job was due, then takes the
-// suspension back: the run that was missed is made up for at once.
+// cronJobSuspended has the CronJob believe that a run is overdue: it is made up
+// for as soon as the suspension is taken back, and not before.
 func cronJobSuspended(s scene) {
-	s.apply(fmt.Sprintf(cronJob, "* * * * *", jobTemplate))
-	due := time.Now().Truncate(time.Minute).Add(time.Minute)
+	s.apply(fmt.Sprintf(cronJob, "0 0 1 1 *", jobTemplate))
 	suspended := s.act("scale", "cronjob/it", "--to", "0")
 	if got := s.field("cronjob/it", ".spec.suspend"); got != "true" {
 		s.Errorf("suspend is %q", got)
 	}
-	time.Sleep(time.Until(due.Add(2 * time.Second)))
+	longAgo := time.Now().AddDate(-1, -1, 0).UTC().Format(time.RFC3339)
+	s.kubectl("patch", "cronjob", "it", "--subresource=status", "--type=merge", "-p", `{"status":{"lastScheduleTime":"`+longAgo+`"}}`)
+	time.Sleep(2 * time.Second)
 	if jobs := s.kubectl("get", "jobs", "-o", "name"); jobs != "" {
-		// Due in the moment between the two commands.
 		s.Errorf("it ran: %s", jobs)
 	}
 	s.undo(suspended)
@@ -573,6 +574,13 @@ func planGetsStale(s scene) {
 	if got := s.field("deployment/it", ".spec.replicas"); got != "1" {
 		s.Errorf("%s replicas", got)
 	}
+	// The other way round: what kubectl looked at is not what is there any more.
+	s.untilPods(1)
+	seen := s.kubectl("get", "deployment", "it", "-o", "json")
+	s.act("scale", "deployment/it", "--to", "0")
+	if _, err := s.k.kubectl(s.Context(), s.k.AdminKubeconfig(), seen, "replace", "-f", "-"); err == nil || !strings.Contains(err.Error(), "Conflict") {
+		s.Errorf("kubectl replace: %v", err)
+	}
 }
 
 // openTerminal returns the two sides of a new terminal (pty(7)).
@@ -596,13 +604,18 @@ func openTerminal(t *testing.T) (person, terminal *os.File) {
 	return person, terminal
 }
 
-// watchesSee has a watch open over writes of both sides.
-func watchesSee(s scene) {
-	s.apply("{apiVersion: apps/v1, kind: ReplicaSet, metadata: {name: it}, spec: {replicas: 0" + selected + "}}")
+// watch is an open kubectl get --watch of the ordinary user.
+type watch struct {
+	scene
+	out  io.Reader
+	said strings.Builder
+}
+
+// watching opens one that prints a template for each event.
+func (s scene) watching(template string, what ...string) *watch {
+	s.Helper()
 	ctx, cancel := context.WithTimeout(s.Context(), sceneSettles)
-	defer cancel()
-	argv := append(s.k.Kubectl(), "--kubeconfig", s.k.UserKubeconfig(), "-n", s.ns, "get", "rs", "it", "--watch", "--output-watch-events",
-		"-o", `jsonpath={.type}/{.object.metadata.annotations.n}/{.object.metadata.labels.n}/{.object.spec.replicas}{" "}`)
+	argv := append(append(s.k.Kubectl(), "--kubeconfig", s.k.UserKubeconfig(), "-n", s.ns, "get", "--watch", "--output-watch-events", "-o", "jsonpath="+template), what...)
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -611,32 +624,65 @@ func watchesSee(s scene) {
 	if err := cmd.Start(); err != nil {
 		s.Fatal(err)
 	}
-	defer cmd.Wait()
-	defer cancel()
-	var said strings.Builder
+	s.Cleanup(func() { cancel(); cmd.Wait() })
+	return &watch{scene: s, out: out}
+}
+
+// sees reads on until the text was printed so many times.
+func (w *watch) sees(text string, times int) {
+	w.Helper()
 	b := make([]byte, 4096)
-	sees := func(what string) {
-		s.Helper()
-		for !strings.Contains(said.String(), what) {
-			n, err := out.Read(b)
-			said.Write(b[:n])
-			if err != nil {
-				s.Fatalf("%v: no %s in %s", err, what, said.String())
-			}
+	for strings.Count(w.said.String(), text) < times {
+		n, err := w.out.Read(b)
+		w.said.Write(b[:n])
+		if err != nil {
+			w.Fatalf("%v: %s is there %d times in %s", err, text, strings.Count(w.said.String(), text), w.said.String())
 		}
 	}
-	sees("ADDED///0 ")
+}
+
+// watchesSee has a watch open over writes of both sides.
+func watchesSee(s scene) {
+	s.apply("{apiVersion: apps/v1, kind: ReplicaSet, metadata: {name: it}, spec: {replicas: 0" + selected + "}}")
+	w := s.watching(`{.type}/{.object.metadata.annotations.n}/{.object.metadata.labels.n}/{.object.spec.replicas}{" "}`, "rs", "it")
+	w.sees("ADDED///0 ", 1)
 	s.act("scale", "rs/it", "--to", "1")
-	sees("MODIFIED///1 ")
+	w.sees("MODIFIED///1 ", 1)
 	s.kubectl("annotate", "rs", "it", "n=1")
-	sees("MODIFIED/1//1 ")
+	w.sees("MODIFIED/1//1 ", 1)
 	s.act("scale", "rs/it", "--to", "2")
-	sees("MODIFIED/1//2 ")
+	w.sees("MODIFIED/1//2 ", 1)
 	deleted := s.act("delete", "rs/it")
-	sees("DELETED/1//2 ")
+	w.sees("DELETED/1//2 ", 1)
 	s.undo(deleted)
 	s.kubectl("label", "rs", "it", "n=2")
-	sees("/1/2/2 ")
+	w.sees("/1/2/2 ", 1)
+}
+
+// manyDeleted has a watch count: no deletion is lost, each has a revision of its
+// own, and undo brings everything back.
+func manyDeleted(s scene) {
+	const many = 60
+	var manifest strings.Builder
+	for i := range many {
+		fmt.Fprintf(&manifest, "---\n{apiVersion: v1, kind: ConfigMap, metadata: {name: it-%d, labels: {app: runaway}}}\n", i)
+	}
+	s.apply(manifest.String())
+	w := s.watching(`{.type}/{.object.metadata.resourceVersion}{" "}`, "configmaps", "-l", "app=runaway")
+	w.sees("ADDED/", many)
+	deleted := s.act("delete", "configmaps", "-l", "app=runaway")
+	w.sees("DELETED/", many)
+	revisions := map[string]bool{}
+	for _, event := range strings.Fields(w.said.String()) {
+		if revision, ok := strings.CutPrefix(event, "DELETED/"); ok {
+			revisions[revision] = true
+		}
+	}
+	if len(revisions) != many {
+		s.Errorf("%d deletions have %d revisions", many, len(revisions))
+	}
+	s.undo(deleted)
+	w.sees("ADDED/", 2*many)
 }
 
 func controllersDead(s scene) {

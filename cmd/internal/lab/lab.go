@@ -139,11 +139,10 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 		return nil, err
 	}
 	if l.kube != nil {
-		err = l.kube.start()
-	} else {
-		err = l.seed(ctx)
-	}
-	if err != nil {
+		if err := l.kube.start(); err != nil {
+			return nil, fmt.Errorf("starting kubernetes: %w", err)
+		}
+	} else if err := l.seed(ctx); err != nil {
 		return nil, fmt.Errorf("seeding: %w", err)
 	}
 	began = time.Now()

@@ -51,6 +51,9 @@ func (l *Lab) seed(ctx context.Context) error {
 		return err
 	case l.opts.Objects <= 0:
 		return nil
+	case exists(l.kubeDir()):
+		l.say("objects: %s has a real control plane, for which none are made up", l.opts.Dir)
+		return nil
 	}
 	began := time.Now()
 	cli, err := l.cluster.Client()
