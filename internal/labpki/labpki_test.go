@@ -62,3 +62,24 @@ func TestBrokenAuthorityIsNotReplaced(t *testing.T) {
 		t.Error("opened")
 	}
 }
+
+func TestKeyIsKept(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "pki")
+	file, err := Key(dir, "tokens")
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, err := os.ReadFile(file)
+	if err != nil || !bytes.HasPrefix(first, []byte("-----BEGIN EC PRIVATE KEY-----")) {
+		t.Fatalf("%v: %s", err, first)
+	}
+	if st, err := os.Stat(file); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", st, err)
+	}
+	if _, err := Key(dir, "tokens"); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := os.ReadFile(file); err != nil || !bytes.Equal(first, again) {
+		t.Errorf("the key changed: %v", err)
+	}
+}
