@@ -87,8 +87,9 @@ func (k *Kind) inGroup(group string) bool {
 type matcher func(k *Kind, word string) bool
 
 // The ways in the order in which kubectl tries them (client-go,
-// restmapper/shortcut.go, then the mapper itself): a full plural, a short name,
-// and then singular and kind in any case.
+// restmapper/shortcut.go, then the mapper itself), first among native kinds and
+// then among custom ones: a full plural, a short name, and then singular and kind
+// in any case.
 var matchers = []matcher{
 	func(k *Kind, word string) bool { return k.Plural == word },
 	func(k *Kind, word string) bool { return slices.Contains(k.ShortNames, word) },
@@ -97,8 +98,14 @@ var matchers = []matcher{
 
 // Resolve finds a kind by the words that kubectl takes: plural, singular, short
 // name or kind, in any case, each also with .group or .version.group behind it.
-// A native kind wins over a custom one of the same name. It returns fault.Usage
-// for a name that is unknown, or that several custom kinds share.
+// It returns fault.Usage for a name that is unknown, or that several custom kinds
+// share.
+//
+// Unlike with kubectl, a native kind wins over every custom one, even where the
+// word is the latter's plural and only a short name of the former: what a word
+// without a group means then depends neither on what CustomResourceDefinitions
+// there are nor on whether they could be read, and nobody can put a decoy in the
+// way. Such custom kinds need their group: ds.example.com.
 func (c *Catalogue) Resolve(arg string) (*Kind, error) {
 	const next = "name the kind as kubectl does, such as deployments, deploy or deployments.apps"
 	quoted := quoteASCII(arg)
@@ -148,6 +155,8 @@ func (c *Catalogue) find(word string, in func(*Kind) bool) []*Kind {
 				return []*Kind{k}
 			}
 		}
+	}
+	for _, match := range matchers {
 		var found []*Kind
 		for _, k := range c.custom {
 			if in(k) && match(k, word) {

@@ -2,6 +2,7 @@ package storage
 
 import (
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -51,7 +52,7 @@ func TestResolve(t *testing.T) {
 		"wd": "widgets.example.org", "Widget": "widgets.example.org", "widgets.v1alpha1.example.org": "widgets.example.org", "widgets.v9.example.org": "",
 		"backups.a.example.com": "backups.a.example.com", "bk.b.example.com": "backups.b.example.com", "backups.a": "backups.a.example.com",
 		"podlike": "pods.c.example.com", "pods.c.example.com": "pods.c.example.com",
-		"cm": "cm.d.example.com", "configmap": "configmaps",
+		"cm": "configmaps", "cm.d.example.com": "cm.d.example.com", "cm.d": "cm.d.example.com", "configmap": "configmaps",
 		"things.v1.example.com": "things.v1.example.com",
 		// and what is nothing
 		"": "", "deploymnts": "", "pods/web": "", "pods,svc": "", "all": "", "cs": "", "componentstatuses": "", "masterleases": "",
@@ -87,6 +88,48 @@ func TestShortNames(t *testing.T) {
 	} {
 		if k, err := c.Resolve(short); err != nil || k.Resource() != want {
 			t.Errorf("%s: %v, %v, want %s", short, k, err, want)
+		}
+	}
+}
+
+// TestNativeWordsStayNative makes custom kinds of every word for a native one,
+// in every form, and demands that none of these words means anything else.
+func TestNativeWordsStayNative(t *testing.T) {
+	fresh, full := NewCatalogue(), NewCatalogue()
+	var words []string
+	for _, k := range fresh.native {
+		words = append(words, append(slices.Clone(k.ShortNames), k.Plural, k.Singular, k.Kind)...)
+	}
+	for i, word := range words {
+		word = strings.ToLower(word)
+		for j, crd := range [][]byte{
+			definition("plural.example.com", word, "Decoy"+strconv.Itoa(i), "Namespaced"),
+			definition("short.example.com", "decoys"+strconv.Itoa(i), "Short"+strconv.Itoa(i), "Namespaced", word),
+			definition("kind.example.com", "kinds"+strconv.Itoa(i), word, "Namespaced"),
+		} {
+			if err := full.AddCRD(crd); err != nil {
+				t.Fatalf("%s, %d: %v", word, j, err)
+			}
+		}
+	}
+	for _, word := range words {
+		want, err := fresh.Resolve(word)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, form := range []string{word, strings.ToUpper(word)} {
+			if got, err := full.Resolve(form); err != nil || got.Resource() != want.Resource() {
+				t.Errorf("%s is %v, %v beside custom kinds, and %s without", form, got, err, want.Resource())
+			}
+		}
+		word = strings.ToLower(word)
+		if got, err := full.Resolve(word + ".plural.example.com"); err != nil || !got.Custom {
+			t.Errorf("%s with its group is %v, %v", word, got, err)
+		}
+		if want.Group != "" {
+			if got, err := full.Resolve(word + "." + want.Group); err != nil || got.Custom {
+				t.Errorf("%s with its group is %v, %v", word, got, err)
+			}
 		}
 	}
 }
