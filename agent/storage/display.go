@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -15,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	kubescheme "k8s.io/client-go/kubernetes/scheme"
 	apiregistrationv1 "k8s.io/kube-aggregator/pkg/apis/apiregistration/v1"
@@ -130,9 +130,21 @@ func (o *Object) headed(members [][]byte) []byte {
 // Redacted stands in the place of every value that Redact removes.
 const Redacted = "REDACTED"
 
-// Redact removes from a Secret's JSON what is secret: the values of data and
-// stringData, and annotations that tools use to keep a copy of the object, such
-// as kubectl.kubernetes.io/last-applied-configuration. The keys stay.
+// plainAnnotations are the annotations of Secrets that only name what they
+// belong to. Of all others nobody knows: kubectl, Rancher, kapp and their like
+// keep copies of the whole object in annotations, as JSON, YAML or packed.
+var plainAnnotations = map[string]bool{
+	corev1.ServiceAccountNameKey:       true,
+	corev1.ServiceAccountUIDKey:        true,
+	"meta.helm.sh/release-name":        true,
+	"meta.helm.sh/release-namespace":   true,
+	"cert-manager.io/certificate-name": true,
+	"cert-manager.io/issuer-name":      true,
+}
+
+// Redact removes from a Secret's JSON what is or may be secret: the values of
+// data and stringData, and of all annotations but those of plainAnnotations. The
+// keys stay.
 func Redact(object []byte) ([]byte, error) {
 	d, err := openJSON(object)
 	if err != nil {
@@ -152,7 +164,7 @@ func Redact(object []byte) ([]byte, error) {
 					hide = append(hide, m.value)
 				}
 				for _, a := range m.value.members {
-					if holdsObject(a.key, d.text(&a.value)) {
+					if !plainAnnotations[a.key] || d.data[a.value.start] != '"' {
 						hide = append(hide, a.value)
 					}
 				}
@@ -179,120 +191,91 @@ func values(n jsonNode) []jsonNode {
 	return all
 }
 
-// holdsObject tells the annotations in which kubectl, Rancher, kapp and their
-// like keep what was applied: by their usual names, or since the value is JSON.
-func holdsObject(key string, text []byte) bool {
-	for _, suffix := range []string{"last-applied-configuration", "last-applied", "/applied", "/original"} {
-		if strings.HasSuffix(key, suffix) {
-			return true
-		}
-	}
-	var value string
-	if json.Unmarshal(text, &value) != nil {
-		return true
-	}
-	value = strings.TrimSpace(value)
-	return strings.HasPrefix(value, "{") || strings.HasPrefix(value, "[")
+// state is how a kind shows its state: what of a protobuf value makes it, a
+// field of the object and fields of that (k8s.io/api, generated.proto of each
+// group), and the text of that. Decoding whole objects would make most of the
+// cost of a list.
+type state struct {
+	keep part
+	text func(runtime.Object) string
 }
 
-// stateful has the kinds that have a state, and what of a protobuf value makes
-// it: a field of the object and fields of that (k8s.io/api, generated.proto of
-// each group). Decoding whole objects would make most of the cost of a list.
-var stateful = map[string]part{
-	"Deployment":              {2: {1: nil, 7: nil}, 3: {7: nil}},
-	"StatefulSet":             {2: {1: nil}, 3: {3: nil}},
-	"ReplicaSet":              {2: {1: nil}, 3: {4: nil}},
-	"ReplicationController":   {2: {1: nil}, 3: {4: nil}},
-	"DaemonSet":               {3: {3: nil, 4: nil}},
-	"Job":                     {2: {2: nil, 10: nil}, 3: {5: nil}},
-	"CronJob":                 {2: {1: nil, 4: nil}},
-	"HorizontalPodAutoscaler": {2: {2: nil, 3: nil}, 3: {4: nil}},
-	"Pod":                     {3: {1: nil}},
-	"Namespace":               {3: {1: nil}},
-	"PersistentVolumeClaim":   {3: {1: nil}},
-	"PersistentVolume":        {3: {1: nil}},
-	"Node":                    {2: {4: nil}, 3: {4: nil}},
+// stateOf makes the state of a kind of one Go type; objects that are stored as
+// an older version have none.
+func stateOf[T runtime.Object](keep part, text func(T) string) *state {
+	return &state{keep, func(o runtime.Object) string {
+		if t, ok := o.(T); ok {
+			return text(t)
+		}
+		return ""
+	}}
 }
+
+// The states that the kind table names.
+var (
+	deploymentState = stateOf(part{2: {1: nil, 7: nil}, 3: {7: nil}}, func(d *appsv1.Deployment) string {
+		return replicas(d.Status.ReadyReplicas, d.Spec.Replicas, d.Spec.Paused, "paused")
+	})
+	statefulSetState = stateOf(part{2: {1: nil}, 3: {3: nil}}, func(s *appsv1.StatefulSet) string {
+		return replicas(s.Status.ReadyReplicas, s.Spec.Replicas, false, "")
+	})
+	replicaSetState = stateOf(part{2: {1: nil}, 3: {4: nil}}, func(r *appsv1.ReplicaSet) string {
+		return replicas(r.Status.ReadyReplicas, r.Spec.Replicas, false, "")
+	})
+	replicationControllerState = stateOf(part{2: {1: nil}, 3: {4: nil}}, func(r *corev1.ReplicationController) string {
+		return replicas(r.Status.ReadyReplicas, r.Spec.Replicas, false, "")
+	})
+	daemonSetState = stateOf(part{3: {3: nil, 4: nil}}, func(d *appsv1.DaemonSet) string {
+		return replicas(d.Status.NumberReady, &d.Status.DesiredNumberScheduled, false, "")
+	})
+	jobState = stateOf(part{2: {2: nil, 10: nil}, 3: {5: nil}}, func(j *batchv1.Job) string {
+		return replicas(j.Status.Succeeded, j.Spec.Completions, j.Spec.Suspend != nil && *j.Spec.Suspend, "suspended")
+	})
+	cronJobState = stateOf(part{2: {1: nil, 4: nil}}, func(c *batchv1.CronJob) string {
+		if c.Spec.Suspend != nil && *c.Spec.Suspend {
+			return "suspended"
+		}
+		return c.Spec.Schedule
+	})
+	autoscalerState = stateOf(part{2: {2: nil, 3: nil}, 3: {4: nil}}, func(h *autoscalingv2.HorizontalPodAutoscaler) string {
+		least := int32(1)
+		if h.Spec.MinReplicas != nil {
+			least = *h.Spec.MinReplicas
+		}
+		return fmt.Sprintf("%d in %d-%d", h.Status.DesiredReplicas, least, h.Spec.MaxReplicas)
+	})
+	phase                      = part{3: {1: nil}}
+	podState                   = stateOf(phase, func(p *corev1.Pod) string { return string(p.Status.Phase) })
+	namespaceState             = stateOf(phase, func(n *corev1.Namespace) string { return string(n.Status.Phase) })
+	persistentVolumeClaimState = stateOf(phase, func(c *corev1.PersistentVolumeClaim) string { return string(c.Status.Phase) })
+	persistentVolumeState      = stateOf(phase, func(v *corev1.PersistentVolume) string { return string(v.Status.Phase) })
+	nodeState                  = stateOf(part{2: {4: nil}, 3: {4: nil}}, readiness)
+)
+
+// states has the states of the kind table.
+var states = sync.OnceValue(func() map[schema.GroupKind]*state {
+	all := map[schema.GroupKind]*state{}
+	for _, k := range nativeKinds {
+		if k.state != nil {
+			all[schema.GroupKind{Group: k.Group, Kind: k.Kind}] = k.state
+		}
+	}
+	return all
+})
 
 // State returns the object's state in a few characters for a column of a table:
 // ready of desired replicas, suspended, a phase; "" where the kind has none or
 // the object cannot be decoded.
 func (o *Object) State() string {
-	keep, has := stateful[o.Kind]
-	if !has {
+	s := states()[o.GroupVersionKind().GroupKind()]
+	if s == nil {
 		return ""
 	}
-	if o.Format == Protobuf && o.APIVersion == "v1" {
-		switch o.Kind {
-		case "Pod", "Namespace", "PersistentVolumeClaim", "PersistentVolume":
-			return o.phase()
-		}
-	}
-	obj, err := o.typedOf(keep)
+	obj, err := o.typedOf(s.keep)
 	if err != nil {
 		return ""
 	}
-	return stateOf(obj)
-}
-
-// phase returns status.phase, field 3.1 of the core kinds that have one, without
-// making their Go types: there may be 100,000 pods.
-func (o *Object) phase() string {
-	var phase []byte
-	err := each(o.raw, 0, len(o.raw), func(status wireField) error {
-		if status.num != 3 || status.typ != bytesType {
-			return nil
-		}
-		return each(o.raw, status.value, status.end, func(f wireField) error {
-			if f.num == 1 && f.typ == bytesType {
-				phase = o.raw[f.value:f.end]
-			}
-			return nil
-		})
-	})
-	if err != nil {
-		return ""
-	}
-	return string(phase)
-}
-
-func stateOf(obj runtime.Object) string {
-	switch t := obj.(type) {
-	case *appsv1.Deployment:
-		return replicas(t.Status.ReadyReplicas, t.Spec.Replicas, t.Spec.Paused, "paused")
-	case *appsv1.StatefulSet:
-		return replicas(t.Status.ReadyReplicas, t.Spec.Replicas, false, "")
-	case *appsv1.ReplicaSet:
-		return replicas(t.Status.ReadyReplicas, t.Spec.Replicas, false, "")
-	case *corev1.ReplicationController:
-		return replicas(t.Status.ReadyReplicas, t.Spec.Replicas, false, "")
-	case *appsv1.DaemonSet:
-		return replicas(t.Status.NumberReady, &t.Status.DesiredNumberScheduled, false, "")
-	case *batchv1.Job:
-		return replicas(t.Status.Succeeded, t.Spec.Completions, t.Spec.Suspend != nil && *t.Spec.Suspend, "suspended")
-	case *batchv1.CronJob:
-		if t.Spec.Suspend != nil && *t.Spec.Suspend {
-			return "suspended"
-		}
-		return t.Spec.Schedule
-	case *autoscalingv2.HorizontalPodAutoscaler:
-		least := int32(1)
-		if t.Spec.MinReplicas != nil {
-			least = *t.Spec.MinReplicas
-		}
-		return fmt.Sprintf("%d in %d-%d", t.Status.DesiredReplicas, least, t.Spec.MaxReplicas)
-	case *corev1.Pod:
-		return string(t.Status.Phase)
-	case *corev1.Namespace:
-		return string(t.Status.Phase)
-	case *corev1.PersistentVolumeClaim:
-		return string(t.Status.Phase)
-	case *corev1.PersistentVolume:
-		return string(t.Status.Phase)
-	case *corev1.Node:
-		return nodeState(t)
-	}
-	return ""
+	return s.text(obj)
 }
 
 // replicas writes ready/desired, as kubectl does, and a word if it applies.
@@ -309,21 +292,21 @@ func replicas(ready int32, desired *int32, flagged bool, flag string) string {
 	return s
 }
 
-func nodeState(n *corev1.Node) string {
-	state := "Unknown"
+func readiness(n *corev1.Node) string {
+	ready := "Unknown"
 	for _, c := range n.Status.Conditions {
 		if c.Type != corev1.NodeReady {
 			continue
 		}
 		switch c.Status {
 		case corev1.ConditionTrue:
-			state = "Ready"
+			ready = "Ready"
 		case corev1.ConditionFalse:
-			state = "NotReady"
+			ready = "NotReady"
 		}
 	}
 	if n.Spec.Unschedulable {
-		state += " unschedulable"
+		ready += " unschedulable"
 	}
-	return state
+	return ready
 }

@@ -551,7 +551,7 @@ func (e *editor) finish() ([]byte, []Change, error) {
 		return e.before.plain, nil, nil
 	}
 	inSpec := slices.ContainsFunc(e.fields, func(f Field) bool { return f.JSON[0] == "spec" })
-	if e.kind.Generation && inSpec {
+	if inSpec && e.kind.counts(e.before) {
 		current := e.before.Meta.Generation
 		if current < 0 || current == math.MaxInt64 {
 			return nil, nil, undecodable("metadata.generation is %d", current)

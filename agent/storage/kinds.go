@@ -17,14 +17,14 @@ var nativeKinds = []Kind{
 	{Version: "v1", Kind: "Endpoints", Plural: "endpoints", ShortNames: []string{"ep"}, Namespaced: true, Dir: "services/endpoints"},
 	{Version: "v1", Kind: "Event", Plural: "events", ShortNames: []string{"ev"}, Namespaced: true},
 	{Version: "v1", Kind: "LimitRange", Plural: "limitranges", ShortNames: []string{"limits"}, Namespaced: true},
-	{Version: "v1", Kind: "Namespace", Plural: "namespaces", ShortNames: []string{"ns"}},
-	{Version: "v1", Kind: "Node", Plural: "nodes", ShortNames: []string{"no"}, Dir: "minions",
+	{Version: "v1", Kind: "Namespace", Plural: "namespaces", ShortNames: []string{"ns"}, state: namespaceState},
+	{Version: "v1", Kind: "Node", Plural: "nodes", ShortNames: []string{"no"}, Dir: "minions", state: nodeState,
 		Fields: map[FieldName]Field{Unschedulable: specField(Bool, "unschedulable", 4)}},
-	{Version: "v1", Kind: "PersistentVolume", Plural: "persistentvolumes", ShortNames: []string{"pv"}},
-	{Version: "v1", Kind: "PersistentVolumeClaim", Plural: "persistentvolumeclaims", ShortNames: []string{"pvc"}, Namespaced: true},
-	{Version: "v1", Kind: "Pod", Plural: "pods", ShortNames: []string{"po"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: Kubelet},
+	{Version: "v1", Kind: "PersistentVolume", Plural: "persistentvolumes", ShortNames: []string{"pv"}, state: persistentVolumeState},
+	{Version: "v1", Kind: "PersistentVolumeClaim", Plural: "persistentvolumeclaims", ShortNames: []string{"pvc"}, Namespaced: true, state: persistentVolumeClaimState},
+	{Version: "v1", Kind: "Pod", Plural: "pods", ShortNames: []string{"po"}, Namespaced: true, Generation: true, youngGeneration: true, PodTemplate: true, Carrier: Kubelet, state: podState},
 	{Version: "v1", Kind: "PodTemplate", Plural: "podtemplates", Namespaced: true, Generation: true, PodTemplate: true},
-	{Version: "v1", Kind: "ReplicationController", Plural: "replicationcontrollers", ShortNames: []string{"rc"}, Namespaced: true, Dir: "controllers", Generation: true, PodTemplate: true, Carrier: ControllerManager,
+	{Version: "v1", Kind: "ReplicationController", Plural: "replicationcontrollers", ShortNames: []string{"rc"}, Namespaced: true, Dir: "controllers", Generation: true, PodTemplate: true, Carrier: ControllerManager, state: replicationControllerState,
 		Fields: map[FieldName]Field{Replicas: specField(Int, "replicas", 1)}},
 	{Version: "v1", Kind: "ResourceQuota", Plural: "resourcequotas", ShortNames: []string{"quota"}, Namespaced: true},
 	{Version: "v1", Kind: "Secret", Plural: "secrets", Namespaced: true},
@@ -45,31 +45,31 @@ var nativeKinds = []Kind{
 	{Group: "apiregistration.k8s.io", Version: "v1", Kind: "APIService", Plural: "apiservices", Dir: "apiregistration.k8s.io/apiservices", Authority: true},
 
 	{Group: "apps", Version: "v1", Kind: "ControllerRevision", Plural: "controllerrevisions", Namespaced: true, PodTemplate: true},
-	{Group: "apps", Version: "v1", Kind: "DaemonSet", Plural: "daemonsets", ShortNames: []string{"ds"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager,
+	{Group: "apps", Version: "v1", Kind: "DaemonSet", Plural: "daemonsets", ShortNames: []string{"ds"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager, state: daemonSetState,
 		Fields: map[FieldName]Field{NodeSelector: {
 			Type: Map,
 			JSON: []string{"spec", "template", "spec", "nodeSelector"},
 			Wire: []protowire.Number{2, 2, 2, 7},
 		}},
 		versions: alsoAs("apps/v1beta2", "extensions/v1beta1")},
-	{Group: "apps", Version: "v1", Kind: "Deployment", Plural: "deployments", ShortNames: []string{"deploy"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager,
+	{Group: "apps", Version: "v1", Kind: "Deployment", Plural: "deployments", ShortNames: []string{"deploy"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager, state: deploymentState,
 		Fields:   map[FieldName]Field{Replicas: specField(Int, "replicas", 1), Paused: specField(Bool, "paused", 7)},
 		versions: alsoAs("apps/v1beta1", "apps/v1beta2", "extensions/v1beta1")},
-	{Group: "apps", Version: "v1", Kind: "ReplicaSet", Plural: "replicasets", ShortNames: []string{"rs"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager,
+	{Group: "apps", Version: "v1", Kind: "ReplicaSet", Plural: "replicasets", ShortNames: []string{"rs"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager, state: replicaSetState,
 		Fields:   map[FieldName]Field{Replicas: specField(Int, "replicas", 1)},
 		versions: alsoAs("apps/v1beta2", "extensions/v1beta1")},
-	{Group: "apps", Version: "v1", Kind: "StatefulSet", Plural: "statefulsets", ShortNames: []string{"sts"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager,
+	{Group: "apps", Version: "v1", Kind: "StatefulSet", Plural: "statefulsets", ShortNames: []string{"sts"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager, state: statefulSetState,
 		Fields:   map[FieldName]Field{Replicas: specField(Int, "replicas", 1)},
 		versions: alsoAs("apps/v1beta1", "apps/v1beta2")},
 
-	{Group: "autoscaling", Version: "v2", Kind: "HorizontalPodAutoscaler", Plural: "horizontalpodautoscalers", ShortNames: []string{"hpa"}, Namespaced: true, Generation: true,
+	{Group: "autoscaling", Version: "v2", Kind: "HorizontalPodAutoscaler", Plural: "horizontalpodautoscalers", ShortNames: []string{"hpa"}, Namespaced: true, Generation: true, youngGeneration: true, state: autoscalerState,
 		Fields:   map[FieldName]Field{MinReplicas: specField(Int, "minReplicas", 2), MaxReplicas: specField(Int, "maxReplicas", 3)},
 		versions: alsoAs("autoscaling/v1")},
 
-	{Group: "batch", Version: "v1", Kind: "CronJob", Plural: "cronjobs", ShortNames: []string{"cj"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager,
+	{Group: "batch", Version: "v1", Kind: "CronJob", Plural: "cronjobs", ShortNames: []string{"cj"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager, state: cronJobState,
 		Fields:   map[FieldName]Field{Suspend: specField(Bool, "suspend", 4)},
 		versions: alsoAs("batch/v1beta1")},
-	{Group: "batch", Version: "v1", Kind: "Job", Plural: "jobs", Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager,
+	{Group: "batch", Version: "v1", Kind: "Job", Plural: "jobs", Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager, state: jobState,
 		Fields: map[FieldName]Field{Parallelism: specField(Int, "parallelism", 1), Suspend: specField(Bool, "suspend", 10)}},
 
 	{Group: "certificates.k8s.io", Version: "v1", Kind: "CertificateSigningRequest", Plural: "certificatesigningrequests", ShortNames: []string{"csr"}, Authority: true},
@@ -150,6 +150,12 @@ var subjectsField = Field{Type: List, JSON: []string{"subjects"}, Wire: []protow
 // that has edit rows there.
 func specField(t FieldType, name string, number protowire.Number) Field {
 	return Field{Type: t, JSON: []string{"spec", name}, Wire: []protowire.Number{2, number}}
+}
+
+// counts reports whether the API server that stored the object counts its
+// generation.
+func (k *Kind) counts(o *Object) bool {
+	return k.Generation && (o.Meta.Generation != 0 || !k.youngGeneration)
 }
 
 // alsoAs lists the older apiVersions whose field numbers are the row's own. An

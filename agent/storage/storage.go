@@ -83,6 +83,9 @@ type Kind struct {
 	// Generation says that the API server counts metadata.generation up when
 	// the spec changes.
 	Generation bool
+	// youngGeneration says that it does so only since one of the releases 1.28
+	// to 1.37: an object without a generation is left without.
+	youngGeneration bool
 	// Authority says that objects of the kind give rights, vouch for identities
 	// or decide what the API server admits or where it sends requests. To put
 	// one back adds authority.
@@ -98,6 +101,8 @@ type Kind struct {
 	// it is stored as now. An edit asks Kind.Field, which goes by the version
 	// that the object at hand has.
 	Fields map[FieldName]Field
+
+	state *state // nil for kinds whose lists show none
 
 	// versions holds the edit rows by apiVersion: of a custom kind its own for
 	// each version, of a native kind nil for each further one that Fields fits.
