@@ -12,6 +12,7 @@ import (
 	"os"
 	"runtime/debug"
 	"sync"
+	"time"
 
 	"github.com/go-logr/logr"
 	"github.com/rs/zerolog"
@@ -34,7 +35,7 @@ const gcPercent = 50
 
 // Run serves until the context ends. It starts without etcd: reads and writes
 // then say what is missing, and work as soon as it is back. The same goes for the
-// encryption configuration.
+// encryption configuration, and for a state folder on a file system that fails.
 func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger) error {
 	// Kubernetes' encryption code logs through klog; what matters of it comes
 	// back as an error, and standard error belongs to the daemon's own log.
@@ -66,11 +67,6 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 
 	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
 		Encryption: encryption, Journal: records, Policy: rules, Log: log})
-	for _, e := range records.Entries() {
-		if e.Result == journal.Damaged {
-			log.Error().Str("action", e.ID).Msg(neutral.Line(e.Summary) + "; keep the file for whoever investigates")
-		}
-	}
 	// Ending, in this order: the doors close when every call has returned, then
 	// the settling of old actions, then what both stand on.
 	ctx, stop := context.WithCancel(ctx)
@@ -78,8 +74,40 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	var background sync.WaitGroup
 	defer background.Wait()
 	background.Go(func() { engine.Recover(ctx) })
+	if err := records.Ready(); err != nil {
+		log.Error().Msg("nothing can be changed: " + neutral.Line(fault.Of(err).Error()))
+		background.Go(func() {
+			if mended(ctx, records) {
+				log.Info().Msg("actions can be recorded again")
+				tellDamaged(records, log)
+			}
+		})
+	} else {
+		tellDamaged(records, log)
+	}
 	defer stop()
 	log.Info().Str("version", version.String()).Str("distribution", distribution).Str("socket", c.Socket).
 		Strs("etcd", c.Etcd.Endpoints).Int("unfinished", len(records.Unfinished())).Msg("agent starts")
 	return console.Serve(ctx, c.Socket, engine, log)
+}
+
+// mended waits until the state folder can be opened, or the context ends.
+func mended(ctx context.Context, records *journal.Journal) bool {
+	for records.Ready() != nil {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(5 * time.Second):
+		}
+	}
+	return true
+}
+
+// tellDamaged logs which records cannot be read.
+func tellDamaged(records *journal.Journal, log zerolog.Logger) {
+	for _, e := range records.Entries() {
+		if e.Result == journal.Damaged {
+			log.Error().Str("action", e.ID).Msg(neutral.Line(e.Summary) + "; keep the file for whoever investigates")
+		}
+	}
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -297,6 +298,92 @@ func TestRunWithoutEncryptionConfig(t *testing.T) {
 	if st, err := client.Status(t.Context(), &halliganv1.StatusRequest{}); err != nil || st.ReadOnly != "" || st.Encryption["secrets"] != "identity" {
 		t.Errorf("%v, %v", st, err)
 	}
+}
+
+// TestRunOnReadOnlyDisk: an agent whose state folder cannot be made starts and
+// reads; it changes nothing, and does as soon as the disk is mended.
+func TestRunOnReadOnlyDisk(t *testing.T) {
+	cluster := etcdcluster.ForTest(t, 1)
+	raw, err := cluster.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	value, err := storage.EncodeTyped(&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web", UID: "u1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const key = "/registry/deployments/shop/web"
+	if _, err := raw.Put(t.Context(), key, string(value)); err != nil {
+		t.Fatal(err)
+	}
+	disk := t.TempDir()
+	if err := unix.Mount("halligan-test", disk, "tmpfs", unix.MS_RDONLY, "size=16m,mode=0700"); err != nil {
+		t.Fatalf("mounting a tmpfs (the tests run as root): %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(disk, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	c := configOf(t, cluster)
+	c.StateDir = disk + "/state"
+	client, log, stop := running(t, c)
+	target, err := structpb.NewStruct(map[string]any{"target": "deploy/web", "namespace": "shop"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	within(t, "etcd is there", func() bool {
+		get, err := client.Get(t.Context(), &halliganv1.GetRequest{Parameters: target})
+		if err == nil {
+			_, err = get.Recv()
+		}
+		return err == nil
+	})
+	if st, err := client.Status(t.Context(), &halliganv1.StatusRequest{}); err != nil || !strings.Contains(st.ReadOnly, "read-only") {
+		t.Errorf("status: %v, %v", st, err)
+	}
+	history, err := client.History(t.Context(), &halliganv1.HistoryRequest{})
+	if err == nil {
+		_, err = history.Recv()
+	}
+	if !fault.Is(api.FromStatus(err), fault.AuditUnavailable) {
+		t.Errorf("history: %v", err)
+	}
+	apply := func() *halliganv1.Result {
+		t.Helper()
+		p, err := client.Plan(t.Context(), &halliganv1.PlanRequest{Action: "delete", Parameters: target, Reason: "test"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		stream, err := client.Apply(t.Context(), &halliganv1.ApplyRequest{PlanId: p.Id, PlanSha256: p.Sha256})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for {
+			event, err := stream.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if r := event.GetResult(); r != nil {
+				return r
+			}
+		}
+	}
+	r := apply()
+	if got, err := raw.Get(t.Context(), key); r.GetError().GetCode() != string(fault.AuditUnavailable) || err != nil || got.Count != 1 {
+		t.Errorf("%v; %v, %v", r, got, err)
+	}
+	if err := unix.Mount("", disk, "", unix.MS_REMOUNT, ""); err != nil {
+		t.Fatal(err)
+	}
+	if r := apply(); r.Result != "applied" {
+		t.Errorf("the disk is mended, and yet: %v", r)
+	}
+	within(t, "the log tells of both", func() bool {
+		return strings.Contains(log.String(), "nothing can be changed: ") && strings.Contains(log.String(), "actions can be recorded again")
+	})
+	stop()
 }
 
 // TestRunRefuses: what cannot be served says so at the start, and leaves nothing

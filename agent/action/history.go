@@ -39,6 +39,9 @@ func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv
 	if req.Limit < 0 || req.Limit > maxHistory {
 		return fault.New(fault.Usage, "give a number up to 1000", "a limit of %d cannot be meant", req.Limit)
 	}
+	if err := e.journal.Ready(); err != nil {
+		return err // that nothing was done would be a lie
+	}
 	if req.ActionId != "" {
 		entry, err := e.journal.Find(req.ActionId)
 		if err != nil {

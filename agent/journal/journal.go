@@ -72,9 +72,12 @@ type Options struct {
 type Journal struct {
 	dir  string
 	opts Options
-	lock *os.File
 
 	mu sync.Mutex // guards all below
+	// lock holds the folder; while it is nil problem says why the folder could
+	// not be opened.
+	lock    *os.File
+	problem error
 	// entries is the index, oldest first: by time, then by identifier.
 	entries []*Entry
 	// undone names for each action that was taken back the one that did it.
@@ -155,7 +158,9 @@ func (o *outcome) fits(plan *halliganv1.Plan) bool {
 }
 
 // Open makes or opens the journal in dir/actions. One process at a time may
-// hold it. Folders and records that others may look into are an error.
+// hold it. Folders and records that others may look into are an error. A file
+// system that is full, read-only or failing is none, since reading the cluster
+// needs no records: see Ready.
 func Open(dir string, o Options) (*Journal, error) {
 	if o.MaxBytes == 0 {
 		o.MaxBytes = 2 << 30
@@ -163,33 +168,60 @@ func Open(dir string, o Options) (*Journal, error) {
 	if o.Keep == 0 {
 		o.Keep = 48 * time.Hour
 	}
-	actions := filepath.Join(dir, "actions")
-	if err := durable.Dir(dir); err != nil {
-		return nil, unavailable("opening the state folder", err)
+	j := &Journal{dir: filepath.Join(dir, "actions"), opts: o, undone: map[string]string{}, open: map[string]*Action{}}
+	if j.problem = j.attach(); j.problem != nil && !slices.ContainsFunc(ailing, func(e error) bool { return errors.Is(j.problem, e) }) {
+		return nil, j.problem
 	}
-	if err := durable.Dir(actions); err != nil {
-		return nil, unavailable("opening the state folder", err)
+	return j, nil
+}
+
+// ailing are the errors of a file system, not of what somebody put there.
+var ailing = []error{unix.EROFS, unix.ENOSPC, unix.EDQUOT, unix.EIO, unix.EUCLEAN, unix.ESTALE, unix.ENODEV, unix.ENXIO, unix.ETIMEDOUT}
+
+// Ready opens the folder if that failed before, and returns why it cannot be
+// opened now. Until it can there are no entries, and nothing can be begun.
+func (j *Journal) Ready() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.problem != nil {
+		j.problem = j.attach()
+	}
+	return j.problem
+}
+
+// attach opens the folder and reads the index; j.mu is held.
+func (j *Journal) attach() error {
+	dir := filepath.Dir(j.dir)
+	for _, d := range []string{dir, j.dir} {
+		if err := durable.Dir(d); err != nil {
+			return unavailable("opening the state folder", err)
+		}
 	}
 	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDONLY|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, unavailable("locking the state folder", err)
+		return unavailable("locking the state folder", err)
 	}
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		lock.Close()
-		return nil, fault.New(fault.Failed, "stop the other agent first", "state folder %s is held by another process: %w", dir, err)
+		return fault.New(fault.Failed, "stop the other agent first", "state folder %s is held by another process: %w", dir, err)
 	}
-	j := &Journal{dir: actions, opts: o, lock: lock, undone: map[string]string{}, open: map[string]*Action{}}
 	if err := j.load(); err != nil {
 		lock.Close()
-		return nil, err
+		j.entries = nil
+		clear(j.undone)
+		return err
 	}
-	return j, nil
+	j.lock = lock
+	return nil
 }
 
 // Close releases the folder. Actions under way stay unfinished.
 func (j *Journal) Close() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if j.lock == nil {
+		return nil
+	}
 	for _, a := range j.open {
 		a.file.Close()
 	}
@@ -218,10 +250,8 @@ func (j *Journal) load() error {
 		}
 		if e == nil {
 			// Cut off before its intent was whole: nothing was acknowledged,
-			// so nothing happened.
-			if err := os.Remove(j.path(id)); err != nil {
-				return unavailable("removing an empty record", err)
-			}
+			// so nothing happened. It may stay where nothing can be removed.
+			_ = os.Remove(j.path(id))
 			continue
 		}
 		j.entries = append(j.entries, e)
@@ -318,6 +348,9 @@ var validID = regexp.MustCompile(`^[a-z0-9]+(-[a-z0-9]+)*$`)
 // Check reports whether an action that needs that many bytes could be recorded
 // now, without recording anything.
 func (j *Journal) Check(bytes int64) error {
+	if err := j.Ready(); err != nil {
+		return err
+	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(j.dir, &st); err != nil {
 		return unavailable("looking at the state folder", err)
@@ -379,6 +412,9 @@ func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err
 	}
 	// Base64 makes four bytes of three; every object has an image and a note.
 	reserve := int64(len(intent)) + valueBytes*4/3 + int64(len(plan.Objects))*2*lineOverhead + 4096
+	if err := j.Ready(); err != nil {
+		return nil, err
+	}
 	if err := j.makeRoom(reserve); err != nil {
 		return nil, err
 	}
@@ -602,6 +638,9 @@ func (j *Journal) Entries() []Entry {
 // Find returns the entry whose identifier begins with the text. It is
 // fault.NotFound when there is none and fault.Usage when there are several.
 func (j *Journal) Find(prefix string) (Entry, error) {
+	if err := j.Ready(); err != nil {
+		return Entry{}, err
+	}
 	var found []Entry
 	for _, e := range j.Entries() {
 		if e.ID == prefix {

@@ -836,6 +836,93 @@ func TestSyncFails(t *testing.T) {
 	}
 }
 
+// TestAiling: a file system that takes nothing does not keep the agent from
+// starting; it is asked again, and then all is there.
+func TestAiling(t *testing.T) {
+	refuses := func(t *testing.T, j *Journal, why error) {
+		t.Helper()
+		_, begun := j.Begin(planOf("b", 1, 0), 0)
+		_, found := j.Find("a")
+		for name, err := range map[string]error{"ready": j.Ready(), "check": j.Check(0), "begin": begun, "find": found} {
+			if !fault.Is(err, fault.AuditUnavailable) || !errors.Is(err, why) || fault.Of(err).Next == "" {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		if len(j.Entries()) != 0 || len(j.Unfinished()) != 0 || j.UndoneBy("a") != "" {
+			t.Error("it has entries")
+		}
+	}
+	works := func(t *testing.T, j *Journal, want ...string) {
+		t.Helper()
+		if err := j.Ready(); err != nil {
+			t.Fatal(err)
+		}
+		settled(t, j, "z", 0, 1)
+		if got := ids(j.Entries()); !slices.Equal(got, append([]string{"z"}, want...)) {
+			t.Errorf("entries: %v", got)
+		}
+	}
+	remount := func(t *testing.T, dir string, flags uintptr) {
+		t.Helper()
+		check(t, unix.Mount("", dir, "", unix.MS_REMOUNT|flags, ""))
+	}
+	t.Run("read-only, nothing there", func(t *testing.T) {
+		dir := disk(t, "16m")
+		remount(t, dir, unix.MS_RDONLY)
+		j := open(t, filepath.Join(dir, "state"), Options{})
+		refuses(t, j, unix.EROFS)
+		remount(t, dir, 0)
+		works(t, j)
+		if _, err := Open(filepath.Join(dir, "state"), Options{}); err == nil || !strings.Contains(err.Error(), "stop the other agent") {
+			t.Errorf("two holders: %v", err)
+		}
+		check(t, j.Close())
+	})
+	t.Run("read-only, records there", func(t *testing.T) {
+		dir := disk(t, "16m")
+		j := open(t, dir, Options{})
+		settled(t, j, "a", time.Hour, 1)
+		check(t, os.WriteFile(j.path("empty"), []byte("{"), 0o600)) // cut off before anything was acknowledged
+		check(t, j.Close())
+		remount(t, dir, unix.MS_RDONLY)
+		j = open(t, dir, Options{})
+		if _, err := j.Read("a"); err != nil || !slices.Equal(ids(j.Entries()), []string{"a"}) {
+			t.Errorf("%v, %v", ids(j.Entries()), err)
+		}
+		if err := j.Check(0); !fault.Is(err, fault.AuditUnavailable) || j.Ready() != nil {
+			t.Errorf("check: %v, ready: %v", err, j.Ready())
+		}
+		remount(t, dir, 0)
+		works(t, j, "a")
+		check(t, j.Close())
+	})
+	t.Run("full", func(t *testing.T) {
+		dir := t.TempDir()
+		check(t, unix.Mount("halligan-test", dir, "tmpfs", 0, "nr_inodes=3,mode=0700")) // the root and two folders
+		t.Cleanup(func() { check(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+		j := open(t, filepath.Join(dir, "state"), Options{})
+		refuses(t, j, unix.ENOSPC)
+		check(t, unix.Mount("", dir, "", unix.MS_REMOUNT, "nr_inodes=100"))
+		works(t, j)
+		check(t, j.Close())
+	})
+	t.Run("lax when it is mended", func(t *testing.T) {
+		dir := disk(t, "16m")
+		remount(t, dir, unix.MS_RDONLY)
+		state := filepath.Join(dir, "state")
+		j := open(t, state, Options{})
+		remount(t, dir, 0)
+		check(t, os.Mkdir(state, 0o755))
+		check(t, os.Chmod(state, 0o755))
+		if _, err := j.Begin(planOf("b", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) || !strings.Contains(err.Error(), "chmod") {
+			t.Errorf("began: %v", err)
+		}
+		check(t, os.Chmod(state, 0o700))
+		works(t, j)
+		check(t, j.Close())
+	})
+}
+
 func TestFolder(t *testing.T) {
 	t.Run("one holder", func(t *testing.T) {
 		dir := t.TempDir() + "/state"
