@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -338,8 +339,9 @@ func podDeleted(s scene) {
 	s.Logf("its ReplicaSet had made another after %s", took)
 }
 
-// status asks for the ConfigMaps of the scene with a token.
-func (s scene) status(token string) int {
+// ask asks for the ConfigMaps of the scene with a token. The caller closes the
+// body.
+func (s scene) ask(token, query string) *http.Response {
 	s.Helper()
 	config, err := clientcmd.BuildConfigFromFlags("", s.k.AdminKubeconfig())
 	if err != nil {
@@ -351,10 +353,16 @@ func (s scene) status(token string) int {
 	if err != nil {
 		s.Fatal(err)
 	}
-	r, err := client.Get(config.Host + "/api/v1/namespaces/" + s.ns + "/configmaps")
+	r, err := client.Get(config.Host + "/api/v1/namespaces/" + s.ns + "/configmaps" + query)
 	if err != nil {
 		s.Fatal(err)
 	}
+	return r
+}
+
+func (s scene) status(token string) int {
+	s.Helper()
+	r := s.ask(token, "")
 	r.Body.Close()
 	return r.StatusCode
 }
@@ -374,12 +382,23 @@ func rightsRevoked(s scene) {
 	s.undo(revoked)
 	s.Logf("403 after %s, 200 again %s after undo", forbidden, answers(http.StatusOK))
 
+	watch := s.ask(token, "?watch=1&timeoutSeconds=60")
+	defer watch.Body.Close()
 	revoked = s.idIn(s.insist("revoke", account, "--hard"))
 	forbidden = answers(http.StatusForbidden)
-	if out, err := s.try("get", "serviceaccount", "collector"); err == nil {
+	out, err := s.try("get", "serviceaccount", "collector")
+	if err == nil {
 		s.Errorf("it is there: %s", out)
 	}
 	unauthorized := answers(http.StatusUnauthorized)
+	// Who has a watch open keeps it: rights are asked for once.
+	s.kubectl("create", "configmap", "after")
+	events := bufio.NewReader(watch.Body)
+	for line := ""; !strings.Contains(line, `"name":"after"`); {
+		if line, err = events.ReadString('\n'); err != nil {
+			s.Fatalf("the open watch ended: %v", err)
+		}
+	}
 	s.undo(revoked)
 	s.Logf("--hard: 403 after %s, 401 after another %s, the old token good again %s after undo", forbidden, unauthorized, answers(http.StatusOK))
 }
