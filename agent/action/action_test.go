@@ -608,6 +608,49 @@ func TestVerifySeesTheReversal(t *testing.T) {
 	}
 }
 
+// TestStop ends a long action by hand: what was done is on record and can be
+// undone, the rest was not touched.
+func TestStop(t *testing.T) {
+	l := newLab(t, 1)
+	const many = 200
+	for i := range many {
+		l.put(&corev1.ConfigMap{ObjectMeta: labelled("a", fmt.Sprint("c", i), "x", "y")})
+	}
+	l.engine.pace = Pace{PerSecond: 100, Most: 2}
+	p, err := l.plan("delete", map[string]any{"target": "cm", "namespace": "a", "selector": "x=y"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.engine.Stop(responder, p.Id); !fault.Is(err, fault.NotFound) {
+		t.Errorf("stopping what does not run: %v", err)
+	}
+	var once sync.Once
+	r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, func(*halliganv1.Progress) {
+		once.Do(func() {
+			for _, who := range []trust.Identity{{Person: "console/7", Role: trust.Responder}, {Person: responder.Person, Role: trust.Observer}} {
+				if err := l.engine.Stop(who, p.Id); !fault.Is(err, fault.Refused) {
+					t.Errorf("%v stopped it: %v", who, err)
+				}
+			}
+			if err := l.engine.Stop(responder, p.Id); err != nil {
+				t.Error(err)
+			}
+		})
+	})
+	if r.Result != resultPartial || r.Error.GetCode() != string(fault.Cancelled) {
+		t.Fatalf("%s, %v", r.Result, r.Error)
+	}
+	for _, o := range r.Objects {
+		if gone := l.value(o.Key) == nil; gone != (o.Outcome == "applied") {
+			t.Errorf("%s: gone %v, outcome %s", o.Key, gone, o.Outcome)
+		}
+	}
+	l.do(resultApplied, "undo", map[string]any{"action": r.Action})
+	if n, err := l.raw.Get(l.ctx(), "/registry/configmaps/", clientv3.WithPrefix(), clientv3.WithCountOnly()); err != nil || n.Count != many {
+		t.Errorf("after undo %v, %v", n, err)
+	}
+}
+
 func TestCapsHoldAtOnce(t *testing.T) {
 	l := newLab(t, 1)
 	p, err := policy.Load(write(t, "version: 1\ncaps: {objectsPerHour: 5}\n"))

@@ -89,12 +89,22 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, id, sha string, 
 	if err != nil {
 		return refuse(err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, r.timeout)
-	defer cancel()
 	if len(p.steps) == 0 {
 		result.Result = resultApplied
 		return result
 	}
+	ctx, cancel := context.WithTimeout(ctx, r.timeout)
+	defer cancel()
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	e.mu.Lock()
+	e.running[id] = running{actor: who.Person, stop: stop}
+	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		delete(e.running, id)
+	}()
 
 	run := &application{engine: e, plan: p, result: result, outcomes: make([]outcome, len(p.steps)), progress: progress, began: time.Now()}
 	err = run.all(ctx)
@@ -359,7 +369,7 @@ func (a *application) stopped(ctx context.Context) error {
 	if a.stop != nil {
 		return a.stop
 	}
-	return ctx.Err()
+	return context.Cause(ctx)
 }
 
 // one carries out one step: read again, check, compute, record, write, read
@@ -725,7 +735,7 @@ func (a *application) finish() error {
 		a.result.Result = resultFailed
 	}
 	if first == nil && good != total {
-		first = fault.New(fault.Cancelled, "the rest can be planned again", "stopped after %d of %d objects", good, total)
+		first = fault.New(fault.Cancelled, "what was changed can be undone, the rest planned again", "stopped before all was done")
 	}
 	if first != nil && total > 1 {
 		f := fault.Of(first)

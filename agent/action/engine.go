@@ -82,6 +82,14 @@ type Engine struct {
 	// doing counts objects of actions under way, by person, so that two
 	// actions at once cannot pass the hourly cap together.
 	doing map[string]int
+	// running are the actions under way.
+	running map[string]running
+}
+
+// running is an action under way.
+type running struct {
+	actor string
+	stop  context.CancelCauseFunc
 }
 
 // prepared is a plan that waits to be applied.
@@ -115,7 +123,7 @@ func New(o Options) *Engine {
 	}
 	return &Engine{node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, elsewhere: o.Elsewhere, encryption: o.Encryption,
 		journal: o.Journal, policy: o.Policy, log: o.Log, planTTL: o.PlanTTL, settle: o.SettleAfter, pace: o.Pace, steps: o.Steps,
-		kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]int{}}
+		kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]int{}, running: map[string]running{}}
 }
 
 // Describe returns the actions.
@@ -317,6 +325,28 @@ func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared) 
 	e.plans = slices.Delete(e.plans, i, i+1)
 	e.doing[who.Person] += len(p.steps)
 	return p, nil
+}
+
+// errStopped is why an action ended that somebody stopped.
+var errStopped = fault.New(fault.Cancelled, "what was changed can be undone, the rest planned again", "stopped by hand")
+
+// Stop ends an action under way between two objects. Who began it may, and a
+// commander.
+func (e *Engine) Stop(who trust.Identity, id string) error {
+	if !who.May(trust.Responder) {
+		return fault.New(fault.Refused, "ask a responder", "stopping an action needs the role responder; %s came as %s", who.Person, who.Role)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	r, ok := e.running[id]
+	switch {
+	case !ok:
+		return fault.New(fault.NotFound, "see: halligan history", "no action %.64q is under way", id)
+	case r.actor != who.Person && !who.May(trust.Commander):
+		return fault.New(fault.Refused, "ask "+r.actor+" or a commander", "action %s is %s's", id, r.actor)
+	}
+	r.stop(errStopped)
+	return nil
 }
 
 // Status tells what works now. It never fails because something is broken.

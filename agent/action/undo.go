@@ -148,6 +148,10 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 		if !ref.Delete {
 			return changedSince("was deleted")
 		}
+		if ref.UID == "" {
+			return fault.New(fault.Refused, "its bytes are in the record of "+entry.ID+" on this node", "%s/%s could not be read: put back, it would break every LIST of its kind again",
+				kind.Resource(), name)
+		}
 		if authority {
 			quiet, err := p.engine.etcd.QuietSince(ctx, ref.Key, wrote.Revision)
 			if err != nil {
@@ -222,10 +226,6 @@ func (p *planner) namespaceGone(ctx context.Context, namespace string) (bool, er
 
 // restore plans to store a deleted object again.
 func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, name string, entry journal.Entry, ref journal.ImageRef) error {
-	if ref.UID == "" {
-		return fault.New(fault.Refused, "its bytes are in the record of "+entry.ID+" on this node", "%s/%s could not be read: put back, it would break every LIST of its kind again",
-			kind.Resource(), name)
-	}
 	s := &step{kind: kind, namespace: namespace, name: name, key: ref.Key, uid: ref.UID, op: opCreate, size: ref.Size,
 		image: &imageOf{action: entry.ID, ref: ref}}
 	if kind.Group == "" && kind.Kind == "Service" {

@@ -44,6 +44,8 @@ type Engine interface {
 	// called after Apply has returned.
 	Apply(ctx context.Context, who trust.Identity, planID, planSHA256 string, progress func(*halliganv1.Progress)) *halliganv1.Result
 	// Get calls send from one goroutine, and stops when send fails.
+	// Stop ends an action under way between two objects.
+	Stop(who trust.Identity, id string) error
 	Get(ctx context.Context, who trust.Identity, params *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error)
 	// History calls send from one goroutine, newest first, and stops when send
 	// fails.

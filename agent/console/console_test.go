@@ -37,6 +37,10 @@ type scripted struct {
 
 func (s *scripted) Describe() []*halliganv1.Action { return []*halliganv1.Action{{Name: "scale"}} }
 
+func (s *scripted) Stop(who trust.Identity, id string) error {
+	return fault.New(fault.NotFound, "see: halligan history", "%s asked for %s", who.Person, id)
+}
+
 func (s *scripted) Status(_ context.Context, who trust.Identity) (*halliganv1.StatusResponse, error) {
 	return &halliganv1.StatusResponse{Actor: who.Person, Role: who.Role.String()}, nil
 }

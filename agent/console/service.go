@@ -28,6 +28,7 @@ var methods = map[string]trust.Role{
 	halliganv1.Agent_Plan_FullMethodName:     trust.Observer,
 	halliganv1.Agent_Undo_FullMethodName:     trust.Observer,
 	halliganv1.Agent_Apply_FullMethodName:    trust.Responder,
+	halliganv1.Agent_Stop_FullMethodName:     trust.Responder,
 	halliganv1.Agent_Get_FullMethodName:      trust.Observer,
 	halliganv1.Agent_History_FullMethodName:  trust.Observer,
 	// So that grpcurl works without our .proto file.
@@ -173,6 +174,14 @@ func (s *service) apply(who trust.Identity, req *halliganv1.ApplyRequest, progre
 	}()
 	defer s.rescue(halliganv1.Agent_Apply_FullMethodName, &err)
 	return s.engine.Apply(s.stopping, who, req.GetPlanId(), req.GetPlanSha256(), progress)
+}
+
+func (s *service) Stop(ctx context.Context, req *halliganv1.StopRequest) (*halliganv1.StopResponse, error) {
+	who, err := caller(ctx)
+	if err != nil {
+		return nil, api.ToStatus(err)
+	}
+	return &halliganv1.StopResponse{}, api.ToStatus(s.engine.Stop(who, req.GetActionId()))
 }
 
 func (s *service) Get(req *halliganv1.GetRequest, stream grpc.ServerStreamingServer[halliganv1.GetEvent]) error {

@@ -1194,6 +1194,86 @@ func (x *ApplyRequest) GetPlanSha256() string {
 	return ""
 }
 
+type StopRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ActionId      string                 `protobuf:"bytes,1,opt,name=action_id,json=actionId,proto3" json:"action_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopRequest) Reset() {
+	*x = StopRequest{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopRequest) ProtoMessage() {}
+
+func (x *StopRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
+func (*StopRequest) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *StopRequest) GetActionId() string {
+	if x != nil {
+		return x.ActionId
+	}
+	return ""
+}
+
+type StopResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopResponse) Reset() {
+	*x = StopResponse{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopResponse) ProtoMessage() {}
+
+func (x *StopResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
+func (*StopResponse) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
 type ApplyEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Event:
@@ -1207,7 +1287,7 @@ type ApplyEvent struct {
 
 func (x *ApplyEvent) Reset() {
 	*x = ApplyEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	mi := &file_halligan_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1219,7 +1299,7 @@ func (x *ApplyEvent) String() string {
 func (*ApplyEvent) ProtoMessage() {}
 
 func (x *ApplyEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	mi := &file_halligan_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1232,7 +1312,7 @@ func (x *ApplyEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyEvent.ProtoReflect.Descriptor instead.
 func (*ApplyEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ApplyEvent) GetEvent() isApplyEvent_Event {
@@ -1289,7 +1369,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	mi := &file_halligan_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1381,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	mi := &file_halligan_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +1394,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Progress) GetDone() int64 {
@@ -1364,7 +1444,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	mi := &file_halligan_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1376,7 +1456,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	mi := &file_halligan_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1389,7 +1469,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Result) GetAction() string {
@@ -1447,7 +1527,8 @@ type ObjectResult struct {
 	Uid            string                 `protobuf:"bytes,2,opt,name=uid,proto3" json:"uid,omitempty"`
 	RevisionBefore int64                  `protobuf:"varint,3,opt,name=revision_before,json=revisionBefore,proto3" json:"revision_before,omitempty"`
 	RevisionAfter  int64                  `protobuf:"varint,4,opt,name=revision_after,json=revisionAfter,proto3" json:"revision_after,omitempty"`
-	// applied, stale, failed, unknown or skipped.
+	// applied, gone (somebody else had deleted it), stale, failed, unverified,
+	// unknown or skipped (not tried).
 	Outcome       string `protobuf:"bytes,5,opt,name=outcome,proto3" json:"outcome,omitempty"`
 	Error         string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1456,7 +1537,7 @@ type ObjectResult struct {
 
 func (x *ObjectResult) Reset() {
 	*x = ObjectResult{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	mi := &file_halligan_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1549,7 @@ func (x *ObjectResult) String() string {
 func (*ObjectResult) ProtoMessage() {}
 
 func (x *ObjectResult) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	mi := &file_halligan_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1562,7 @@ func (x *ObjectResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectResult.ProtoReflect.Descriptor instead.
 func (*ObjectResult) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ObjectResult) GetKey() string {
@@ -1539,7 +1620,7 @@ type Error struct {
 
 func (x *Error) Reset() {
 	*x = Error{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[17]
+	mi := &file_halligan_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1632,7 @@ func (x *Error) String() string {
 func (*Error) ProtoMessage() {}
 
 func (x *Error) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[17]
+	mi := &file_halligan_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1645,7 @@ func (x *Error) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Error.ProtoReflect.Descriptor instead.
 func (*Error) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Error) GetCode() string {
@@ -1597,7 +1678,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[18]
+	mi := &file_halligan_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1609,7 +1690,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[18]
+	mi := &file_halligan_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1622,7 +1703,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetRequest) GetParameters() *structpb.Struct {
@@ -1643,7 +1724,7 @@ type GetEvent struct {
 
 func (x *GetEvent) Reset() {
 	*x = GetEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[19]
+	mi := &file_halligan_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1655,7 +1736,7 @@ func (x *GetEvent) String() string {
 func (*GetEvent) ProtoMessage() {}
 
 func (x *GetEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[19]
+	mi := &file_halligan_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1668,7 +1749,7 @@ func (x *GetEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEvent.ProtoReflect.Descriptor instead.
 func (*GetEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GetEvent) GetObjects() []*Object {
@@ -1707,7 +1788,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[20]
+	mi := &file_halligan_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1719,7 +1800,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[20]
+	mi := &file_halligan_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1732,7 +1813,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Object) GetKey() string {
@@ -1819,7 +1900,7 @@ type GetSummary struct {
 
 func (x *GetSummary) Reset() {
 	*x = GetSummary{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[21]
+	mi := &file_halligan_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1831,7 +1912,7 @@ func (x *GetSummary) String() string {
 func (*GetSummary) ProtoMessage() {}
 
 func (x *GetSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[21]
+	mi := &file_halligan_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1844,7 +1925,7 @@ func (x *GetSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSummary.ProtoReflect.Descriptor instead.
 func (*GetSummary) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetSummary) GetObjects() int64 {
@@ -1887,7 +1968,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[22]
+	mi := &file_halligan_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1899,7 +1980,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[22]
+	mi := &file_halligan_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1912,7 +1993,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *HistoryRequest) GetLimit() int64 {
@@ -1938,7 +2019,8 @@ type HistoryEntry struct {
 	Incident string                 `protobuf:"bytes,5,opt,name=incident,proto3" json:"incident,omitempty"`
 	Time     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=time,proto3" json:"time,omitempty"`
 	Summary  string                 `protobuf:"bytes,7,opt,name=summary,proto3" json:"summary,omitempty"`
-	// As in Result, or "unfinished" while it runs.
+	// As in Result, "unfinished" while it runs, or "damaged" where the record
+	// cannot be read.
 	Result  string `protobuf:"bytes,8,opt,name=result,proto3" json:"result,omitempty"`
 	Objects int64  `protobuf:"varint,9,opt,name=objects,proto3" json:"objects,omitempty"`
 	Applied int64  `protobuf:"varint,10,opt,name=applied,proto3" json:"applied,omitempty"`
@@ -1953,7 +2035,7 @@ type HistoryEntry struct {
 
 func (x *HistoryEntry) Reset() {
 	*x = HistoryEntry{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[23]
+	mi := &file_halligan_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1965,7 +2047,7 @@ func (x *HistoryEntry) String() string {
 func (*HistoryEntry) ProtoMessage() {}
 
 func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[23]
+	mi := &file_halligan_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1978,7 +2060,7 @@ func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryEntry.ProtoReflect.Descriptor instead.
 func (*HistoryEntry) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *HistoryEntry) GetActionId() string {
@@ -2198,7 +2280,10 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\fApplyRequest\x12\x17\n" +
 	"\aplan_id\x18\x01 \x01(\tR\x06planId\x12\x1f\n" +
 	"\vplan_sha256\x18\x02 \x01(\tR\n" +
-	"planSha256\"y\n" +
+	"planSha256\"*\n" +
+	"\vStopRequest\x12\x1b\n" +
+	"\taction_id\x18\x01 \x01(\tR\bactionId\"\x0e\n" +
+	"\fStopResponse\"y\n" +
 	"\n" +
 	"ApplyEvent\x123\n" +
 	"\bprogress\x18\x01 \x01(\v2\x15.halligan.v1.ProgressH\x00R\bprogress\x12-\n" +
@@ -2277,13 +2362,14 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\tundone_by\x18\v \x01(\tR\bundoneBy\x12\x16\n" +
 	"\x06undoes\x18\f \x01(\tR\x06undoes\x12%\n" +
 	"\x04plan\x18\r \x01(\v2\x11.halligan.v1.PlanR\x04plan\x123\n" +
-	"\aresults\x18\x0e \x03(\v2\x19.halligan.v1.ObjectResultR\aresults2\xba\x03\n" +
+	"\aresults\x18\x0e \x03(\v2\x19.halligan.v1.ObjectResultR\aresults2\xf7\x03\n" +
 	"\x05Agent\x12G\n" +
 	"\bDescribe\x12\x1c.halligan.v1.DescribeRequest\x1a\x1d.halligan.v1.DescribeResponse\x12A\n" +
 	"\x06Status\x12\x1a.halligan.v1.StatusRequest\x1a\x1b.halligan.v1.StatusResponse\x123\n" +
 	"\x04Plan\x12\x18.halligan.v1.PlanRequest\x1a\x11.halligan.v1.Plan\x123\n" +
 	"\x04Undo\x12\x18.halligan.v1.UndoRequest\x1a\x11.halligan.v1.Plan\x12=\n" +
-	"\x05Apply\x12\x19.halligan.v1.ApplyRequest\x1a\x17.halligan.v1.ApplyEvent0\x01\x127\n" +
+	"\x05Apply\x12\x19.halligan.v1.ApplyRequest\x1a\x17.halligan.v1.ApplyEvent0\x01\x12;\n" +
+	"\x04Stop\x12\x18.halligan.v1.StopRequest\x1a\x19.halligan.v1.StopResponse\x127\n" +
 	"\x03Get\x12\x17.halligan.v1.GetRequest\x1a\x15.halligan.v1.GetEvent0\x01\x12C\n" +
 	"\aHistory\x12\x1b.halligan.v1.HistoryRequest\x1a\x19.halligan.v1.HistoryEntry0\x01B<Z:github.com/halligan-io/halligan/api/halligan/v1;halliganv1b\x06proto3"
 
@@ -2299,7 +2385,7 @@ func file_halligan_v1_agent_proto_rawDescGZIP() []byte {
 	return file_halligan_v1_agent_proto_rawDescData
 }
 
-var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_halligan_v1_agent_proto_goTypes = []any{
 	(*DescribeRequest)(nil),       // 0: halligan.v1.DescribeRequest
 	(*DescribeResponse)(nil),      // 1: halligan.v1.DescribeResponse
@@ -2314,63 +2400,67 @@ var file_halligan_v1_agent_proto_goTypes = []any{
 	(*PlannedObject)(nil),         // 10: halligan.v1.PlannedObject
 	(*FieldChange)(nil),           // 11: halligan.v1.FieldChange
 	(*ApplyRequest)(nil),          // 12: halligan.v1.ApplyRequest
-	(*ApplyEvent)(nil),            // 13: halligan.v1.ApplyEvent
-	(*Progress)(nil),              // 14: halligan.v1.Progress
-	(*Result)(nil),                // 15: halligan.v1.Result
-	(*ObjectResult)(nil),          // 16: halligan.v1.ObjectResult
-	(*Error)(nil),                 // 17: halligan.v1.Error
-	(*GetRequest)(nil),            // 18: halligan.v1.GetRequest
-	(*GetEvent)(nil),              // 19: halligan.v1.GetEvent
-	(*Object)(nil),                // 20: halligan.v1.Object
-	(*GetSummary)(nil),            // 21: halligan.v1.GetSummary
-	(*HistoryRequest)(nil),        // 22: halligan.v1.HistoryRequest
-	(*HistoryEntry)(nil),          // 23: halligan.v1.HistoryEntry
-	nil,                           // 24: halligan.v1.StatusResponse.EncryptionEntry
-	nil,                           // 25: halligan.v1.Result.TimingsMsEntry
-	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),       // 27: google.protobuf.Struct
+	(*StopRequest)(nil),           // 13: halligan.v1.StopRequest
+	(*StopResponse)(nil),          // 14: halligan.v1.StopResponse
+	(*ApplyEvent)(nil),            // 15: halligan.v1.ApplyEvent
+	(*Progress)(nil),              // 16: halligan.v1.Progress
+	(*Result)(nil),                // 17: halligan.v1.Result
+	(*ObjectResult)(nil),          // 18: halligan.v1.ObjectResult
+	(*Error)(nil),                 // 19: halligan.v1.Error
+	(*GetRequest)(nil),            // 20: halligan.v1.GetRequest
+	(*GetEvent)(nil),              // 21: halligan.v1.GetEvent
+	(*Object)(nil),                // 22: halligan.v1.Object
+	(*GetSummary)(nil),            // 23: halligan.v1.GetSummary
+	(*HistoryRequest)(nil),        // 24: halligan.v1.HistoryRequest
+	(*HistoryEntry)(nil),          // 25: halligan.v1.HistoryEntry
+	nil,                           // 26: halligan.v1.StatusResponse.EncryptionEntry
+	nil,                           // 27: halligan.v1.Result.TimingsMsEntry
+	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),       // 29: google.protobuf.Struct
 }
 var file_halligan_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: halligan.v1.DescribeResponse.actions:type_name -> halligan.v1.Action
 	3,  // 1: halligan.v1.Action.parameters:type_name -> halligan.v1.Parameter
-	26, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
+	28, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
 	6,  // 3: halligan.v1.StatusResponse.etcd:type_name -> halligan.v1.EtcdStatus
-	24, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
-	27, // 5: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
-	27, // 6: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
+	26, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
+	29, // 5: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
+	29, // 6: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
 	10, // 7: halligan.v1.Plan.objects:type_name -> halligan.v1.PlannedObject
-	26, // 8: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
-	26, // 9: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
+	28, // 8: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
+	28, // 9: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
 	11, // 10: halligan.v1.PlannedObject.changes:type_name -> halligan.v1.FieldChange
-	14, // 11: halligan.v1.ApplyEvent.progress:type_name -> halligan.v1.Progress
-	15, // 12: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
+	16, // 11: halligan.v1.ApplyEvent.progress:type_name -> halligan.v1.Progress
+	17, // 12: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
 	9,  // 13: halligan.v1.Result.plan:type_name -> halligan.v1.Plan
-	16, // 14: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
-	25, // 15: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
-	17, // 16: halligan.v1.Result.error:type_name -> halligan.v1.Error
-	27, // 17: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
-	20, // 18: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
-	21, // 19: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
-	26, // 20: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
-	26, // 21: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
+	18, // 14: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
+	27, // 15: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
+	19, // 16: halligan.v1.Result.error:type_name -> halligan.v1.Error
+	29, // 17: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
+	22, // 18: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
+	23, // 19: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
+	28, // 20: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
+	28, // 21: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
 	9,  // 22: halligan.v1.HistoryEntry.plan:type_name -> halligan.v1.Plan
-	16, // 23: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
+	18, // 23: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
 	0,  // 24: halligan.v1.Agent.Describe:input_type -> halligan.v1.DescribeRequest
 	4,  // 25: halligan.v1.Agent.Status:input_type -> halligan.v1.StatusRequest
 	7,  // 26: halligan.v1.Agent.Plan:input_type -> halligan.v1.PlanRequest
 	8,  // 27: halligan.v1.Agent.Undo:input_type -> halligan.v1.UndoRequest
 	12, // 28: halligan.v1.Agent.Apply:input_type -> halligan.v1.ApplyRequest
-	18, // 29: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
-	22, // 30: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
-	1,  // 31: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
-	5,  // 32: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
-	9,  // 33: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
-	9,  // 34: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
-	13, // 35: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
-	19, // 36: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
-	23, // 37: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
-	31, // [31:38] is the sub-list for method output_type
-	24, // [24:31] is the sub-list for method input_type
+	13, // 29: halligan.v1.Agent.Stop:input_type -> halligan.v1.StopRequest
+	20, // 30: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
+	24, // 31: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
+	1,  // 32: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
+	5,  // 33: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
+	9,  // 34: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
+	9,  // 35: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
+	15, // 36: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
+	14, // 37: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
+	21, // 38: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
+	25, // 39: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
+	32, // [32:40] is the sub-list for method output_type
+	24, // [24:32] is the sub-list for method input_type
 	24, // [24:24] is the sub-list for extension type_name
 	24, // [24:24] is the sub-list for extension extendee
 	0,  // [0:24] is the sub-list for field type_name
@@ -2381,7 +2471,7 @@ func file_halligan_v1_agent_proto_init() {
 	if File_halligan_v1_agent_proto != nil {
 		return
 	}
-	file_halligan_v1_agent_proto_msgTypes[13].OneofWrappers = []any{
+	file_halligan_v1_agent_proto_msgTypes[15].OneofWrappers = []any{
 		(*ApplyEvent_Progress)(nil),
 		(*ApplyEvent_Result)(nil),
 	}
@@ -2391,7 +2481,7 @@ func file_halligan_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_halligan_v1_agent_proto_rawDesc), len(file_halligan_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -31,6 +31,7 @@ const (
 	Agent_Plan_FullMethodName     = "/halligan.v1.Agent/Plan"
 	Agent_Undo_FullMethodName     = "/halligan.v1.Agent/Undo"
 	Agent_Apply_FullMethodName    = "/halligan.v1.Agent/Apply"
+	Agent_Stop_FullMethodName     = "/halligan.v1.Agent/Stop"
 	Agent_Get_FullMethodName      = "/halligan.v1.Agent/Get"
 	Agent_History_FullMethodName  = "/halligan.v1.Agent/History"
 )
@@ -53,6 +54,9 @@ type AgentClient interface {
 	// Apply carries out a plan that this agent made, if it is not stale. The
 	// stream carries progress and ends with exactly one result.
 	Apply(ctx context.Context, in *ApplyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ApplyEvent], error)
+	// Stop ends an action under way between two objects. What was written stays
+	// written and is on record; Apply's stream tells what became of each object.
+	Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error)
 	// Get streams objects decoded from etcd, and ends with a summary.
 	Get(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GetEvent], error)
 	// History streams recorded actions, newest first.
@@ -126,6 +130,16 @@ func (c *agentClient) Apply(ctx context.Context, in *ApplyRequest, opts ...grpc.
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_ApplyClient = grpc.ServerStreamingClient[ApplyEvent]
 
+func (c *agentClient) Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StopResponse)
+	err := c.cc.Invoke(ctx, Agent_Stop_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *agentClient) Get(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GetEvent], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[1], Agent_Get_FullMethodName, cOpts...)
@@ -182,6 +196,9 @@ type AgentServer interface {
 	// Apply carries out a plan that this agent made, if it is not stale. The
 	// stream carries progress and ends with exactly one result.
 	Apply(*ApplyRequest, grpc.ServerStreamingServer[ApplyEvent]) error
+	// Stop ends an action under way between two objects. What was written stays
+	// written and is on record; Apply's stream tells what became of each object.
+	Stop(context.Context, *StopRequest) (*StopResponse, error)
 	// Get streams objects decoded from etcd, and ends with a summary.
 	Get(*GetRequest, grpc.ServerStreamingServer[GetEvent]) error
 	// History streams recorded actions, newest first.
@@ -210,6 +227,9 @@ func (UnimplementedAgentServer) Undo(context.Context, *UndoRequest) (*Plan, erro
 }
 func (UnimplementedAgentServer) Apply(*ApplyRequest, grpc.ServerStreamingServer[ApplyEvent]) error {
 	return status.Error(codes.Unimplemented, "method Apply not implemented")
+}
+func (UnimplementedAgentServer) Stop(context.Context, *StopRequest) (*StopResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Stop not implemented")
 }
 func (UnimplementedAgentServer) Get(*GetRequest, grpc.ServerStreamingServer[GetEvent]) error {
 	return status.Error(codes.Unimplemented, "method Get not implemented")
@@ -321,6 +341,24 @@ func _Agent_Apply_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_ApplyServer = grpc.ServerStreamingServer[ApplyEvent]
 
+func _Agent_Stop_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StopRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Stop(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Stop_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Stop(ctx, req.(*StopRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Agent_Get_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(GetRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -365,6 +403,10 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Undo",
 			Handler:    _Agent_Undo_Handler,
+		},
+		{
+			MethodName: "Stop",
+			Handler:    _Agent_Stop_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -281,7 +281,8 @@ func (s *site) nospace() error {
 
 func (s *site) bulk(n int) error {
 	const most = 100 // operations of a transaction; etcd's default is 128
-	var ops []clientv3.Op
+	// Nothing is put back into a namespace that does not exist.
+	ops := []clientv3.Op{clientv3.OpPut("/registry/namespaces/bulk", `{"kind":"Namespace","apiVersion":"v1","metadata":{"name":"bulk","uid":"uid-bulk"}}`)}
 	for i := range n {
 		name := fmt.Sprintf("bulk-%05d", i)
 		ops = append(ops, clientv3.OpPut(bulkKeys+name, fmt.Sprintf(

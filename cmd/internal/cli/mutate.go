@@ -5,7 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"os/signal"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -101,8 +105,10 @@ func (a *app) confirm(ctx context.Context, plan *halliganv1.Plan, machine bool) 
 // to the connection.
 func (a *app) apply(ctx context.Context, action *halliganv1.Action, plan *halliganv1.Plan) *halliganv1.Result {
 	limit := a.limit(action)
-	callCtx, cancel := context.WithTimeout(ctx, limit)
+	callCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
 	defer cancel()
+	callCtx, leave := context.WithCancelCause(callCtx)
+	defer a.interruptible(ctx, callCtx, leave, plan.GetId())()
 	outcome := func(err error) *halliganv1.Result {
 		r := failedResult(api.FromStatus(err))
 		r.Action, r.Via, r.Plan = plan.GetId(), plan.GetVia(), plan
@@ -129,7 +135,7 @@ func (a *app) apply(ctx context.Context, action *halliganv1.Action, plan *hallig
 	}
 	a.endProgress()
 	switch {
-	case ctx.Err() != nil:
+	case errors.Is(context.Cause(callCtx), errLeft):
 		return unknown(fault.Cancelled, "stopped watching; the agent goes on with %s", plan.GetId())
 	case !began && answered(err):
 		return outcome(err)
@@ -146,6 +152,39 @@ func (a *app) apply(ctx context.Context, action *halliganv1.Action, plan *hallig
 		return unknown(fault.Unknown, "the connection broke and %s is not finished", plan.GetId())
 	}
 	return &halliganv1.Result{Action: plan.GetId(), Result: entry.GetResult(), Via: plan.GetVia(), Plan: plan, Objects: entry.GetResults()}
+}
+
+// errLeft is why nobody watches an action any more.
+var errLeft = errors.New("stopped watching")
+
+// interruptible makes the first Ctrl-C stop the action between two objects, and
+// the second one, or a first that the agent does not take, stop watching it.
+// The function that it returns ends this.
+func (a *app) interruptible(interrupted, call context.Context, leave context.CancelCauseFunc, id string) (end func()) {
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		select {
+		case <-call.Done():
+			return
+		case <-interrupted.Done():
+		}
+		again := make(chan os.Signal, 1)
+		signal.Notify(again, os.Interrupt, syscall.SIGTERM)
+		defer signal.Stop(again)
+		ctx, cancel := context.WithTimeout(call, 2*time.Second)
+		defer cancel()
+		if _, err := a.agent.client.Stop(ctx, &halliganv1.StopRequest{ActionId: id}); err != nil {
+			leave(errLeft)
+			return
+		}
+		a.note("stopping %s between two objects; Ctrl-C again stops watching", id)
+		select {
+		case <-call.Done():
+		case <-again:
+			leave(errLeft)
+		}
+	})
+	return func() { leave(nil); watch.Wait() }
 }
 
 // answered reports whether an agent refused the call itself, so that nothing

@@ -94,6 +94,7 @@ func exits(ts *testscript.TestScript, _ bool, args []string) {
 type stage struct {
 	socket string
 	begun  chan struct{} // told of each blocking application
+	halt   chan struct{} // closed when the application that can be stopped is
 	stop   func()
 
 	mu      sync.Mutex // guards all below
@@ -108,7 +109,7 @@ func startStage() (*stage, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &stage{socket: filepath.Join(dir, "relay.sock"), begun: make(chan struct{}, 1), live: map[net.Conn]bool{}, plans: map[string]*halliganv1.Plan{}}
+	s := &stage{socket: filepath.Join(dir, "relay.sock"), begun: make(chan struct{}, 1), halt: make(chan struct{}), live: map[net.Conn]bool{}, plans: map[string]*halliganv1.Plan{}}
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	inner := filepath.Join(dir, "agent", "agent.sock")
@@ -267,6 +268,10 @@ func (s *stage) Apply(ctx context.Context, _ trust.Identity, id, sum string, pro
 	case "slow":
 		s.begun <- struct{}{}
 		<-ctx.Done()
+	case "stoppable":
+		s.begun <- struct{}{}
+		<-s.halt
+		return end("partial", fault.Cancelled)
 	case "cut", "cutforever", "cutunrecorded":
 		result := map[string]string{"cut": "applied", "cutforever": "unfinished"}[play]
 		if result != "" {
@@ -277,6 +282,14 @@ func (s *stage) Apply(ctx context.Context, _ trust.Identity, id, sum string, pro
 		s.cut()
 	}
 	return r
+}
+
+func (s *stage) Stop(_ trust.Identity, id string) error {
+	if id != "id-stoppable" {
+		return fault.New(fault.NotFound, "see: halligan history", "no action %s is under way", id)
+	}
+	close(s.halt)
+	return nil
 }
 
 func (s *stage) Get(_ context.Context, _ trust.Identity, params *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
