@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/halligan-io/halligan/agent/storage"
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
@@ -52,6 +51,10 @@ type EtcdOverride struct {
 	Resource string
 	Servers  []string // IP:port
 }
+
+// defaultPrefix is --etcd-prefix's
+// (kubernetes pkg/kubeapiserver/options/options.go: DefaultEtcdPathPrefix).
+const defaultPrefix = "/registry"
 
 // configure is what all errors of Detect say next.
 const configure = "set etcd's endpoints and credential files in the agent's configuration"
@@ -105,7 +108,7 @@ func Distributions() []string {
 }
 
 func (h host) layout(r Row, base string) (*Layout, error) {
-	l := &Layout{Distribution: r.Distribution, Prefix: storage.DefaultPrefix}
+	l := &Layout{Distribution: r.Distribution, Prefix: defaultPrefix}
 	l.note(r.Notes...)
 	s, err := h.settings(r, base, l)
 	if err != nil {

@@ -37,7 +37,34 @@ var links = []struct{ binary, forbidden, why string }{
 	{"cmd/halligan-agent", module + "/internal/labpki", "a lab's keys have no place on a node"},
 }
 
-// importers says who alone may import a package itself, outside of tests.
+// inAgent is the order inside agent: which of its packages each of them may
+// import, outside of tests. What is not in it has no place there.
+var inAgent = map[string][]string{
+	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/policy": nil, "agent/console": nil,
+	"agent/journal": {"agent/storage"},
+	"agent/action":  {"agent/storage", "agent/etcd", "agent/policy", "agent/journal"},
+	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/policy", "agent/console", "agent/journal", "agent/action"},
+}
+
+// mustNot says what a package and those below it must not import themselves,
+// outside of tests.
+var mustNot = []struct{ path, forbidden, why string }{
+	{"agent/etcd", "k8s.io", "it carries keys and bytes, and knows no objects"},
+	{"agent/storage", "go.etcd.io", "it turns bytes into bytes; agent/etcd carries them"},
+	{"agent/journal", "go.etcd.io", "what is recorded must not depend on what is broken"},
+	{"agent/storage", module + "/internal/durable", "it writes no file"},
+	{"agent/storage", "golang.org/x/sys", "it writes no file"},
+	{"agent/storage", "syscall", "it writes no file"},
+	{"agent/storage", "os/exec", "it starts nothing"},
+	{"agent/node", "net/http", "it only reads files, since what runs may be what failed"},
+	{"agent/node", "os/exec", "it only reads files, since what runs may be what failed"},
+}
+
+// readers are packages that write no file.
+var readers = []string{"agent/storage", "agent/node", "agent/policy"}
+
+// importers says who alone may import a package or one below it, outside of
+// tests.
 var importers = []struct {
 	path    string
 	allowed []string
@@ -45,7 +72,7 @@ var importers = []struct {
 }{
 	{"go.etcd.io/etcd/client/v3", []string{"agent/etcd", "cmd", "internal/etcdcluster"},
 		"agent/etcd has the deadlines and knows which writes may be retried"},
-	{"log", nil, "daemons log through internal/daemonlog"},
+	{"log", nil, "daemons log through internal/daemonlog"}, // log/slog too
 }
 
 type pkg struct {
@@ -141,10 +168,36 @@ func TestArchitecture(t *testing.T) {
 			}
 		}
 	})
+	t.Run("the agent has an order", func(t *testing.T) {
+		for _, p := range all {
+			if within(p.path(), "agent") {
+				for _, problem := range disorder(p) {
+					t.Error(problem)
+				}
+			}
+		}
+	})
+	t.Run("some imports have no place", func(t *testing.T) {
+		for _, p := range all {
+			for _, problem := range misplaced(p) {
+				t.Error(problem)
+			}
+		}
+	})
+	t.Run("readers write nothing", func(t *testing.T) {
+		for _, p := range all {
+			if !slices.ContainsFunc(readers, func(f string) bool { return within(p.path(), f) }) {
+				continue
+			}
+			if err := mentions(p, writesFiles, func(where string) { t.Errorf("%s: this package writes no file", where) }); err != nil {
+				t.Errorf("%s: %v", p.path(), err)
+			}
+		}
+	})
 	t.Run("some imports have one place", func(t *testing.T) {
 		for _, p := range all {
 			for _, rule := range importers {
-				if slices.Contains(p.Imports, rule.path) && !slices.ContainsFunc(rule.allowed, func(f string) bool { return within(p.path(), f) }) {
+				if slices.ContainsFunc(p.Imports, func(i string) bool { return within(i, rule.path) }) && !slices.ContainsFunc(rule.allowed, func(f string) bool { return within(p.path(), f) }) {
 					t.Errorf("%s imports %s: %s", p.path(), rule.path, rule.why)
 				}
 			}
@@ -208,7 +261,7 @@ func TestArchitecture(t *testing.T) {
 			if p.folder() == "cmd" && p.path() != "cmd/halligan-agent" && p.path() != "cmd/halligan-bastion" {
 				continue
 			}
-			if err := prints(p, func(where string) { t.Errorf("%s: a daemon's stdout is nobody's; use the logger", where) }); err != nil {
+			if err := mentions(p, prints, func(where string) { t.Errorf("%s: a daemon's stdout is nobody's; use the logger", where) }); err != nil {
 				t.Errorf("%s: %v", p.path(), err)
 			}
 		}
@@ -231,31 +284,172 @@ func documentation(p pkg) (doc string, generated bool, err error) {
 	return doc, generated, nil
 }
 
-// prints reports each call that writes to standard output.
-func prints(p pkg, report func(where string)) error {
-	for _, file := range p.GoFiles {
+// row returns the package's own row or that of the one that it is below, "" where
+// there is none. agent itself has a row for nothing below it.
+func row(path string) string {
+	best := ""
+	for r := range inAgent {
+		if (path == r || r != "agent" && within(path, r)) && len(r) > len(best) {
+			best = r
+		}
+	}
+	return best
+}
+
+// disorder says what a package of agent imports against the order.
+func disorder(p pkg) (problems []string) {
+	own := row(p.path())
+	if own == "" {
+		return []string{p.path() + " has no place in the order inside agent; give it a row"}
+	}
+	for _, imported := range p.Imports {
+		other := pkg{ImportPath: imported}
+		if within(imported, module) && within(other.path(), "agent") && row(other.path()) != own && !slices.Contains(inAgent[own], row(other.path())) {
+			problems = append(problems, fmt.Sprintf("%s imports %s, and may import %v of agent", p.path(), other.path(), inAgent[own]))
+		}
+	}
+	return problems
+}
+
+// misplaced says what a package imports that it must not.
+func misplaced(p pkg) (problems []string) {
+	for _, rule := range mustNot {
+		for _, imported := range p.Imports {
+			if within(p.path(), rule.path) && within(imported, rule.forbidden) {
+				problems = append(problems, fmt.Sprintf("%s imports %s: %s", p.path(), imported, rule.why))
+			}
+		}
+	}
+	return problems
+}
+
+// prints reports what writes to standard output. Whoever mentions os.Stdout is
+// about to.
+func prints(path, name string) bool {
+	switch path {
+	case "fmt":
+		return name == "Print" || name == "Printf" || name == "Println"
+	case "os", "syscall":
+		return name == "Stdout"
+	case "":
+		return name == "print" || name == "println"
+	}
+	return false
+}
+
+// writesFiles reports what changes files.
+func writesFiles(path, name string) bool {
+	return path == "os" && slices.Contains([]string{"Create", "CreateTemp", "OpenFile", "OpenRoot", "WriteFile", "CopyFS", "Truncate", "Mkdir", "MkdirAll",
+		"MkdirTemp", "Remove", "RemoveAll", "Rename", "Link", "Symlink", "Chmod", "Chown", "Lchown", "Chtimes"}, name)
+}
+
+// mentions reports where a package uses a name of an imported package, or calls
+// a builtin (of path ""), that is asked for.
+func mentions(p pkg, asked func(path, name string) bool, report func(where string)) error {
+	for _, file := range slices.Concat(p.GoFiles, p.CgoFiles) {
 		set := token.NewFileSet()
 		f, err := parser.ParseFile(set, filepath.Join(p.Dir, file), nil, 0)
 		if err != nil {
 			return err
 		}
-		ast.Inspect(f, func(n ast.Node) bool {
-			call, ok := n.(*ast.CallExpr)
-			if !ok {
-				return true
+		imports := map[string]string{} // by the name in this file
+		for _, spec := range f.Imports {
+			path, err := strconv.Unquote(spec.Path.Value)
+			if err != nil {
+				return err
 			}
-			switch fun := call.Fun.(type) {
+			name := path[strings.LastIndexByte(path, '/')+1:]
+			if spec.Name != nil {
+				name = spec.Name.Name
+			}
+			imports[name] = path
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			found := false
+			switch n := n.(type) {
 			case *ast.SelectorExpr:
-				if x, ok := fun.X.(*ast.Ident); ok && x.Name == "fmt" && slices.Contains([]string{"Print", "Printf", "Println"}, fun.Sel.Name) {
-					report(fmt.Sprintf("%s:%d", filepath.Join(p.path(), file), set.Position(n.Pos()).Line))
+				if x, ok := n.X.(*ast.Ident); ok && imports[x.Name] != "" {
+					found = asked(imports[x.Name], n.Sel.Name)
 				}
-			case *ast.Ident:
-				if fun.Name == "print" || fun.Name == "println" {
-					report(fmt.Sprintf("%s:%d", filepath.Join(p.path(), file), set.Position(n.Pos()).Line))
+			case *ast.CallExpr:
+				if fun, ok := n.Fun.(*ast.Ident); ok {
+					found = asked("", fun.Name)
 				}
+			}
+			if found {
+				report(fmt.Sprintf("%s:%d", filepath.Join(p.path(), file), set.Position(n.Pos()).Line))
 			}
 			return true
 		})
 	}
 	return nil
+}
+
+// TestRules breaks the rules, so that none of them holds by looking away.
+func TestRules(t *testing.T) {
+	of := func(path string, imports ...string) pkg {
+		return pkg{ImportPath: module + "/" + path, Imports: imports}
+	}
+	for _, p := range []pkg{
+		of("agent/storage", module+"/agent/etcd"), of("agent/storage/deep", module+"/agent/journal"), of("agent/etcd", module+"/agent/storage"),
+		of("agent/node", module+"/agent/storage"), of("agent/policy", module+"/agent/action"), of("agent/journal", module+"/agent/etcd/deep"),
+		of("agent/console", module+"/agent/action"), of("agent/console", module+"/agent"), of("agent/action", module+"/agent/node"),
+		of("agent/action", module+"/agent/console"), of("agent/new"),
+	} {
+		if len(disorder(p)) != 1 {
+			t.Errorf("%s may import %v", p.path(), p.Imports)
+		}
+	}
+	for _, p := range []pkg{
+		of("agent", module+"/agent/action", module+"/agent/console"), of("agent/journal", module+"/agent/storage", module+"/agent/storage/deep"),
+		of("agent/storage/deep", module+"/agent/storage", module+"/internal/fault"), of("agent/action", module+"/agent/etcd"),
+	} {
+		if problems := disorder(p); len(problems) > 0 {
+			t.Error(problems)
+		}
+	}
+	for _, p := range []pkg{of("agent/etcd/deep", "k8s.io/api/core/v1"), of("agent/storage", "go.etcd.io/etcd/client/v3"), of("agent/journal", "go.etcd.io/bbolt")} {
+		if len(misplaced(p)) != 1 {
+			t.Errorf("%s may import %v", p.path(), p.Imports)
+		}
+	}
+	if problems := misplaced(of("agent/etcd", "sigs.k8s.io/yaml", "k8s.iot/x")); len(problems) > 0 {
+		t.Error(problems)
+	}
+
+	const text = `package p
+
+import (
+	"fmt"
+	"io"
+	"os"
+	sys "os"
+)
+
+func f(w io.Writer, x struct{ Stdout io.Writer }) {
+	fmt.Fprint(w, x.Stdout, os.Stderr)
+	fmt.Print() // prints
+	fmt.Fprintln(os.Stdout) // prints
+	os.Stdout.WriteString("") // prints
+	io.WriteString(sys.Stdout, "") // prints
+	println() // prints
+	sys.WriteFile("", nil, 0) // writes
+	os.ReadFile("")
+}
+`
+	p := pkg{ImportPath: module + "/agent/p", Dir: t.TempDir(), GoFiles: []string{"p.go"}}
+	if err := os.WriteFile(filepath.Join(p.Dir, "p.go"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for word, rule := range map[string]func(string, string) bool{"prints": prints, "writes": writesFiles} {
+		var want, got []string
+		for i, line := range strings.Split(text, "\n") {
+			if strings.HasSuffix(line, "// "+word) {
+				want = append(want, fmt.Sprintf("agent/p/p.go:%d", i+1))
+			}
+		}
+		if err := mentions(p, rule, func(where string) { got = append(got, where) }); err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: %v, want %v; %v", word, got, want, err)
+		}
+	}
 }
