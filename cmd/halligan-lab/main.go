@@ -37,7 +37,7 @@ func command() *cobra.Command {
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
-	root.AddCommand(up(), demo())
+	root.AddCommand(up(), demo(), lab.StormCommand())
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
 		return fault.New(fault.Usage, "see halligan-lab --help", "%w", err)
 	})
@@ -112,16 +112,27 @@ func (k *kube) into(c *cobra.Command, o *lab.Options) error {
 }
 
 func demo() *cobra.Command {
-	o := lab.Options{Progress: os.Stderr}
+	o := lab.KubeDemoOptions{Options: lab.Options{Progress: os.Stderr}}
+	var kube bool
 	c := &cobra.Command{
 		Use:   "demo",
-		Short: "Find, stop and put back workloads of a cluster that has no API server",
+		Short: "Stage an outage and heal it: without any API server, or with --kube a real one under a storm",
 		Long: "Runs a lab in a temporary folder and drives the real halligan command through it, each effect seen again\n" +
-			"with an independent etcd client. Exits 0 if every step held.",
+			"with an independent etcd client, or with --kube through kubectl. Exits 0 if every step held.",
 		Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return lab.Demo(cmd.Context(), o, os.Stdout) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if kube {
+				return lab.KubeDemo(cmd.Context(), o, os.Stdout)
+			}
+			if cmd.Flags().Changed("shape") {
+				return fault.New(fault.Usage, "give --kube too", "--shape is for a demo with a real control plane")
+			}
+			return lab.Demo(cmd.Context(), o.Options, os.Stdout)
+		},
 	}
-	flags(c, &o)
+	flags(c, &o.Options)
+	c.Flags().BoolVar(&kube, "kube", false, "a real control plane under a storm (build it with make kube)")
+	c.Flags().StringVar(&o.Shape, "shape", "b", "with --kube, a: flow control on, the victim a deploy job; b: flow control off, the victim a person")
 	return c
 }
 

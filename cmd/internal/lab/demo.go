@@ -272,15 +272,27 @@ func (d *demo) mutate(ctx context.Context, args ...string) (string, error) {
 // run runs halligan as a person would and shows what it says; its output must
 // contain a text.
 func (d *demo) run(ctx context.Context, text string, args ...string) (string, error) {
-	fmt.Fprintf(d.out, "$ halligan %s\n", strings.Join(args, " "))
 	argv := append(append([]string(nil), d.halligan...), args...)
+	out, _, err := d.exec(ctx, "halligan "+strings.Join(args, " "), argv, "HALLIGAN_SOCKET="+d.lab.Socket(0), "HALLIGAN_REASON="+demoReason)
+	if err != nil {
+		return "", fmt.Errorf("halligan %s: %w", args[0], err)
+	}
+	if !strings.Contains(out, text) {
+		return "", fmt.Errorf("halligan %s does not say %q", args[0], text)
+	}
+	return out, nil
+}
+
+// exec runs a command, shows it and what it says, and how long it took.
+func (d *demo) exec(ctx context.Context, shown string, argv []string, env ...string) (string, time.Duration, error) {
+	fmt.Fprintf(d.out, "$ %s\n", shown)
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	for _, v := range os.Environ() {
-		if !strings.HasPrefix(v, "HALLIGAN_") {
+		if !strings.HasPrefix(v, "HALLIGAN_") && !strings.HasPrefix(v, "KUBECONFIG=") {
 			cmd.Env = append(cmd.Env, v)
 		}
 	}
-	cmd.Env = append(cmd.Env, "HALLIGAN_SOCKET="+d.lab.Socket(0), "HALLIGAN_REASON="+demoReason)
+	cmd.Env = append(cmd.Env, env...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.SysProcAttr = dieWithParent()
@@ -299,13 +311,7 @@ func (d *demo) run(ctx context.Context, text string, args ...string) (string, er
 		fmt.Fprintln(d.out, "    "+l)
 	}
 	fmt.Fprintf(d.out, "  the command took %s\n", took.Round(time.Millisecond))
-	if err != nil {
-		return "", fmt.Errorf("halligan %s: %w", args[0], err)
-	}
-	if !strings.Contains(out.String(), text) {
-		return "", fmt.Errorf("halligan %s does not say %q", args[0], text)
-	}
-	return out.String(), nil
+	return out.String(), took, err
 }
 
 // step does one step and notes whether it held.

@@ -53,6 +53,9 @@ type StormOptions struct {
 	// BackoffShare of a pod's clients waits as client-go's informers do; the others
 	// hammer on, whatever the answer.
 	BackoffShare float64
+	// Pace is how far apart the requests of a client that hammers are at least: it
+	// retries at a fixed interval, or at once with 0.
+	Pace time.Duration
 	// Pause is how long a client that backs off rests after an answer.
 	Pause time.Duration
 	// Objects is how many ConfigMaps there are to LIST, at least, each of
@@ -69,7 +72,7 @@ type StormOptions struct {
 
 // DefaultStorm is a storm that saturates an API server with one processor.
 func DefaultStorm() StormOptions {
-	return StormOptions{Kind: "list", ClientsPerPod: 40, BackoffShare: 0.25, Objects: 8000, ObjectBytes: 1024, Duration: 10 * time.Minute}
+	return StormOptions{Kind: "list", ClientsPerPod: 40, BackoffShare: 0.25, Pace: 250 * time.Millisecond, Objects: 8000, ObjectBytes: 1024, Duration: 10 * time.Minute}
 }
 
 // The victim's namespace, account and the object that its deploy job is about.
@@ -77,6 +80,8 @@ const (
 	victimNamespace = "shop"
 	victimAccount   = "deploy"
 	victimObject    = "release"
+	// offenderRole is the ClusterRole of the offender, and its binding.
+	offenderRole = "telemetry-collector"
 	// victimPerson is the user of the lab's ordinary kubeconfig.
 	victimPerson = "alice"
 )
@@ -292,7 +297,7 @@ func (s *Storm) shape(ctx context.Context) error {
 		s.opts.Shape = shape
 	}
 	if s.opts.Shape != shape {
-		return fault.New(fault.Usage, "start it with --no-flow-control --max-inflight 40 for b, and without for a",
+		return fault.New(fault.Usage, "start it with --no-flow-control --max-inflight 100 for b, and without for a",
 			"the lab in %s has shape %s, not %s", s.opts.Dir, shape, s.opts.Shape)
 	}
 	return nil
@@ -324,7 +329,6 @@ func (s *Storm) hostFor(id podID) string {
 // on.
 func (s *Storm) prepare(ctx context.Context) error {
 	const core, rbac = "/api/v1", "/apis/rbac.authorization.k8s.io/v1"
-	role := "telemetry-" + offenderName
 	meta := func(namespace, name string) metav1.ObjectMeta {
 		return metav1.ObjectMeta{Namespace: namespace, Name: name, Labels: labelled(name)}
 	}
@@ -338,9 +342,9 @@ func (s *Storm) prepare(ctx context.Context) error {
 	if err := errors.Join(
 		s.apply(ctx, core+"/namespaces/"+offenderNamespace+"/serviceaccounts",
 			&corev1.ServiceAccount{TypeMeta: typed("v1", "ServiceAccount"), ObjectMeta: meta(offenderNamespace, offenderName)}),
-		s.apply(ctx, rbac+"/clusterroles", &rbacv1.ClusterRole{TypeMeta: typed(rbacv1.SchemeGroupVersion.String(), "ClusterRole"), ObjectMeta: meta("", role), Rules: s.kind.rules}),
-		s.apply(ctx, rbac+"/clusterrolebindings", &rbacv1.ClusterRoleBinding{TypeMeta: typed(rbacv1.SchemeGroupVersion.String(), "ClusterRoleBinding"), ObjectMeta: meta("", role),
-			Subjects: []rbacv1.Subject{account(offenderNamespace, offenderName)}, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: role}}),
+		s.apply(ctx, rbac+"/clusterroles", &rbacv1.ClusterRole{TypeMeta: typed(rbacv1.SchemeGroupVersion.String(), "ClusterRole"), ObjectMeta: meta("", offenderRole), Rules: s.kind.rules}),
+		s.apply(ctx, rbac+"/clusterrolebindings", &rbacv1.ClusterRoleBinding{TypeMeta: typed(rbacv1.SchemeGroupVersion.String(), "ClusterRoleBinding"), ObjectMeta: meta("", offenderRole),
+			Subjects: []rbacv1.Subject{account(offenderNamespace, offenderName)}, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: offenderRole}}),
 		s.apply(ctx, core+"/namespaces/"+victimNamespace+"/serviceaccounts",
 			&corev1.ServiceAccount{TypeMeta: typed("v1", "ServiceAccount"), ObjectMeta: meta(victimNamespace, victimAccount)}),
 		s.apply(ctx, rbac+"/namespaces/"+victimNamespace+"/rolebindings", &rbacv1.RoleBinding{TypeMeta: typed(rbacv1.SchemeGroupVersion.String(), "RoleBinding"), ObjectMeta: meta(victimNamespace, "deployers"),
@@ -674,5 +678,5 @@ const lineWindow = 10 * time.Second
 func (s *Storm) line(c counts) string {
 	all, _ := s.pods.count()
 	from := time.Now().Add(-lineWindow)
-	return fmt.Sprintf("pods %d  %s  | victim %s | admin %s", all, c, s.victim.recent(from), s.ruler.recent(from))
+	return fmt.Sprintf("pods %d, %s | victim %s | admin %s", all, c, s.victim.recent(from), s.ruler.recent(from))
 }

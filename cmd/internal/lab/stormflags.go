@@ -33,6 +33,7 @@ func StormCommand() *cobra.Command {
 	f.StringVar(&o.Shape, "shape", o.Shape, "a: flow control on, the victim another ServiceAccount; b: flow control off, the victim a person;\ndefault: what the lab was started as")
 	f.IntVar(&o.ClientsPerPod, "clients-per-pod", o.ClientsPerPod, "clients in each pod of the offender")
 	f.Float64Var(&o.BackoffShare, "backoff-share", o.BackoffShare, "share of the clients that back off as client-go does; the others hammer on")
+	f.DurationVar(&o.Pace, "pace", o.Pace, "least time between two requests of a client that hammers on; 0: none")
 	f.DurationVar(&o.Pause, "pause", o.Pause, "rest of a client that backs off after it was answered")
 	f.IntVar(&o.Objects, "configmaps", o.Objects, "how many ConfigMaps there are to LIST")
 	f.IntVar(&o.ObjectBytes, "object-bytes", o.ObjectBytes, "size of each object that the storm makes")

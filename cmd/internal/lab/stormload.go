@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -40,9 +41,19 @@ func (c counts) minus(o counts) counts {
 		c.Throttled - o.Throttled, c.Full - o.Full, c.Failed - o.Failed, c.Silent - o.Silent}
 }
 
+// String leaves out what did not happen.
 func (c counts) String() string {
-	return fmt.Sprintf("offered %d answered %d 401:%d 403:%d 429:%d full:%d other:%d silent:%d",
-		c.Offered, c.Answered, c.Unauthorized, c.Forbidden, c.Throttled, c.Full, c.Failed, c.Silent)
+	var b strings.Builder
+	fmt.Fprintf(&b, "offered %d answered %d", c.Offered, c.Answered)
+	for _, other := range []struct {
+		name string
+		n    int64
+	}{{"401", c.Unauthorized}, {"403", c.Forbidden}, {"429", c.Throttled}, {"no-space", c.Full}, {"other", c.Failed}, {"no-answer", c.Silent}} {
+		if other.n != 0 {
+			fmt.Fprintf(&b, " %s %d", other.name, other.n)
+		}
+	}
+	return b.String()
 }
 
 // counting is a transport that counts every attempt, also those that client-go
@@ -111,12 +122,14 @@ type podID struct{ name, node, ip string }
 func (c *caller) run(ctx context.Context, call func(context.Context, *caller) error) {
 	delay := reflectorBackoff()
 	for ctx.Err() == nil {
+		began := time.Now()
 		try, cancel := context.WithTimeout(ctx, attemptTimeout)
 		err := call(try, c)
 		cancel()
 		c.round++
 		switch {
 		case c.impatient:
+			pause(ctx, time.Until(began.Add(c.storm.opts.Pace)))
 		case err != nil:
 			pause(ctx, delay())
 		default:
