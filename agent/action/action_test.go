@@ -116,7 +116,7 @@ func TestPlanNamesWhatFights(t *testing.T) {
 		Template: corev1.PodTemplateSpec{ObjectMeta: labelled("", "", "app", "web")}}}
 	web.OwnerReferences = []metav1.OwnerReference{{APIVersion: "stable.example.com/v1", Kind: "Shop", Name: "main", UID: "x", Controller: ptr(true)}}
 	web.ManagedFields = []metav1.ManagedFieldsEntry{{Manager: "shop-operator", Operation: "Apply", FieldsType: "FieldsV1",
-		FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:spec":{"f:replicas":{}}}`)}}}
+		FieldsV1: metav1.NewFieldsV1(`{"f:spec":{"f:replicas":{}}}`)}}
 	l.put(web)
 	l.put(&autoscalingv2.HorizontalPodAutoscaler{ObjectMeta: labelled("shop", "web-hpa"), Spec: autoscalingv2.HorizontalPodAutoscalerSpec{MinReplicas: ptr(int32(2)), MaxReplicas: 9,
 		ScaleTargetRef: autoscalingv2.CrossVersionObjectReference{APIVersion: "apps/v1", Kind: "Deployment", Name: "web"}}})

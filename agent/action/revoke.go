@@ -9,7 +9,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/structpb"
 	rbacv1 "k8s.io/api/rbac/v1"
-	"k8s.io/apimachinery/pkg/api/validation/path"
+	"k8s.io/apimachinery/pkg/api/validate/content"
 
 	"github.com/halligan-io/halligan/agent/storage"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
@@ -58,7 +58,7 @@ func parseSubject(text string) (subject, error) {
 	}
 	if rest, ok := strings.CutPrefix(text, serviceAccountPrefix); ok {
 		ns, name, ok := strings.Cut(rest, ":")
-		if !ok || ns == "" || len(path.IsValidPathSegmentName(ns)) > 0 || len(path.IsValidPathSegmentName(name)) > 0 || name == "" || strings.Contains(name, ":") {
+		if !ok || ns == "" || len(content.IsPathSegmentName(ns)) > 0 || len(content.IsPathSegmentName(name)) > 0 || name == "" || strings.Contains(name, ":") {
 			return bad("is no service account")
 		}
 		return subject{text: text, namespace: ns, name: name, user: true}, nil
