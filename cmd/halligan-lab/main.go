@@ -33,7 +33,7 @@ func command() *cobra.Command {
 		Short:         "A whole control plane on loopback, for demonstrations and tests",
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          noArgs,
+		Args:          lab.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
@@ -54,7 +54,7 @@ func up() *cobra.Command {
 			"\"ready DIR\" and stays in the foreground. SIGINT or SIGTERM stops everything that it started.\n" +
 			"DIR/env and DIR/env.console are there to be sourced. With --kube a real Kubernetes control plane runs on the\n" +
 			"etcd, with simulated nodes; then --objects counts runaway ConfigMaps, by default none.",
-		Args: noArgs,
+		Args: lab.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			dir := o.Dir
 			if dir == "" {
@@ -119,7 +119,7 @@ func demo() *cobra.Command {
 		Short: "Stage an outage and heal it: without any API server, or with --kube a real one under a storm",
 		Long: "Runs a lab in a temporary folder and drives the real halligan command through it, each effect seen again\n" +
 			"with an independent etcd client, or with --kube through kubectl. Exits 0 if every step held.",
-		Args: noArgs,
+		Args: lab.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if kube {
 				return lab.KubeDemo(cmd.Context(), o, os.Stdout)
@@ -139,12 +139,6 @@ func demo() *cobra.Command {
 func flags(c *cobra.Command, o *lab.Options) {
 	c.Flags().StringVar(&o.Net, "net", lab.DefaultNet, "first three numbers of the nodes' loopback addresses; the nodes are .11 to .13")
 	c.Flags().IntVar(&o.Objects, "objects", 2000, "how many Kubernetes objects to seed, about; 0: none")
+	c.Flags().Int64Var(&o.QuotaBytes, "etcd-quota", 0, "bytes that each etcd member may hold before NOSPACE; 0: what the objects need, at least 2 GiB")
 	c.Flags().IntVar(&o.Nodes, "nodes", 20, "how many worker nodes the seeded cluster has")
-}
-
-func noArgs(_ *cobra.Command, args []string) error {
-	if len(args) > 0 {
-		return fault.New(fault.Usage, "see halligan-lab --help", "%q is not understood here", args[0])
-	}
-	return nil
 }

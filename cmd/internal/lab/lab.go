@@ -9,6 +9,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -57,6 +58,9 @@ type Options struct {
 	// Nodes is how many Node objects, besides the three of the control plane, the
 	// seeded cluster has.
 	Nodes int
+	// QuotaBytes is what each etcd member may hold before it raises NOSPACE; 0: what
+	// the objects need, at least 2 GiB.
+	QuotaBytes int64
 	// Kube has a real Kubernetes control plane run on the lab's etcd. Then Nodes
 	// simulated nodes carry real workloads, and Objects is how many runaway
 	// ConfigMaps there are besides.
@@ -127,7 +131,7 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 	for i := range members {
 		members[i] = etcdcluster.Member{Name: nodeName(i), IP: l.ip(i), ClientPort: clientPort, PeerPort: peerPort}
 	}
-	l.cluster, err = etcdcluster.Start(ctx, etcdcluster.Options{Dir: filepath.Join(o.Dir, "etcd"), Members: members, QuotaBytes: quota(o.Objects)})
+	l.cluster, err = etcdcluster.Start(ctx, etcdcluster.Options{Dir: filepath.Join(o.Dir, "etcd"), Members: members, QuotaBytes: cmp.Or(o.QuotaBytes, quota(o.Objects))})
 	if err != nil {
 		if errors.Is(err, syscall.EADDRINUSE) {
 			return nil, fault.New(fault.Failed, "stop the other lab, or choose other addresses with --net 127.0.1", "%s", strings.SplitN(err.Error(), ";", 2)[0])

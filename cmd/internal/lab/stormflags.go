@@ -19,12 +19,7 @@ func StormCommand() *cobra.Command {
 			"address, until the pod is gone and for no other reason. Tells once a second what was asked and answered, and how\n" +
 			"long a victim and the administrator wait. SIGINT, SIGTERM or the end of --duration stops it; what it put into\n" +
 			"the cluster stays. Kinds:\n\n" + stormKindsHelp(),
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return fault.New(fault.Usage, "see halligan-lab storm --help", "%q is not understood here", args[0])
-			}
-			return nil
-		},
+		Args: NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return RunStorm(cmd.Context(), o) },
 	}
 	f := c.Flags()
@@ -39,4 +34,12 @@ func StormCommand() *cobra.Command {
 	f.IntVar(&o.ObjectBytes, "object-bytes", o.ObjectBytes, "size of each object that the storm makes")
 	f.DurationVar(&o.Duration, "duration", o.Duration, "how long it goes on")
 	return c
+}
+
+// NoArgs refuses words that no command takes.
+func NoArgs(_ *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fault.New(fault.Usage, "see halligan-lab --help", "%q is not understood here", args[0])
+	}
+	return nil
 }

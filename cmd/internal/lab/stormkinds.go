@@ -118,7 +118,15 @@ func prepareReports(ctx context.Context, s *Storm) error {
 			Versions: []apiextensionsv1.CustomResourceDefinitionVersion{{Name: "v1", Served: true, Storage: true,
 				Schema: &apiextensionsv1.CustomResourceValidation{OpenAPIV3Schema: &apiextensionsv1.JSONSchemaProps{Type: "object", XPreserveUnknownFields: new(true)}}}}},
 	}
-	return s.apply(ctx, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", crd)
+	if err := s.apply(ctx, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", crd); err != nil {
+		return err
+	}
+	for began := time.Now(); ; pause(ctx, 100*time.Millisecond) {
+		err := s.api.Get().AbsPath("/apis", reportGroup, "v1", "reports").Param("limit", "1").Do(ctx).Error()
+		if err == nil || time.Since(began) > attemptTimeout || ctx.Err() != nil {
+			return err
+		}
+	}
 }
 
 // webhookName is the configuration that the webhook storm leaves.
