@@ -44,6 +44,7 @@ const (
 const (
 	scaleName  = "scale"
 	deleteName = "delete"
+	undoName   = "undo"
 )
 
 // row is one action.

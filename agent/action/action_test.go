@@ -22,6 +22,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/halligan-io/halligan/agent/policy"
+	"github.com/halligan-io/halligan/agent/storage"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
@@ -47,7 +48,7 @@ func TestScaleEveryKindAndUndo(t *testing.T) {
 		check             func(key string) bool
 	}{
 		{"ds/collector", "telemetry", 0, shop + "daemonsets/telemetry/collector", func(k string) bool {
-			return typedAt[appsv1.DaemonSet](l, k).Spec.Template.Spec.NodeSelector[stopLabel] == "true"
+			return typedAt[appsv1.DaemonSet](l, k).Spec.Template.Spec.NodeSelector[storage.StopLabel] == "true"
 		}},
 		{"deploy/web", "shop", 0, shop + "deployments/shop/web", func(k string) bool { return *typedAt[appsv1.Deployment](l, k).Spec.Replicas == 0 }},
 		{"statefulsets.apps/db", "shop", 5, shop + "statefulsets/shop/db", func(k string) bool { return *typedAt[appsv1.StatefulSet](l, k).Spec.Replicas == 5 }},

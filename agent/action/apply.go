@@ -487,9 +487,10 @@ func (s *step) fits(kv etcd.KV, found bool) error {
 	case s.op == opCreate && found:
 		return fault.New(fault.Stale, "plan again", "%s was made again since the plan", what)
 	case s.op != opCreate && !found:
-		return fault.New(fault.Stale, "plan again", "%s was deleted since the plan", what)
+		return fault.New(fault.Stale, "nothing is left to change", "%s was deleted since the plan", what)
 	case kv.ModRevision != s.revision:
-		return fault.New(fault.Stale, "plan again", "%s was changed since the plan (revision %d, now %d)", what, s.revision, kv.ModRevision)
+		return fault.New(fault.Stale, "plan again; where its status changes all the time, --yes leaves no time for that", "%s was changed since the plan (revision %d, now %d)",
+			what, s.revision, kv.ModRevision)
 	}
 	return nil
 }

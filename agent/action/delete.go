@@ -19,7 +19,7 @@ import (
 var deleteRow = row{
 	name:    deleteName,
 	summary: "Remove objects from etcd, one key at a time",
-	description: "Removes one object by name, or all of a kind that a label selector takes. Each is kept before it is removed, so that undo can put it back. " +
+	description: "Removes one object by name, or all of a kind that a label selector takes. Each is kept before it is removed, so that undo can put it back; Secrets are the exception. " +
 		"Nothing of the API server's deletion runs: no finalizers, no grace period; dependents are collected by the garbage collector.",
 	role: trust.Responder, effect: mutate, timeout: 30 * time.Minute,
 	parameters: []*halliganv1.Parameter{
@@ -116,6 +116,11 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	} else if par.Namespace != "" {
 		where = "namespace " + par.Namespace
 	}
+	if len(p.steps) == 0 && par.Namespace != "" {
+		if err := p.namespaceExists(ctx, par.Namespace); err != nil {
+			return err
+		}
+	}
 	if len(p.steps) == 0 {
 		p.summary("nothing to do: no %s in %s have the labels %s", kind.Resource(), where, par.Selector)
 		return nil
@@ -123,9 +128,6 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	p.summary("delete %d %s with the labels %s in %s", len(p.steps), kind.Resource(), par.Selector, where)
 	for _, m := range slices.Sorted(maps.Keys(managed)) {
 		p.warn("%s manages %d of them and may make them again: suspend that first", m, managed[m])
-	}
-	if isSecret(kind) {
-		p.warn("Secrets cannot be put back through etcd: undo will not bring them back")
 	}
 	if odd > 0 {
 		p.warn("%d %s could not be read and are left alone", odd, kind.Resource())

@@ -176,14 +176,25 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	if p.expired > 0 {
 		p.warn("%d objects are left out: their lease ran out, so that they would be gone by now anyway", p.expired)
 	}
+	final := 0
 	for _, s := range p.steps {
 		err := e.policy.Object(r.name, s.kind.Resource(), s.namespace, s.name)
 		if s.op == opDelete && err == nil { // a deletion is one whatever its verb
 			err = e.policy.Object(deleteName, s.kind.Resource(), s.namespace, s.name)
 		}
+		if err != nil && len(p.steps) > 1 && r.name == deleteName {
+			f := fault.Of(err)
+			err = fault.New(f.Code, "narrow the selector (-l) or the namespace (-n)", "one of %d objects: %s", len(p.steps), f.Message)
+		}
 		if err != nil {
 			return nil, err
 		}
+		if s.op == opDelete && (s.blind || e.policy.Object(undoName, s.kind.Resource(), s.namespace, s.name) != nil) {
+			final++
+		}
+	}
+	if final > 0 {
+		p.plan.Warnings = slices.Insert(p.plan.Warnings, 0, fmt.Sprintf("CANNOT BE UNDONE: %d of %d objects; what puts them back is the API server or a backup", final, len(p.steps)))
 	}
 	if slices.ContainsFunc(p.steps, func(s *step) bool { return s.op != opDelete }) {
 		if err := e.encryption.Usable(ctx); err != nil {
@@ -365,10 +376,17 @@ func (e *Engine) Status(ctx context.Context, who trust.Identity) (*halliganv1.St
 	if st.Err != nil {
 		out.Etcd.Error = fault.Of(st.Err).Error()
 	}
+	if kind, err := e.resolve(ctx, "namespaces"); err == nil && st.Quorum && st.Err == nil {
+		if n, _, err := e.etcd.Count(ctx, kind.Range(e.prefix, "")); err == nil && n == 0 {
+			out.Etcd.Error = fmt.Sprintf("there is no namespace below the key prefix %s: is it the API server's --etcd-prefix?", e.prefix)
+		}
+	}
 	out.StateFreeBytes, out.StateUsedBytes = e.journal.Space()
 	switch err := e.journal.Check(0); {
 	case err != nil:
 		out.ReadOnly = fault.Of(err).Error()
+	case st.Version == "":
+		out.ReadOnly = "etcd cannot be reached; reads of objects fail too"
 	case !st.Quorum:
 		out.ReadOnly = "etcd has no quorum: only reads work"
 	default:

@@ -103,7 +103,7 @@ func TestQuorumLost(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	if r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil); r.Result != resultApplied || !bytes.Contains(l.value(key), []byte(stopLabel)) {
+	if r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil); r.Result != resultApplied || !bytes.Contains(l.value(key), []byte(storage.StopLabel)) {
 		t.Errorf("after the quorum is back: %v", r)
 	}
 }
@@ -239,7 +239,7 @@ func TestStateFolder(t *testing.T) {
 			t.Fatal(err) // a plan writes nothing, so it works
 		}
 		r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil)
-		if r.Error.GetCode() != string(code) || bytes.Contains(l.value(key), []byte(stopLabel)) {
+		if r.Error.GetCode() != string(code) || bytes.Contains(l.value(key), []byte(storage.StopLabel)) {
 			t.Errorf("%v, want %s", r, code)
 		}
 		if l.records() != 0 {

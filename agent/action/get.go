@@ -117,6 +117,11 @@ func (e *Engine) Get(ctx context.Context, who trust.Identity, raw *structpb.Stru
 	if err != nil {
 		return nil, err
 	}
+	if summary.Objects+summary.Undecodable == 0 && par.Namespace != "" && view.Stale == "" {
+		if err := p.namespaceExists(ctx, par.Namespace); err != nil {
+			return nil, err
+		}
+	}
 	summary.Revision, summary.Stale = view.Revision, view.Stale
 	return summary, nil
 }

@@ -20,7 +20,7 @@ var historyRow = row{
 		{Name: "action", Type: "string", Positional: true, Placeholder: "ACTION-ID", Description: "one action with its whole plan"},
 		{Name: "limit", Type: "int", Placeholder: "N", Description: "how many at most (default 50)"},
 	},
-	examples: []string{"history", "history 20261123-114502-k3xq"},
+	examples: []string{"history", "history 20261123-114502-k3xq7mab"},
 }
 
 const (

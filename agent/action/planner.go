@@ -261,6 +261,16 @@ func (p *planner) walk(ctx context.Context, kind *storage.Kind, namespace string
 	return view, err
 }
 
+// namespaceExists is asked where a selection found nothing: a mistyped namespace
+// must not look like an empty one.
+func (p *planner) namespaceExists(ctx context.Context, namespace string) error {
+	gone, err := p.namespaceGone(ctx, namespace)
+	if err == nil && gone {
+		err = fault.New(fault.NotFound, "see: halligan get namespaces", "namespace %s does not exist", namespace)
+	}
+	return err
+}
+
 // scope demands that a selection of many says where.
 func scope(kind *storage.Kind, namespace string, all bool) error {
 	switch {
@@ -347,9 +357,6 @@ func (p *planner) remove(o *object) {
 	}
 	if o.kind.Group == "" && o.kind.Kind == "Service" {
 		warn("its cluster IP and node ports stay taken until the API server's repair loop frees them (3 min)")
-	}
-	if isSecret(o.kind) {
-		warn("it cannot be put back through etcd: keep a way to restore it through the API server")
 	}
 }
 

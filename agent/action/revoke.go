@@ -20,7 +20,7 @@ import (
 var revokeRow = row{
 	name:    "revoke",
 	summary: "Take a user's, group's or service account's rights away",
-	description: "Finds every RoleBinding and ClusterRoleBinding that names the subject, removes just that subject, and deletes a binding left empty. " +
+	description: "SUBJECT is system:serviceaccount:NAMESPACE:NAME, or the name of a user or group; user:NAME and group:NAME where both exist. Finds every RoleBinding and ClusterRoleBinding that names the subject, removes just that subject, and deletes a binding left empty. " +
 		"Requests get 403 within a second, without any controller or kubelet. --hard also deletes the ServiceAccount, so that its tokens get 401 once the API " +
 		"server's token cache (10 s) forgot them. Rights that come through groups are reported, not taken.",
 	role: trust.Responder, effect: mutate, timeout: 2 * time.Minute,
@@ -62,6 +62,11 @@ func parseSubject(text string) (subject, error) {
 			return bad("is no service account")
 		}
 		return subject{text: text, namespace: ns, name: name, user: true}, nil
+	}
+	for _, kubectl := range []string{"sa/", "serviceaccount/", "serviceaccounts/", "serviceaccount:"} {
+		if strings.HasPrefix(text, kubectl) {
+			return bad("is not how the API server names a service account")
+		}
 	}
 	if name, ok := strings.CutPrefix(text, "user:"); ok && name != "" {
 		if strings.HasPrefix(name, serviceAccountPrefix) {
@@ -224,21 +229,25 @@ func (p *planner) removeServiceAccount(ctx context.Context, who subject) error {
 	return nil
 }
 
-// doubt warns where a subject without rights may be a slip of the pen.
+// doubt warns where a subject without rights may be a slip of the pen, and
+// refuses where it must be one.
 func (p *planner) doubt(ctx context.Context, who subject) error {
-	if who.name == "" {
-		if !who.group || who.user {
-			p.warn("a service account is named %sNAMESPACE:NAME", serviceAccountPrefix)
-		}
-		return nil
-	}
 	kind, err := p.engine.resolve(ctx, "serviceaccounts")
 	if err != nil {
 		return err
 	}
-	if _, err = p.load(ctx, kind, who.namespace, who.name); fault.Is(err, fault.NotFound) {
-		p.warn("there is no ServiceAccount %s in namespace %s: is the name right?", who.name, who.namespace)
+	if who.name == "" {
+		if who.user {
+			p.warn("a service account is named %sNAMESPACE:NAME", serviceAccountPrefix)
+		}
+		if spaces := p.elsewhere(ctx, kind, who.text); who.user && len(spaces) > 0 {
+			return fault.New(fault.Usage, "say "+serviceAccountPrefix+spaces[0]+":"+who.text, "no binding names a user or group %s, but there is a ServiceAccount of that name", who.text)
+		}
 		return nil
+	}
+	if _, err = p.load(ctx, kind, who.namespace, who.name); fault.Is(err, fault.NotFound) {
+		return fault.New(fault.NotFound, "is the name right? see: halligan get serviceaccounts -A", "no binding names %s, and there is no ServiceAccount %s in namespace %s",
+			who.text, who.name, who.namespace)
 	}
 	return err
 }

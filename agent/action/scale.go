@@ -1,6 +1,7 @@
 package action
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
@@ -12,10 +13,6 @@ import (
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 )
-
-// stopLabel is the node selector entry that no node matches: how a DaemonSet is
-// brought to nothing.
-const stopLabel = "halligan.io/stopped"
 
 // maxReplicas is more pods than any cluster runs: Kubernetes supports up to
 // 150,000 in all (kubernetes.io, "Considerations for large clusters").
@@ -79,7 +76,16 @@ func planScale(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		p.summary("nothing to do: %s is %s already", obj.title(), what)
 		return nil
 	}
-	p.summary("scale %s to %d (%s)", obj.title(), *par.To, what)
+	from := ""
+	for _, c := range p.steps[0].changes {
+		if c.Field == storage.Replicas {
+			from, what = " from "+cmp.Or(string(c.Before), "1")+" replicas", ""
+		}
+	}
+	if what != "" {
+		what = " (" + what + ")"
+	}
+	p.summary("scale %s%s to %d%s", obj.title(), from, *par.To, what)
 	p.needs(needsOf(kind))
 	p.bypass(bypassUpdate...)
 	return p.fights(obj, *par.To, around)
@@ -108,13 +114,13 @@ func scaleEdits(obj *object, to int64) ([]storage.Edit, string, error) {
 	}
 	switch {
 	case has(storage.Replicas) && to == 1 && !obj.kind.Custom && absent(storage.Replicas):
-		return nil, "at 1 replicas", nil
+		return nil, "at 1 replica", nil
 	case has(storage.Suspend) && to == 1 && absent(storage.Suspend):
 		return nil, "not suspended", nil
 	case has(storage.Replicas):
 		return []storage.Edit{{Field: storage.Replicas, Value: to}}, fmt.Sprintf("at %d replicas", to), nil
 	case has(storage.NodeSelector):
-		edit, what := storage.Edit{Field: storage.NodeSelector, Entry: stopLabel}, "on all nodes that its own selector takes"
+		edit, what := storage.Edit{Field: storage.NodeSelector, Entry: storage.StopLabel}, "on all nodes that its own selector takes"
 		if to == 0 {
 			edit.Value, what = "true", "kept off every node by a node selector"
 		}

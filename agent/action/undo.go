@@ -22,15 +22,15 @@ import (
 const undoAuthority = 24 * time.Hour
 
 var undoRow = row{
-	name:    "undo",
+	name:    undoName,
 	summary: "Put back what an action changed",
 	description: "Plans the reversal of an action: fields get the value that they had, deleted objects are stored again as they were. " +
-		"A field that somebody changed since is left alone (exit 3). What the garbage collector removed in the meantime does not come back by itself.",
+		"A field that somebody changed since is left alone (exit 3). What the garbage collector removed in the meantime does not come back by itself, and Secrets cannot be put back through etcd at all.",
 	role: trust.Responder, effect: mutate, timeout: 30 * time.Minute,
 	parameters: []*halliganv1.Parameter{
 		{Name: "action", Type: "string", Required: true, Positional: true, Placeholder: "ACTION-ID", Description: "the action, or an unambiguous beginning of its ID"},
 	},
-	examples: []string{"undo 20261123-114502-k3xq"},
+	examples: []string{"undo 20261123-114502-k3xq7mab"},
 	plan:     planUndo,
 }
 

@@ -113,7 +113,7 @@ func (c *Client) explain(ctx context.Context, what string, err error, sent bool)
 	case !sent && (status.Code(err) == codes.Unavailable || tooLong(err)):
 		return fault.New(fault.Unreachable, "check that etcd runs, listens there and takes this client certificate", "%s: etcd at %s does not answer: %s", what, c.where(), desc)
 	case tooLong(err):
-		return fault.New(fault.Unreachable, "etcd is alive but slow, or its quorum is", "%s: etcd at %s gave no answer in time", what, c.where())
+		return fault.New(fault.Unreachable, "it hangs, is overloaded or has lost its quorum: try again, or use the agent of another control-plane node", "%s: etcd at %s gave no answer in time", what, c.where())
 	case status.Code(err) == codes.Unavailable:
 		return fault.New(fault.Unreachable, "try again", "%s: the connection to etcd at %s broke: %s", what, c.where(), desc)
 	}

@@ -654,7 +654,7 @@ func (j *Journal) Find(prefix string) (Entry, error) {
 	case 1:
 		return found[0], nil
 	case 0:
-		return Entry{}, fault.New(fault.NotFound, "see: halligan history", "no action %q is recorded on this node", prefix)
+		return Entry{}, fault.New(fault.NotFound, "see: halligan history; each node keeps the record of its own", "no action %q is recorded on this node", prefix)
 	}
 	return Entry{}, fault.New(fault.Usage, "give more of it", "%d actions begin with %q", len(found), prefix)
 }

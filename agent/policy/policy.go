@@ -159,7 +159,11 @@ func (p *Policy) Object(action, resource, namespace, name string) error {
 			if namespace != "" {
 				where += " in namespace " + namespace
 			}
-			return fault.New(fault.Refused, "no role can override this rule here; choose another target",
+			next := "no role can override this rule here; choose another target"
+			if action == "undo" {
+				next = "no role can override this rule here; only the API server can put it back"
+			}
+			return fault.New(fault.Refused, next,
 				"policy protects %s against %s: %s", where, action, r.Why)
 		}
 	}

@@ -225,8 +225,9 @@ var (
 	replicationControllerState = stateOf(part{2: {1: nil}, 3: {4: nil}}, func(r *corev1.ReplicationController) string {
 		return replicas(r.Status.ReadyReplicas, r.Spec.Replicas, false, "")
 	})
-	daemonSetState = stateOf(part{3: {3: nil, 4: nil}}, func(d *appsv1.DaemonSet) string {
-		return replicas(d.Status.NumberReady, &d.Status.DesiredNumberScheduled, false, "")
+	daemonSetState = stateOf(part{2: {2: {2: {7: nil}}}, 3: {3: nil, 4: nil}}, func(d *appsv1.DaemonSet) string {
+		_, stopped := d.Spec.Template.Spec.NodeSelector[StopLabel]
+		return replicas(d.Status.NumberReady, &d.Status.DesiredNumberScheduled, stopped, "stopped")
 	})
 	jobState = stateOf(part{2: {2: nil, 10: nil}, 3: {5: nil}}, func(j *batchv1.Job) string {
 		return replicas(j.Status.Succeeded, j.Spec.Completions, j.Spec.Suspend != nil && *j.Spec.Suspend, "suspended")

@@ -22,6 +22,10 @@ const DefaultPrefix = "/registry"
 // asked.
 const MaxRequestBytes = 1536 * 1024
 
+// StopLabel is the node selector entry that no node matches: how a DaemonSet is
+// brought to nothing.
+const StopLabel = "halligan.io/stopped"
+
 // FieldName names a field that Halligan can change, the same for all kinds.
 type FieldName string
 
