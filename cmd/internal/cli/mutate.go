@@ -44,8 +44,16 @@ func (a *app) mutate(cmd *cobra.Command, action *halliganv1.Action, parameters *
 	if a.dryRun {
 		return a.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan})
 	}
+	empty := len(plan.GetObjects()) == 0
+	if empty && !willApply {
+		// It is neither applied nor refused: there is nothing to agree to.
+		if !machine {
+			fmt.Fprintln(a.out, nothingChanged)
+		}
+		return a.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan})
+	}
 	// A plan of nothing is nothing to ask a person about.
-	if !a.yes && (len(plan.GetObjects()) > 0 || !a.inTTY) {
+	if !a.yes && !empty {
 		if err := a.confirm(ctx, plan, machine); err != nil {
 			return a.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan, Error: api.ErrorOf(err)})
 		}
@@ -75,7 +83,11 @@ func (a *app) plan(ctx context.Context, action *halliganv1.Action, parameters *s
 // confirm returns nil when a person agrees.
 func (a *app) confirm(ctx context.Context, plan *halliganv1.Plan, machine bool) error {
 	if !a.inTTY {
-		return fault.New(fault.Usage, "run it again with --yes and --reason TEXT", "nothing was changed, since there is no terminal to ask on")
+		next := "run it again with --yes"
+		if strings.TrimSpace(a.reason) == "" {
+			next += " and --reason TEXT"
+		}
+		return fault.New(fault.Usage, next, "nothing was changed, since there is no terminal to ask on")
 	}
 	if machine {
 		a.showPlan(a.err, plan)

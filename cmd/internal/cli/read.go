@@ -149,6 +149,13 @@ func (a *app) history(cmd *cobra.Command, action *halliganv1.Action, parameters 
 			a.showEntry(e)
 		}
 		return nil
+	case a.output == "table" && len(entries) == 0:
+		node := "this node"
+		if s, err := a.agent.client.Status(ctx, &halliganv1.StatusRequest{}); err == nil && s.GetNode() != "" {
+			node = s.GetNode()
+		}
+		a.note("nothing was done from %s; each node keeps its own history", node)
+		return nil
 	case a.output == "table":
 		return a.showHistory(entries)
 	case req.ActionId != "" && len(entries) == 1:

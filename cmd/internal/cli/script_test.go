@@ -209,8 +209,11 @@ func (s *stage) Plan(_ context.Context, _ trust.Identity, req *halliganv1.PlanRe
 		Bypassed: []string{"admission"}, Needs: []string{"kube-controller-manager"},
 	}
 	n := 1
-	if play == "many" {
+	switch play {
+	case "many":
 		n = 25
+	case "nothing":
+		n = 0
 	}
 	for i := range n {
 		p.Objects = append(p.Objects, &halliganv1.PlannedObject{Key: fmt.Sprintf("/registry/deployments/shop/%s-%d", play, i), Resource: "deployments.apps",

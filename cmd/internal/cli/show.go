@@ -117,6 +117,9 @@ func moment(t *timestamppb.Timestamp) string {
 	return t.AsTime().UTC().Format(time.RFC3339)
 }
 
+// nothingChanged is what came of a plan without any object.
+const nothingChanged = "nothing was changed"
+
 func (a *app) showResult(w io.Writer, r *halliganv1.Result) {
 	var b bytes.Buffer
 	done := 0
@@ -126,7 +129,7 @@ func (a *app) showResult(w io.Writer, r *halliganv1.Result) {
 		}
 	}
 	if r.GetResult() == "applied" && len(r.GetPlan().GetObjects()) == 0 {
-		fmt.Fprintln(w, "nothing was changed")
+		fmt.Fprintln(w, nothingChanged)
 		return
 	}
 	fmt.Fprintf(&b, "%s: %d of %d objects%s\n", line(r.GetResult()), done, max(len(r.GetPlan().GetObjects()), len(r.GetObjects())), timings(r.GetTimingsMs()))
@@ -385,10 +388,6 @@ func (y *yamlWriter) flush() error { return nil }
 func (y *yamlWriter) end() error   { return nil }
 
 func (a *app) showHistory(entries []*halliganv1.HistoryEntry) error {
-	if len(entries) == 0 {
-		a.note("nothing was done yet")
-		return nil
-	}
 	w := tabwriter.NewWriter(a.out, 0, 0, 3, ' ', 0)
 	fmt.Fprintln(w, "TIME\tACTION-ID\tRESULT\tOBJECTS\tWHO\tSUMMARY")
 	for _, e := range entries {
@@ -424,19 +423,11 @@ func (a *app) showStatus(s *halliganv1.StatusResponse) {
 	row(&b, "agent", fmt.Sprintf("%s, %s", line(s.GetVersion()), moment(s.GetTime())))
 	row(&b, "node", line(s.GetDistribution()))
 	row(&b, "you", fmt.Sprintf("%s as %s", line(s.GetActor()), line(s.GetRole())))
-	quorum := "no quorum: reads only"
-	if e.GetQuorum() {
-		quorum = "quorum"
-	}
-	row(&b, "etcd", fmt.Sprintf("%s %s, %s, %.3g ms", line(e.GetEndpoint()), line(e.GetVersion()), quorum, e.GetLatencyMs()))
-	row(&b, "member", fmt.Sprintf("%s, leader %s, revision %d", line(e.GetMemberId()), orDash(e.GetLeaderId()), e.GetRevision()))
-	if e.GetDbQuotaBytes() > 0 {
-		row(&b, "database", fmt.Sprintf("%s of %s", size(e.GetDbSizeBytes()), size(e.GetDbQuotaBytes())))
+	if e.GetError() != "" && e.GetVersion() == "" {
+		row(&b, "etcd", fmt.Sprintf("%s does not answer: %s", line(e.GetEndpoint()), line(e.GetError())))
 	} else {
-		row(&b, "database", size(e.GetDbSizeBytes()))
+		showEtcd(&b, e)
 	}
-	row(&b, "alarms", line(strings.Join(e.GetAlarms(), ", ")))
-	row(&b, "error", line(e.GetError()))
 	row(&b, "records", fmt.Sprintf("%s used, %s free", size(s.GetStateUsedBytes()), size(s.GetStateFreeBytes())))
 	for _, resource := range slices.Sorted(maps.Keys(s.GetEncryption())) {
 		row(&b, "encrypts", line(resource)+" with "+line(s.GetEncryption()[resource]))
@@ -447,6 +438,23 @@ func (a *app) showStatus(s *halliganv1.StatusResponse) {
 		row(&b, "mutations", "possible")
 	}
 	_, _ = b.WriteTo(a.out)
+}
+
+// showEtcd shows what a member of etcd has answered.
+func showEtcd(w io.Writer, e *halliganv1.EtcdStatus) {
+	quorum := "no quorum: reads only"
+	if e.GetQuorum() {
+		quorum = "quorum"
+	}
+	row(w, "etcd", fmt.Sprintf("%s %s, %s, %.3g ms", line(e.GetEndpoint()), line(e.GetVersion()), quorum, e.GetLatencyMs()))
+	row(w, "member", fmt.Sprintf("%s, leader %s, revision %d", line(e.GetMemberId()), orDash(e.GetLeaderId()), e.GetRevision()))
+	if e.GetDbQuotaBytes() > 0 {
+		row(w, "database", fmt.Sprintf("%s of %s", size(e.GetDbSizeBytes()), size(e.GetDbQuotaBytes())))
+	} else {
+		row(w, "database", size(e.GetDbSizeBytes()))
+	}
+	row(w, "alarms", line(strings.Join(e.GetAlarms(), ", ")))
+	row(w, "error", line(e.GetError()))
 }
 
 // size returns bytes in a binary unit.
