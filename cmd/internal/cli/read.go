@@ -46,6 +46,7 @@ func (a *app) status(ctx context.Context) error {
 
 func (a *app) get(cmd *cobra.Command, action *halliganv1.Action, parameters *structpb.Struct) error {
 	target := parameters.GetFields()["target"].GetStringValue()
+	managed := parameters.GetFields()["full"].GetBoolValue()
 	if a.output != "table" {
 		// Rows need no whole objects, which are what makes a list slow.
 		for _, p := range action.GetParameters() {
@@ -75,6 +76,9 @@ func (a *app) get(cmd *cobra.Command, action *halliganv1.Action, parameters *str
 		show = &jsonWriter{app: a}
 	default:
 		show = &jsonListWriter{app: a}
+	}
+	if strings.Contains(target, "/") && !managed && a.output != "table" {
+		show = withoutManaged{show}
 	}
 	notes := 0
 	for {

@@ -268,6 +268,9 @@ func (s *stage) Apply(ctx context.Context, _ trust.Identity, id, sum string, pro
 	case "many":
 		r.Result = "partial"
 		r.Objects[3].Outcome, r.Objects[3].Error = "stale", "changed by somebody else"
+		for _, o := range r.Objects[5:] {
+			o.Outcome, o.Error = "skipped", "not tried: another object had changed"
+		}
 	case "slow":
 		s.begun <- struct{}{}
 		<-ctx.Done()
@@ -321,7 +324,11 @@ func (s *stage) Get(_ context.Context, _ trust.Identity, params *structpb.Struct
 			if err != nil {
 				return nil, err
 			}
-			o.Json = fmt.Sprintf(`{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":%s},"spec":{"replicas":3}}`, quoted)
+			managed := ""
+			if one {
+				managed = `,"managedFields":[{"manager":"kubectl"}]`
+			}
+			o.Json = fmt.Sprintf(`{"apiVersion":"apps/v1","kind":"Deployment","metadata":{"name":%s%s},"spec":{"replicas":3}}`, quoted, managed)
 		}
 		if err := send(o); err != nil {
 			return nil, err

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -151,9 +150,13 @@ func canUndo(p *halliganv1.Plan) bool {
 }
 
 func showFailures(w io.Writer, objects []*halliganv1.ObjectResult) {
-	bad := 0
+	bad, untried := 0, 0
 	for _, o := range objects {
-		if o.GetOutcome() == "applied" {
+		switch {
+		case o.GetOutcome() == "applied":
+			continue
+		case o.GetOutcome() == "skipped" && strings.HasPrefix(o.GetError(), "not tried"):
+			untried++
 			continue
 		}
 		if bad++; bad <= maxShown {
@@ -163,29 +166,22 @@ func showFailures(w io.Writer, objects []*halliganv1.ObjectResult) {
 	if bad > maxShown {
 		fmt.Fprintf(w, "  and %d more\n", bad-maxShown)
 	}
+	if untried > 0 {
+		fmt.Fprintf(w, "  %d not tried\n", untried)
+	}
 }
 
-// steps are the parts of an action in the order in which they happen.
-var steps = []string{"plan", "read", "compute", "record", "write", "verify", "outcome"}
-
-// timings says how long an action took, and each step of it.
+// timings says how long an action and its plan took; -o json has every step.
 func timings(ms map[string]float64) string {
-	names := slices.SortedFunc(maps.Keys(ms), func(a, b string) int {
-		return cmp.Or(cmp.Compare(slices.Index(steps, a), slices.Index(steps, b)), cmp.Compare(a, b))
-	})
-	var whole string
-	var parts []string
-	for _, step := range names {
-		if text := fmt.Sprintf("%.4g ms", ms[step]); step == "total" {
-			whole = " in " + text
-		} else {
-			parts = append(parts, line(step)+" "+text)
-		}
+	total, known := ms["total"]
+	if !known {
+		return ""
 	}
-	if len(parts) > 0 {
-		whole += " (" + strings.Join(parts, ", ") + ")"
+	text := fmt.Sprintf(" in %.4g ms", total)
+	if plan, known := ms["plan"]; known {
+		text += fmt.Sprintf(" (planned in %.4g ms)", plan)
 	}
-	return whole
+	return text
 }
 
 // progress shows how far an action is, on a terminal only.
@@ -332,6 +328,27 @@ func noJSON(o *halliganv1.Object, err error) error {
 
 func (j *jsonWriter) flush() error { return nil }
 func (j *jsonWriter) end() error   { return nil }
+
+// withoutManaged leaves out who manages which field, as kubectl does.
+type withoutManaged struct{ objectWriter }
+
+func (w withoutManaged) object(o *halliganv1.Object) error {
+	// What does not have the shape of an object is shown as it is.
+	var whole, metadata map[string]json.RawMessage
+	if json.Unmarshal([]byte(o.GetJson()), &whole) == nil && json.Unmarshal(whole["metadata"], &metadata) == nil && metadata["managedFields"] != nil {
+		delete(metadata, "managedFields")
+		var err error
+		if whole["metadata"], err = json.Marshal(metadata); err != nil {
+			return err
+		}
+		text, err := json.Marshal(whole)
+		if err != nil {
+			return err
+		}
+		o.Json = string(text)
+	}
+	return w.objectWriter.object(o)
+}
 
 // jsonListWriter shows objects as a List of the Kubernetes API, item by item.
 type jsonListWriter struct {
