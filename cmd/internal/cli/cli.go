@@ -99,7 +99,7 @@ func run(ctx context.Context, args []string, t terminal) int {
 		return 0
 	}
 	f := fault.Of(err)
-	if cmd != nil && cmd.Annotations["effect"] == "mutate" && a.output != "table" && !a.reported {
+	if cmd != nil && mutates(cmd) && a.output != "table" && !a.reported {
 		a.printResult(failedResult(f))
 	}
 	fmt.Fprintf(a.err, "halligan: %s\n", neutral.Line(f.Error()))
@@ -217,7 +217,7 @@ func (a *app) root(actions []*halliganv1.Action) *cobra.Command {
 			if a.timeout < 0 {
 				return usage(cmd, "--timeout must not be negative")
 			}
-			return nil
+			return onlyMutations(cmd)
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
@@ -235,6 +235,15 @@ func (a *app) root(actions []*halliganv1.Action) *cobra.Command {
 		return usage(cmd, "%s", strings.TrimSuffix(err.Error(), "."))
 	})
 	a.addFlags(root.PersistentFlags(), a.env)
+	help := root.HelpFunc()
+	root.SetHelpFunc(func(cmd *cobra.Command, args []string) {
+		if cmd.HasParent() && !mutates(cmd) {
+			for _, name := range mutationFlags {
+				root.PersistentFlags().Lookup(name).Hidden = true
+			}
+		}
+		help(cmd, args)
+	})
 	for _, action := range actions {
 		root.AddCommand(a.verb(action))
 	}
@@ -251,6 +260,22 @@ func (a *app) root(actions []*halliganv1.Action) *cobra.Command {
 			},
 		})
 	return root
+}
+
+// mutationFlags may stand before the verb, so all verbs parse them.
+var mutationFlags = []string{"yes", "dry-run", "reason", "incident"}
+
+func mutates(cmd *cobra.Command) bool { return cmd.Annotations["effect"] == "mutate" }
+
+// onlyMutations refuses the flags that say something about a change where
+// there is none.
+func onlyMutations(cmd *cobra.Command) error {
+	for _, name := range mutationFlags {
+		if !mutates(cmd) && cmd.Flags().Changed(name) {
+			return usage(cmd, "%s changes nothing: --%s does not apply", cmd.Name(), name)
+		}
+	}
+	return nil
 }
 
 func noArguments(cmd *cobra.Command, args []string) error {

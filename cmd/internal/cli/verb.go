@@ -84,9 +84,6 @@ func (a *app) verb(action *halliganv1.Action) *cobra.Command {
 		if !known {
 			return usage(cmd, "this client is too old to show %s", action.GetName())
 		}
-		if a.yes || a.dryRun {
-			return usage(cmd, "%s changes nothing: --yes and --dry-run do not apply", action.GetName())
-		}
 		return read(a, cmd, action, parameters)
 	}
 	return cmd
