@@ -584,6 +584,9 @@ func (s *Storm) seen(ctx context.Context, key string, value []byte) {
 // rolloutWithin bounds how long the offender's pods take to run on every node.
 const rolloutWithin = 90 * time.Second
 
+// unwantedAfter is how long no node may be meant to run a pod of the offender.
+const unwantedAfter = 10 * time.Second
+
 // rollout waits until as many pods have a token as nodes should run one.
 func (s *Storm) rollout(ctx context.Context) error {
 	began := time.Now()
@@ -594,18 +597,22 @@ func (s *Storm) rollout(ctx context.Context) error {
 			err = json.Unmarshal(raw, ds)
 		}
 		all, armed := s.pods.count()
-		if want := int(ds.Status.DesiredNumberScheduled); err == nil && want > 0 && armed >= want && ds.Status.ObservedGeneration == ds.Generation {
+		want, waited := int(ds.Status.DesiredNumberScheduled), time.Since(began)
+		seen := err == nil && ds.Status.ObservedGeneration == ds.Generation
+		switch {
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case seen && want > 0 && armed >= want:
 			s.say("%d pods of %s/%s run and have their tokens after %s", armed, offenderNamespace, offenderName, since(began))
 			return nil
-		}
-		if time.Since(began) > rolloutWithin {
+		case seen && want == 0 && waited > unwantedAfter:
+			return fault.New(fault.Failed, "undo what stopped it: halligan history", "no node is to run %s/%s; its node selector is %v",
+				offenderNamespace, offenderName, ds.Spec.Template.Spec.NodeSelector)
+		case waited > rolloutWithin:
 			return fault.New(fault.Failed, "see the logs in "+filepath.Join(s.opts.Dir, "log"), "%d of %d pods run after %s, %d of them with a token (%v)",
-				all, ds.Status.DesiredNumberScheduled, rolloutWithin, armed, err)
+				all, want, rolloutWithin, armed, err)
 		}
 		pause(ctx, 200*time.Millisecond)
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
 	}
 }
 
@@ -668,8 +675,10 @@ func (s *Storm) describe() string {
 	}
 	pods, _ := s.pods.count()
 	return fmt.Sprintf("storm %s: %s\nshape %s: %s\n%d pods with %d clients each, of which %d hammer on and %d back off; %d ConfigMaps of %d bytes to list\n"+
+		"the victim works with: kubectl --kubeconfig %s get configmap %s -n %s\n"+
 		"each second: pods, then requests by their answer, then latencies of the last %s",
-		s.kind.name, s.kind.summary, s.opts.Shape, victim, pods, s.opts.ClientsPerPod, hammering, s.opts.ClientsPerPod-hammering, s.opts.Objects, s.opts.ObjectBytes, lineWindow)
+		s.kind.name, s.kind.summary, s.opts.Shape, victim, pods, s.opts.ClientsPerPod, hammering, s.opts.ClientsPerPod-hammering, s.opts.Objects, s.opts.ObjectBytes,
+		s.VictimKubeconfig(), victimObject, victimNamespace, lineWindow)
 }
 
 // lineWindow is what the latencies of a line are about.
