@@ -4,9 +4,11 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -16,15 +18,29 @@ import (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ends := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // by nohup
+		ends = append(ends, syscall.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	// A second signal ends the process at once; its children go with it.
 	context.AfterFunc(ctx, stop)
-	err := command().ExecuteContext(ctx)
-	if err != nil {
+	if err := execute(ctx, command(), os.Args[1:]); err != nil {
 		e := fault.Of(err)
 		fmt.Fprintln(os.Stderr, "halligan-lab:", e)
 		os.Exit(e.Code.Exit())
 	}
+}
+
+// execute refuses an unknown command also where --help follows, which cobra
+// would take for a question about the root.
+func execute(ctx context.Context, root *cobra.Command, args []string) error {
+	root.InitDefaultHelpCmd()
+	if cmd, rest, err := root.Find(args); err == nil && cmd == root && len(rest) > 0 && !strings.HasPrefix(rest[0], "-") && !strings.HasPrefix(rest[0], cobra.ShellCompRequestCmd) {
+		return lab.NoArgs(root, rest)
+	}
+	root.SetArgs(args)
+	return root.ExecuteContext(ctx)
 }
 
 func command() *cobra.Command {
@@ -51,7 +67,7 @@ func up() *cobra.Command {
 		Use:   "up --dir DIR",
 		Short: "Run a lab in the foreground until it is interrupted",
 		Long: "Runs three etcd members and three agents, seeds Kubernetes objects into an empty etcd, prints one line\n" +
-			"\"ready DIR\" and stays in the foreground. SIGINT or SIGTERM stops everything that it started.\n" +
+			"\"ready DIR\" and stays in the foreground. SIGINT, SIGTERM or SIGHUP stops everything that it started.\n" +
 			"DIR/env and DIR/env.console are there to be sourced. With --kube a real Kubernetes control plane runs on the\n" +
 			"etcd, with simulated nodes; then --objects counts runaway ConfigMaps, by default none.",
 		Args: lab.NoArgs,
@@ -63,13 +79,15 @@ func up() *cobra.Command {
 			if err := k.into(cmd, &o); err != nil {
 				return err
 			}
+			context.AfterFunc(cmd.Context(), func() { fmt.Fprintln(os.Stderr, "stopping...") })
 			l, err := lab.Up(cmd.Context(), o)
 			if err != nil {
 				return err
 			}
-			defer l.Close()
 			fmt.Println("ready", dir)
-			return l.Wait(cmd.Context())
+			err = errors.Join(l.Wait(cmd.Context()), l.Close())
+			fmt.Fprintln(os.Stderr, "stopped; the state stays in", dir)
+			return err
 		},
 	}
 	c.Flags().StringVar(&o.Dir, "dir", "", "folder for all of the lab's state")
@@ -90,7 +108,7 @@ func (k *kube) flags(c *cobra.Command) {
 	c.Flags().IntVar(&k.Procs, "apiserver-procs", 0, "GOMAXPROCS of each API server; 0: all cores")
 	c.Flags().IntVar(&k.MaxInFlight, "max-inflight", 0, "most reads in flight in an API server, and half of it writes; 0: its default")
 	c.Flags().BoolVar(&k.NoFlowControl, "no-flow-control", false, "turn API priority and fairness off")
-	c.Flags().BoolVar(&k.Encrypt, "encrypt", false, "encrypt Secrets at rest")
+	c.Flags().BoolVar(&k.Encrypt, "encrypt", false, "with --kube, encrypt Secrets at rest; without it they always are")
 	c.Flags().BoolVar(&k.Audit, "audit", false, "write the API servers' audit logs, DIR/log/audit-NODE.log")
 }
 
@@ -121,13 +139,17 @@ func demo() *cobra.Command {
 			"with an independent etcd client, or with --kube through kubectl. Exits 0 if every step held.",
 		Args: lab.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			// A caught SIGPIPE turns into a failed write; an ignored one would be
+			// inherited by the commands that the demo runs.
+			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+			ctx, out := lab.Audience(cmd.Context(), os.Stdout)
 			if kube {
-				return lab.KubeDemo(cmd.Context(), o, os.Stdout)
+				return lab.KubeDemo(ctx, o, out)
 			}
 			if cmd.Flags().Changed("shape") {
 				return fault.New(fault.Usage, "give --kube too", "--shape is for a demo with a real control plane")
 			}
-			return lab.Demo(cmd.Context(), o.Options, os.Stdout)
+			return lab.Demo(ctx, o.Options, out)
 		},
 	}
 	flags(c, &o.Options)

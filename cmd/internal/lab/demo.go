@@ -89,9 +89,35 @@ func Demo(ctx context.Context, o Options, out io.Writer) (err error) {
 // interrupted prefers the plain fact that somebody stopped it.
 func interrupted(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
-		return fault.New(fault.Cancelled, "everything was stopped", "interrupted: %w", context.Cause(ctx))
+		if broken := new(outputError); errors.As(context.Cause(ctx), &broken) {
+			return fault.New(fault.Failed, "", "the story cannot be told: %w; everything was stopped", broken.error)
+		}
+		return fault.New(fault.Cancelled, "", "interrupted: everything was stopped")
 	}
 	return err
+}
+
+// outputError is why a story ends that nobody can hear.
+type outputError struct{ error }
+
+// Audience returns the output of a demo, and a context that ends with it: who
+// has left, as head does, must not leave a lab and its keys behind.
+func Audience(ctx context.Context, out io.Writer) (context.Context, io.Writer) {
+	ctx, end := context.WithCancelCause(ctx)
+	return ctx, audience{out, end}
+}
+
+type audience struct {
+	io.Writer
+	end context.CancelCauseFunc
+}
+
+func (a audience) Write(b []byte) (int, error) {
+	n, err := a.Writer.Write(b)
+	if err != nil {
+		a.end(&outputError{err})
+	}
+	return n, err
 }
 
 // story is the demo step by step. An error is one of the demo itself; a step
@@ -302,6 +328,9 @@ func (d *demo) exec(ctx context.Context, shown string, argv []string, env ...str
 	began := time.Now()
 	err := cmd.Run()
 	took := time.Since(began)
+	if ctx.Err() != nil {
+		return out.String(), took, ctx.Err() // half an answer tells nothing
+	}
 	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
 	if cut := len(lines) - shownLines; cut > 0 {
 		tail := lines[len(lines)-shownLines/3:]
@@ -321,6 +350,9 @@ func (d *demo) step(ctx context.Context, name string, do func(context.Context) e
 	}
 	began := time.Now()
 	err := do(ctx)
+	if ctx.Err() != nil {
+		return // whether it would have held nobody knows
+	}
 	d.rows = append(d.rows, score{name, time.Since(began), err})
 	if err != nil {
 		d.say("NOT HELD: %v", err)

@@ -60,7 +60,8 @@ func TestDemoInterrupted(t *testing.T) {
 	// Interrupted while the tool hangs.
 	o.Halligan = []string{"/bin/sh", "-c", "echo $$ >" + filepath.Join(dir, "hangs") + "; exec sleep 600", "halligan"}
 	ended := make(chan error, 1)
-	go func() { ended <- Demo(ctx, o, &bytes.Buffer{}) }()
+	var out bytes.Buffer
+	go func() { ended <- Demo(ctx, o, &out) }()
 	tool := 0
 	eventually(t, "the tool runs", func() bool {
 		text, err := os.ReadFile(filepath.Join(dir, "hangs"))
@@ -72,8 +73,11 @@ func TestDemoInterrupted(t *testing.T) {
 	cancel()
 	select {
 	case err := <-ended:
-		if !fault.Is(err, fault.Cancelled) {
+		if !fault.Is(err, fault.Cancelled) || err.Error() != "interrupted: everything was stopped" {
 			t.Errorf("got %v", err)
+		}
+		if strings.Contains(out.String(), "NOT HELD") {
+			t.Errorf("a step is said not to hold:\n%s", out.String())
 		}
 	case <-time.After(20 * time.Second):
 		t.Fatal("it does not end")
@@ -83,6 +87,25 @@ func TestDemoInterrupted(t *testing.T) {
 	}
 	if left := children(t, dir); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
+	}
+}
+
+// TestDemoWithoutAudience has the reader leave after the first lines.
+func TestDemoWithoutAudience(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	r.Close()
+	ctx, out := Audience(t.Context(), w)
+	if err := Demo(ctx, options(dir, network()), out); !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("got %v", err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
 	}
 }
 

@@ -108,13 +108,20 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 		return nil, err
 	}
 	l := &Lab{opts: o, failed: make(chan error, controlNodes)}
+	_, missing := os.Lstat(o.Dir)
 	if l.lock, err = claim(o.Dir); err != nil {
 		return nil, err
 	}
 	defer func() {
-		if err != nil {
-			l.Close()
+		if err == nil {
+			return
 		}
+		// What came no further than this has nothing to look at later.
+		if l.cluster == nil && errors.Is(missing, fs.ErrNotExist) {
+			os.RemoveAll(o.Dir)
+		}
+		l.Close()
+		err = interrupted(ctx, err)
 	}()
 	// sun_path of a Unix socket holds 108 bytes, a zero among them (unix(7)).
 	if s := l.Socket(0); len(s) > 107 {
@@ -237,7 +244,7 @@ func claim(dir string) (*os.File, error) {
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		pid, _ := io.ReadAll(io.LimitReader(f, 32))
 		f.Close()
-		return nil, fault.New(fault.Failed, "stop it, or give another folder", "a lab runs in %s (process %s): %w", dir, strings.TrimSpace(string(pid)), err)
+		return nil, fault.New(fault.Failed, "stop it, or give another folder", "a lab runs in %s (process %s)", dir, strings.TrimSpace(string(pid)))
 	}
 	if err := f.Truncate(0); err != nil {
 		f.Close()

@@ -150,7 +150,11 @@ func TestLabLivesDiesAndComesBack(t *testing.T) {
 		}
 	})
 	t.Run("same addresses", func(t *testing.T) {
-		_, err := Up(t.Context(), options(t.TempDir(), network))
+		fresh := filepath.Join(t.TempDir(), "fresh")
+		_, err := Up(t.Context(), options(fresh, network))
+		if _, there := os.Stat(fresh); there == nil {
+			t.Error("a refused lab leaves its folder behind")
+		}
 		if err == nil || !strings.Contains(err.Error(), network+".1") || !strings.Contains(err.Error(), "is taken") || !strings.Contains(err.Error(), "--net") {
 			t.Errorf("got %v", err)
 		}
