@@ -35,7 +35,7 @@ var unhurried = pace{calm: 5 * time.Second, storm: 8 * time.Second, rung: 10 * t
 // Figures of the demo.
 const (
 	// kubectlTries is how often the victim tries at most until one times out.
-	kubectlTries = 3
+	kubectlTries = 4
 	// reliefSpan is how long the victim must be served well without a break.
 	reliefSpan = 3 * time.Second
 	// reliefFloor is the p99 that counts as calm on a machine whose calm is
@@ -45,7 +45,7 @@ const (
 	// promises, and is watched from then on. The API server remembers for 10 s that a
 	// token was good (kubernetes, pkg/kubeapiserver/options/authentication.go:
 	// TokenSuccessCacheTTL).
-	rungMost      = 45 * time.Second
+	rungMost      = 60 * time.Second
 	demoProbeEach = 250 * time.Millisecond
 	// phaseSpan is what a row of the measurements is about: the end of its part.
 	phaseSpan = 5 * time.Second
@@ -92,7 +92,7 @@ var shapes = map[string]struct {
 	pace    time.Duration // of the others
 	told    string
 }{
-	"a": {KubeOptions{Procs: 1}, 20, 1, 0, "flow control on; the victim is another ServiceAccount, a deploy job; the clients back off as client-go does"},
+	"a": {KubeOptions{Procs: 1}, 16, 1, 0, "flow control on; the victim is another ServiceAccount, a deploy job; the clients back off as client-go does"},
 	"b": {KubeOptions{Procs: 1, NoFlowControl: true, MaxInFlight: 130}, 40, 0.25, 100 * time.Millisecond, "flow control off, 130 requests in flight at most; the victim is a person; most clients hammer on"},
 }
 
