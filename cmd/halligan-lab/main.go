@@ -62,7 +62,7 @@ func command() *cobra.Command {
 
 func up() *cobra.Command {
 	o := lab.Options{Progress: os.Stderr}
-	var k kube
+	var k lab.KubeFlags
 	c := &cobra.Command{
 		Use:   "up --dir DIR",
 		Short: "Run a lab in the foreground until it is interrupted",
@@ -76,7 +76,7 @@ func up() *cobra.Command {
 			if dir == "" {
 				return fault.New(fault.Usage, "say where with --dir DIR", "the lab needs a folder")
 			}
-			if err := k.into(cmd, &o); err != nil {
+			if err := k.Into(cmd, &o); err != nil {
 				return err
 			}
 			context.AfterFunc(cmd.Context(), func() { fmt.Fprintln(os.Stderr, "stopping...") })
@@ -92,41 +92,8 @@ func up() *cobra.Command {
 	}
 	c.Flags().StringVar(&o.Dir, "dir", "", "folder for all of the lab's state")
 	flags(c, &o)
-	k.flags(c)
+	k.Add(c)
 	return c
-}
-
-// kube are the flags of a lab with a real control plane.
-type kube struct {
-	wanted bool
-	lab.KubeOptions
-}
-
-func (k *kube) flags(c *cobra.Command) {
-	c.Flags().BoolVar(&k.wanted, "kube", false, "run a real kube-apiserver, kube-controller-manager and kube-scheduler, and kwok (build them with make kube)")
-	c.Flags().IntVar(&k.APIServers, "apiservers", 1, "how many API servers, one a node")
-	c.Flags().IntVar(&k.Procs, "apiserver-procs", 0, "GOMAXPROCS of each API server; 0: all cores")
-	c.Flags().IntVar(&k.MaxInFlight, "max-inflight", 0, "most reads in flight in an API server, and half of it writes; 0: its default")
-	c.Flags().BoolVar(&k.NoFlowControl, "no-flow-control", false, "turn API priority and fairness off")
-	c.Flags().BoolVar(&k.Encrypt, "encrypt", false, "with --kube, encrypt Secrets at rest; without it they always are")
-	c.Flags().BoolVar(&k.Audit, "audit", false, "write the API servers' audit logs, DIR/log/audit-NODE.log")
-}
-
-// into sets the options of the lab.
-func (k *kube) into(c *cobra.Command, o *lab.Options) error {
-	if k.wanted {
-		o.Kube = &k.KubeOptions
-		if !c.Flags().Changed("objects") {
-			o.Objects = 0
-		}
-		return nil
-	}
-	for _, name := range []string{"apiservers", "apiserver-procs", "max-inflight", "no-flow-control", "encrypt", "audit"} {
-		if c.Flags().Changed(name) {
-			return fault.New(fault.Usage, "give --kube too", "--%s is for a lab with a real control plane", name)
-		}
-	}
-	return nil
 }
 
 func demo() *cobra.Command {
