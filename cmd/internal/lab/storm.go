@@ -115,14 +115,14 @@ func NewStorm(ctx context.Context, o StormOptions) (_ *Storm, err error) {
 	if err := o.check(); err != nil {
 		return nil, err
 	}
-	// client-go logs each answer that is cut short, as every pod's end does.
-	klog.SetLogger(logr.Discard())
 	s := &Storm{opts: o, reads: make(chan struct{}, etcdReaders)}
 	s.kind = stormKinds[slices.IndexFunc(stormKinds, func(k stormKind) bool { return k.name == o.Kind })]
 	s.pods = pods{storm: s, begin: make(chan struct{}), running: map[string]*podClients{}}
 	if err := s.connect(); err != nil {
 		return nil, err
 	}
+	// client-go logs each answer that is cut short, as every pod's end does.
+	klog.SetLogger(logr.Discard())
 	defer func() {
 		if err != nil {
 			s.Close()
