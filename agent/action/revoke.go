@@ -21,7 +21,7 @@ var revokeRow = row{
 	name:    "revoke",
 	summary: "Take a user's, group's or service account's rights away",
 	description: "SUBJECT is system:serviceaccount:NAMESPACE:NAME, or the name of a user or group; user:NAME and group:NAME where both exist. Finds every RoleBinding and ClusterRoleBinding that names the subject, removes just that subject, and deletes a binding left empty. " +
-		"Requests get 403 within a second, without any controller or kubelet. --hard also deletes the ServiceAccount, so that its tokens get 401 once the API " +
+		"Requests get 403 as soon as the API server has seen it (at once in calm, seconds or more when it starves), without any controller or kubelet. --hard also deletes the ServiceAccount, so that its tokens get 401 once the API " +
 		"server's token cache (10 s) forgot them. Rights that come through groups are reported, not taken.",
 	role: trust.Responder, effect: mutate, timeout: 2 * time.Minute,
 	parameters: []*halliganv1.Parameter{
@@ -206,7 +206,7 @@ func planRevoke(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	p.bypass("escalation checks", "the API server's audit log")
 	p.warn("the API server's default roles (after its restart), GitOps or an operator may put a binding back")
 	if !par.Hard {
-		p.warn("a client that ignores 403 goes on costing: a 403 still passes flow control, a 401 (--hard) does not")
+		p.warn("a client that ignores 403 goes on costing; measure before --hard: its 401s can cost as much, each a new connection")
 	}
 	return nil
 }
