@@ -202,7 +202,7 @@ func planRevoke(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		return p.doubt(ctx, who)
 	}
 	p.summary("take the rights of %s away (%d bindings)", who.text, users+groups)
-	p.needs("nothing but etcd and the API server's watch of it: requests get 403 at once")
+	p.needs("nothing but etcd and the API server's watch of it: requests get 403 once it has seen the change")
 	p.bypass("escalation checks", "the API server's audit log")
 	p.warn("the API server's default roles (after its restart), GitOps or an operator may put a binding back")
 	if !par.Hard {
