@@ -1,26 +1,37 @@
-// Package trust says who somebody is and what the person's role may do. Every
-// door ends in one Identity value, and every decision uses only that.
+// Package trust says who somebody is and what that person may do. Every door
+// ends in one Identity value, and every decision uses only that: [Policy.Decide]
+// is the one function that allows or refuses.
 //
-// Today the only door is the console socket, whose identity comes from the
-// kernel; the signed bundle and certificates will produce the same value. This
-// package must never look at a request to find out who sent it. It stands on
-// floor 0.
+// Identities come from the kernel (console), from certificates under the signed
+// bundle (trust/bundle, trust/credential), and from nowhere else. This package
+// must never look at a request to find out who sent it, and must never need
+// anything but files and a clock. It stands on floor 0.
 package trust
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+	"time"
+)
 
-// Role is a rung of the ladder: each has what the one before has.
+// Role is what somebody came as. Observer, Responder and Commander are a
+// ladder: each has what the one before has. Approver is beside it.
 type Role int
 
-// The ladder. The zero value is nobody: it may do nothing.
+// The roles. The zero value is nobody: it may do nothing.
 const (
 	None Role = iota
 	Observer
 	Responder
 	Commander
+	// Approver reads plans and signs approvals, nothing else.
+	Approver
 )
 
-var roleNames = [...]string{None: "none", Observer: "observer", Responder: "responder", Commander: "commander"}
+var roleNames = [...]string{None: "none", Observer: "observer", Responder: "responder", Commander: "commander", Approver: "approver"}
+
+// Roles returns every role that can be taken.
+func Roles() []Role { return []Role{Observer, Responder, Commander, Approver} }
 
 // String returns the role's name.
 func (r Role) String() string {
@@ -32,24 +43,67 @@ func (r Role) String() string {
 
 // ParseRole returns the role of that name; None is not one that can be named.
 func ParseRole(name string) (Role, error) {
-	for r := Observer; int(r) < len(roleNames); r++ {
-		if roleNames[r] == name {
-			return r, nil
-		}
+	if i := slices.Index(roleNames[:], name); i > int(None) {
+		return Role(i), nil
 	}
-	return None, fmt.Errorf("unknown role %q: observer, responder or commander", name)
+	return None, fmt.Errorf("unknown role %q: observer, responder, commander or approver", name)
+}
+
+// Has reports whether the role is on the ladder at or above the rung.
+func (r Role) Has(rung Role) bool {
+	return rung > None && rung <= Commander && r >= rung && r <= Commander
+}
+
+// Door is how somebody came in.
+type Door string
+
+// The doors of a daemon.
+const (
+	Console Door = "console" // Unix socket at the node itself
+	SSH     Door = "ssh"     // exec, shell or subsystem of the SSH server
+	GRPC    Door = "grpc"    // gRPC over mTLS
+)
+
+// Kind is what vouches for an identity.
+type Kind string
+
+// The kinds. Only Person and Sealed stand for somebody who is awake.
+const (
+	Local      Kind = "local"      // the kernel of this machine
+	Person     Kind = "person"     // SSH user certificate
+	Sealed     Kind = "sealed"     // FIDO2 key that the policy itself lists
+	Automation Kind = "automation" // X.509 client certificate, or an SSH one marked so
+)
+
+// Scope narrows what an identity may do below its role; an empty list narrows
+// nothing. Entries are patterns of path.Match.
+type Scope struct {
+	Actions, Namespaces, Nodes []string
+	// Drill allows canary objects of the drill's own namespace only.
+	Drill bool
 }
 
 // Identity is somebody whom a door has authenticated.
 type Identity struct {
-	// Person is the stable name that records and caps go by, such as
-	// console/0 for the login uid 0 at the node's console.
+	// Person is the stable name that records and caps go by: the key ID of a
+	// certificate, or console/0 for the login uid 0 at the node's console.
 	Person string
 	// Role is the one taken for this session.
 	Role Role
-	// Door is how the person came in: "console".
-	Door string
+	Door Door
+	Kind Kind
+	// Fingerprint is that of the key that was proven (SHA256:...), empty at the
+	// console; Serial is the certificate's, in decimal.
+	Fingerprint, Serial string
+	// Source is the peer's address, IP:PORT, empty at the console.
+	Source string
+	// NotAfter is when the credential ends by its own word; zero: never.
+	NotAfter time.Time
+	// Late is set when the credential is past an edge of its validity and was
+	// admitted by the clock rule.
+	Late  bool
+	Scope Scope
 }
 
 // May reports whether the identity has at least the role.
-func (i Identity) May(least Role) bool { return i.Person != "" && least > None && i.Role >= least }
+func (i Identity) May(least Role) bool { return i.Person != "" && i.Role.Has(least) }

@@ -1,5 +1,5 @@
-// The wire contract between the doors of a Halligan agent (console socket
-// today, SSH and mTLS later) and whoever stands before them.
+// The wire contract between the doors of a Halligan agent (console socket, SSH
+// subsystem, mTLS) and whoever stands before them.
 //
 // The calls are generic: an action is a row of the agent's table, found with
 // Describe, and its parameters travel as a Struct that the agent decodes
@@ -127,7 +127,7 @@ type Action struct {
 	Summary string `protobuf:"bytes,2,opt,name=summary,proto3" json:"summary,omitempty"`
 	// Whole help text; may be empty.
 	Description string `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
-	// Least role that may take it: observer, responder, commander.
+	// Least role that may take it: observer, responder or commander.
 	Role string `protobuf:"bytes,4,opt,name=role,proto3" json:"role,omitempty"`
 	// "read" or "mutate".
 	Effect string `protobuf:"bytes,5,opt,name=effect,proto3" json:"effect,omitempty"`
@@ -385,7 +385,17 @@ type StatusResponse struct {
 	// Encryption providers in use for writing, by resource.
 	Encryption map[string]string `protobuf:"bytes,10,rep,name=encryption,proto3" json:"encryption,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// How the node was recognised: kubeadm, k3s, rke2, openshift, talos, manual.
-	Distribution  string `protobuf:"bytes,11,opt,name=distribution,proto3" json:"distribution,omitempty"`
+	Distribution string `protobuf:"bytes,11,opt,name=distribution,proto3" json:"distribution,omitempty"`
+	// Name of the cluster in the bundle; empty without one.
+	Cluster string `protobuf:"bytes,12,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	// What the agent trusts; unset without a bundle.
+	Bundle *BundleStatus `protobuf:"bytes,13,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	// When the caller's credential ends; unset where it never does.
+	CredentialExpires *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=credential_expires,json=credentialExpires,proto3" json:"credential_expires,omitempty"`
+	// What is degraded or needs attention, each in one line.
+	Warnings []string `protobuf:"bytes,15,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// The door of this call: console, ssh or grpc.
+	Door          string `protobuf:"bytes,16,opt,name=door,proto3" json:"door,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -497,6 +507,119 @@ func (x *StatusResponse) GetDistribution() string {
 	return ""
 }
 
+func (x *StatusResponse) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetBundle() *BundleStatus {
+	if x != nil {
+		return x.Bundle
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetCredentialExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CredentialExpires
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetDoor() string {
+	if x != nil {
+		return x.Door
+	}
+	return ""
+}
+
+// BundleStatus says which signed bundle is in force.
+type BundleStatus struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	PolicyVersion      uint64                 `protobuf:"varint,1,opt,name=policy_version,json=policyVersion,proto3" json:"policy_version,omitempty"`
+	InventoryVersion   uint64                 `protobuf:"varint,2,opt,name=inventory_version,json=inventoryVersion,proto3" json:"inventory_version,omitempty"`
+	RevocationsVersion uint64                 `protobuf:"varint,3,opt,name=revocations_version,json=revocationsVersion,proto3" json:"revocations_version,omitempty"`
+	// When the newest of its parts was signed, and until when it counts as fresh.
+	Signed        *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=signed,proto3" json:"signed,omitempty"`
+	FreshUntil    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=fresh_until,json=freshUntil,proto3" json:"fresh_until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BundleStatus) Reset() {
+	*x = BundleStatus{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BundleStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BundleStatus) ProtoMessage() {}
+
+func (x *BundleStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BundleStatus.ProtoReflect.Descriptor instead.
+func (*BundleStatus) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *BundleStatus) GetPolicyVersion() uint64 {
+	if x != nil {
+		return x.PolicyVersion
+	}
+	return 0
+}
+
+func (x *BundleStatus) GetInventoryVersion() uint64 {
+	if x != nil {
+		return x.InventoryVersion
+	}
+	return 0
+}
+
+func (x *BundleStatus) GetRevocationsVersion() uint64 {
+	if x != nil {
+		return x.RevocationsVersion
+	}
+	return 0
+}
+
+func (x *BundleStatus) GetSigned() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Signed
+	}
+	return nil
+}
+
+func (x *BundleStatus) GetFreshUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FreshUntil
+	}
+	return nil
+}
+
 type EtcdStatus struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
 	Endpoint     string                 `protobuf:"bytes,1,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
@@ -517,7 +640,7 @@ type EtcdStatus struct {
 
 func (x *EtcdStatus) Reset() {
 	*x = EtcdStatus{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	mi := &file_halligan_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -529,7 +652,7 @@ func (x *EtcdStatus) String() string {
 func (*EtcdStatus) ProtoMessage() {}
 
 func (x *EtcdStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	mi := &file_halligan_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -542,7 +665,7 @@ func (x *EtcdStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EtcdStatus.ProtoReflect.Descriptor instead.
 func (*EtcdStatus) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *EtcdStatus) GetEndpoint() string {
@@ -635,7 +758,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[7]
+	mi := &file_halligan_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -647,7 +770,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[7]
+	mi := &file_halligan_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -660,7 +783,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PlanRequest) GetAction() string {
@@ -703,7 +826,7 @@ type UndoRequest struct {
 
 func (x *UndoRequest) Reset() {
 	*x = UndoRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[8]
+	mi := &file_halligan_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -715,7 +838,7 @@ func (x *UndoRequest) String() string {
 func (*UndoRequest) ProtoMessage() {}
 
 func (x *UndoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[8]
+	mi := &file_halligan_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -728,7 +851,7 @@ func (x *UndoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoRequest.ProtoReflect.Descriptor instead.
 func (*UndoRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *UndoRequest) GetActionId() string {
@@ -786,14 +909,27 @@ type Plan struct {
 	// For an undo: the action that it takes back.
 	Undoes string `protobuf:"bytes,20,opt,name=undoes,proto3" json:"undoes,omitempty"`
 	// Hexadecimal.
-	Sha256        string `protobuf:"bytes,21,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	Sha256 string `protobuf:"bytes,21,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	// How many other people have to sign before it is applied, and why.
+	ApprovalsNeeded uint32 `protobuf:"varint,22,opt,name=approvals_needed,json=approvalsNeeded,proto3" json:"approvals_needed,omitempty"`
+	ApprovalReason  string `protobuf:"bytes,23,opt,name=approval_reason,json=approvalReason,proto3" json:"approval_reason,omitempty"`
+	// The policy lets one person apply it without the approvals, with --alone.
+	AloneAllowed bool `protobuf:"varint,24,opt,name=alone_allowed,json=aloneAllowed,proto3" json:"alone_allowed,omitempty"`
+	// It gives rights to somebody or something.
+	AddsAuthority bool `protobuf:"varint,25,opt,name=adds_authority,json=addsAuthority,proto3" json:"adds_authority,omitempty"`
+	// Random; approvals of this plan repeat it.
+	Nonce string `protobuf:"bytes,26,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	// Name of the cluster in the bundle, and the version of the bundle's policy
+	// under which the plan was made; empty without a bundle.
+	ClusterName   string `protobuf:"bytes,27,opt,name=cluster_name,json=clusterName,proto3" json:"cluster_name,omitempty"`
+	PolicyVersion uint64 `protobuf:"varint,28,opt,name=policy_version,json=policyVersion,proto3" json:"policy_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[9]
+	mi := &file_halligan_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -805,7 +941,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[9]
+	mi := &file_halligan_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -818,7 +954,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Plan) GetId() string {
@@ -968,6 +1104,55 @@ func (x *Plan) GetSha256() string {
 	return ""
 }
 
+func (x *Plan) GetApprovalsNeeded() uint32 {
+	if x != nil {
+		return x.ApprovalsNeeded
+	}
+	return 0
+}
+
+func (x *Plan) GetApprovalReason() string {
+	if x != nil {
+		return x.ApprovalReason
+	}
+	return ""
+}
+
+func (x *Plan) GetAloneAllowed() bool {
+	if x != nil {
+		return x.AloneAllowed
+	}
+	return false
+}
+
+func (x *Plan) GetAddsAuthority() bool {
+	if x != nil {
+		return x.AddsAuthority
+	}
+	return false
+}
+
+func (x *Plan) GetNonce() string {
+	if x != nil {
+		return x.Nonce
+	}
+	return ""
+}
+
+func (x *Plan) GetClusterName() string {
+	if x != nil {
+		return x.ClusterName
+	}
+	return ""
+}
+
+func (x *Plan) GetPolicyVersion() uint64 {
+	if x != nil {
+		return x.PolicyVersion
+	}
+	return 0
+}
+
 // PlannedObject is one compare-and-swap on one key.
 type PlannedObject struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -990,7 +1175,7 @@ type PlannedObject struct {
 
 func (x *PlannedObject) Reset() {
 	*x = PlannedObject{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[10]
+	mi := &file_halligan_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1002,7 +1187,7 @@ func (x *PlannedObject) String() string {
 func (*PlannedObject) ProtoMessage() {}
 
 func (x *PlannedObject) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[10]
+	mi := &file_halligan_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1015,7 +1200,7 @@ func (x *PlannedObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedObject.ProtoReflect.Descriptor instead.
 func (*PlannedObject) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PlannedObject) GetKey() string {
@@ -1093,7 +1278,7 @@ type FieldChange struct {
 
 func (x *FieldChange) Reset() {
 	*x = FieldChange{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[11]
+	mi := &file_halligan_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1105,7 +1290,7 @@ func (x *FieldChange) String() string {
 func (*FieldChange) ProtoMessage() {}
 
 func (x *FieldChange) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[11]
+	mi := &file_halligan_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1118,7 +1303,7 @@ func (x *FieldChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FieldChange.ProtoReflect.Descriptor instead.
 func (*FieldChange) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *FieldChange) GetPath() string {
@@ -1143,16 +1328,21 @@ func (x *FieldChange) GetAfter() string {
 }
 
 type ApplyRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	PlanId        string                 `protobuf:"bytes,1,opt,name=plan_id,json=planId,proto3" json:"plan_id,omitempty"`
-	PlanSha256    string                 `protobuf:"bytes,2,opt,name=plan_sha256,json=planSha256,proto3" json:"plan_sha256,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	PlanId     string                 `protobuf:"bytes,1,opt,name=plan_id,json=planId,proto3" json:"plan_id,omitempty"`
+	PlanSha256 string                 `protobuf:"bytes,2,opt,name=plan_sha256,json=planSha256,proto3" json:"plan_sha256,omitempty"`
+	// Signed approvals of others, each as `halligan approve` prints it.
+	Approvals []string `protobuf:"bytes,3,rep,name=approvals,proto3" json:"approvals,omitempty"`
+	// Apply without the approvals that the plan needs, where the policy allows
+	// that; the loudest alarm follows.
+	Alone         bool `protobuf:"varint,4,opt,name=alone,proto3" json:"alone,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[12]
+	mi := &file_halligan_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1164,7 +1354,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[12]
+	mi := &file_halligan_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1177,7 +1367,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ApplyRequest) GetPlanId() string {
@@ -1194,6 +1384,172 @@ func (x *ApplyRequest) GetPlanSha256() string {
 	return ""
 }
 
+func (x *ApplyRequest) GetApprovals() []string {
+	if x != nil {
+		return x.Approvals
+	}
+	return nil
+}
+
+func (x *ApplyRequest) GetAlone() bool {
+	if x != nil {
+		return x.Alone
+	}
+	return false
+}
+
+type ShowPlanRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PlanId        string                 `protobuf:"bytes,1,opt,name=plan_id,json=planId,proto3" json:"plan_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowPlanRequest) Reset() {
+	*x = ShowPlanRequest{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowPlanRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowPlanRequest) ProtoMessage() {}
+
+func (x *ShowPlanRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowPlanRequest.ProtoReflect.Descriptor instead.
+func (*ShowPlanRequest) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ShowPlanRequest) GetPlanId() string {
+	if x != nil {
+		return x.PlanId
+	}
+	return ""
+}
+
+type ExchangeBundleRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The whole file; empty: only ask.
+	Bundle        []byte `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExchangeBundleRequest) Reset() {
+	*x = ExchangeBundleRequest{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExchangeBundleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExchangeBundleRequest) ProtoMessage() {}
+
+func (x *ExchangeBundleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExchangeBundleRequest.ProtoReflect.Descriptor instead.
+func (*ExchangeBundleRequest) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ExchangeBundleRequest) GetBundle() []byte {
+	if x != nil {
+		return x.Bundle
+	}
+	return nil
+}
+
+type ExchangeBundleResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The agent's own file, set when it is newer than the one offered.
+	Bundle []byte `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	// What is in force after the exchange.
+	Status *BundleStatus `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
+	// Set when the bundle offered was refused: why.
+	Refused       *Error `protobuf:"bytes,3,opt,name=refused,proto3" json:"refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExchangeBundleResponse) Reset() {
+	*x = ExchangeBundleResponse{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExchangeBundleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExchangeBundleResponse) ProtoMessage() {}
+
+func (x *ExchangeBundleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExchangeBundleResponse.ProtoReflect.Descriptor instead.
+func (*ExchangeBundleResponse) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ExchangeBundleResponse) GetBundle() []byte {
+	if x != nil {
+		return x.Bundle
+	}
+	return nil
+}
+
+func (x *ExchangeBundleResponse) GetStatus() *BundleStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+func (x *ExchangeBundleResponse) GetRefused() *Error {
+	if x != nil {
+		return x.Refused
+	}
+	return nil
+}
+
 type StopRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ActionId      string                 `protobuf:"bytes,1,opt,name=action_id,json=actionId,proto3" json:"action_id,omitempty"`
@@ -1203,7 +1559,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	mi := &file_halligan_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1215,7 +1571,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	mi := &file_halligan_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1228,7 +1584,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StopRequest) GetActionId() string {
@@ -1246,7 +1602,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	mi := &file_halligan_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1614,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	mi := &file_halligan_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1627,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 type ApplyEvent struct {
@@ -1287,7 +1643,7 @@ type ApplyEvent struct {
 
 func (x *ApplyEvent) Reset() {
 	*x = ApplyEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	mi := &file_halligan_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1299,7 +1655,7 @@ func (x *ApplyEvent) String() string {
 func (*ApplyEvent) ProtoMessage() {}
 
 func (x *ApplyEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	mi := &file_halligan_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1312,7 +1668,7 @@ func (x *ApplyEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyEvent.ProtoReflect.Descriptor instead.
 func (*ApplyEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ApplyEvent) GetEvent() isApplyEvent_Event {
@@ -1369,7 +1725,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	mi := &file_halligan_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1381,7 +1737,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	mi := &file_halligan_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1394,7 +1750,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Progress) GetDone() int64 {
@@ -1444,7 +1800,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[17]
+	mi := &file_halligan_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1456,7 +1812,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[17]
+	mi := &file_halligan_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1469,7 +1825,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Result) GetAction() string {
@@ -1537,7 +1893,7 @@ type ObjectResult struct {
 
 func (x *ObjectResult) Reset() {
 	*x = ObjectResult{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[18]
+	mi := &file_halligan_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1549,7 +1905,7 @@ func (x *ObjectResult) String() string {
 func (*ObjectResult) ProtoMessage() {}
 
 func (x *ObjectResult) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[18]
+	mi := &file_halligan_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1562,7 +1918,7 @@ func (x *ObjectResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectResult.ProtoReflect.Descriptor instead.
 func (*ObjectResult) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ObjectResult) GetKey() string {
@@ -1620,7 +1976,7 @@ type Error struct {
 
 func (x *Error) Reset() {
 	*x = Error{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[19]
+	mi := &file_halligan_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +1988,7 @@ func (x *Error) String() string {
 func (*Error) ProtoMessage() {}
 
 func (x *Error) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[19]
+	mi := &file_halligan_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +2001,7 @@ func (x *Error) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Error.ProtoReflect.Descriptor instead.
 func (*Error) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Error) GetCode() string {
@@ -1678,7 +2034,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[20]
+	mi := &file_halligan_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1690,7 +2046,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[20]
+	mi := &file_halligan_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1703,7 +2059,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetRequest) GetParameters() *structpb.Struct {
@@ -1724,7 +2080,7 @@ type GetEvent struct {
 
 func (x *GetEvent) Reset() {
 	*x = GetEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[21]
+	mi := &file_halligan_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1736,7 +2092,7 @@ func (x *GetEvent) String() string {
 func (*GetEvent) ProtoMessage() {}
 
 func (x *GetEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[21]
+	mi := &file_halligan_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1749,7 +2105,7 @@ func (x *GetEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEvent.ProtoReflect.Descriptor instead.
 func (*GetEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *GetEvent) GetObjects() []*Object {
@@ -1788,7 +2144,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[22]
+	mi := &file_halligan_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1800,7 +2156,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[22]
+	mi := &file_halligan_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1813,7 +2169,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Object) GetKey() string {
@@ -1900,7 +2256,7 @@ type GetSummary struct {
 
 func (x *GetSummary) Reset() {
 	*x = GetSummary{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[23]
+	mi := &file_halligan_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1912,7 +2268,7 @@ func (x *GetSummary) String() string {
 func (*GetSummary) ProtoMessage() {}
 
 func (x *GetSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[23]
+	mi := &file_halligan_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1925,7 +2281,7 @@ func (x *GetSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSummary.ProtoReflect.Descriptor instead.
 func (*GetSummary) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *GetSummary) GetObjects() int64 {
@@ -1968,7 +2324,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[24]
+	mi := &file_halligan_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1980,7 +2336,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[24]
+	mi := &file_halligan_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1993,7 +2349,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *HistoryRequest) GetLimit() int64 {
@@ -2025,17 +2381,25 @@ type HistoryEntry struct {
 	Objects int64  `protobuf:"varint,9,opt,name=objects,proto3" json:"objects,omitempty"`
 	Applied int64  `protobuf:"varint,10,opt,name=applied,proto3" json:"applied,omitempty"`
 	// Action that took this one back.
-	UndoneBy      string          `protobuf:"bytes,11,opt,name=undone_by,json=undoneBy,proto3" json:"undone_by,omitempty"`
-	Undoes        string          `protobuf:"bytes,12,opt,name=undoes,proto3" json:"undoes,omitempty"`
-	Plan          *Plan           `protobuf:"bytes,13,opt,name=plan,proto3" json:"plan,omitempty"`
-	Results       []*ObjectResult `protobuf:"bytes,14,rep,name=results,proto3" json:"results,omitempty"`
+	UndoneBy string          `protobuf:"bytes,11,opt,name=undone_by,json=undoneBy,proto3" json:"undone_by,omitempty"`
+	Undoes   string          `protobuf:"bytes,12,opt,name=undoes,proto3" json:"undoes,omitempty"`
+	Plan     *Plan           `protobuf:"bytes,13,opt,name=plan,proto3" json:"plan,omitempty"`
+	Results  []*ObjectResult `protobuf:"bytes,14,rep,name=results,proto3" json:"results,omitempty"`
+	// Who approved it, and whether it was applied alone without the approvals
+	// that it needed.
+	ApprovedBy []string `protobuf:"bytes,15,rep,name=approved_by,json=approvedBy,proto3" json:"approved_by,omitempty"`
+	Alone      bool     `protobuf:"varint,16,opt,name=alone,proto3" json:"alone,omitempty"`
+	// How the actor came in, from where, and with which credential.
+	Door          string `protobuf:"bytes,17,opt,name=door,proto3" json:"door,omitempty"`
+	Source        string `protobuf:"bytes,18,opt,name=source,proto3" json:"source,omitempty"`
+	Credential    string `protobuf:"bytes,19,opt,name=credential,proto3" json:"credential,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *HistoryEntry) Reset() {
 	*x = HistoryEntry{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[25]
+	mi := &file_halligan_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2047,7 +2411,7 @@ func (x *HistoryEntry) String() string {
 func (*HistoryEntry) ProtoMessage() {}
 
 func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[25]
+	mi := &file_halligan_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2060,7 +2424,7 @@ func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryEntry.ProtoReflect.Descriptor instead.
 func (*HistoryEntry) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *HistoryEntry) GetActionId() string {
@@ -2161,6 +2525,41 @@ func (x *HistoryEntry) GetResults() []*ObjectResult {
 	return nil
 }
 
+func (x *HistoryEntry) GetApprovedBy() []string {
+	if x != nil {
+		return x.ApprovedBy
+	}
+	return nil
+}
+
+func (x *HistoryEntry) GetAlone() bool {
+	if x != nil {
+		return x.Alone
+	}
+	return false
+}
+
+func (x *HistoryEntry) GetDoor() string {
+	if x != nil {
+		return x.Door
+	}
+	return ""
+}
+
+func (x *HistoryEntry) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *HistoryEntry) GetCredential() string {
+	if x != nil {
+		return x.Credential
+	}
+	return ""
+}
+
 var File_halligan_v1_agent_proto protoreflect.FileDescriptor
 
 const file_halligan_v1_agent_proto_rawDesc = "" +
@@ -2192,7 +2591,7 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"positional\x12\x1c\n" +
 	"\tshorthand\x18\x06 \x01(\tR\tshorthand\x12 \n" +
 	"\vplaceholder\x18\a \x01(\tR\vplaceholder\"\x0f\n" +
-	"\rStatusRequest\"\xe6\x03\n" +
+	"\rStatusRequest\"\xae\x05\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12.\n" +
@@ -2207,10 +2606,22 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"encryption\x18\n" +
 	" \x03(\v2+.halligan.v1.StatusResponse.EncryptionEntryR\n" +
 	"encryption\x12\"\n" +
-	"\fdistribution\x18\v \x01(\tR\fdistribution\x1a=\n" +
+	"\fdistribution\x18\v \x01(\tR\fdistribution\x12\x18\n" +
+	"\acluster\x18\f \x01(\tR\acluster\x121\n" +
+	"\x06bundle\x18\r \x01(\v2\x19.halligan.v1.BundleStatusR\x06bundle\x12I\n" +
+	"\x12credential_expires\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\x11credentialExpires\x12\x1a\n" +
+	"\bwarnings\x18\x0f \x03(\tR\bwarnings\x12\x12\n" +
+	"\x04door\x18\x10 \x01(\tR\x04door\x1a=\n" +
 	"\x0fEncryptionEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc7\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x84\x02\n" +
+	"\fBundleStatus\x12%\n" +
+	"\x0epolicy_version\x18\x01 \x01(\x04R\rpolicyVersion\x12+\n" +
+	"\x11inventory_version\x18\x02 \x01(\x04R\x10inventoryVersion\x12/\n" +
+	"\x13revocations_version\x18\x03 \x01(\x04R\x12revocationsVersion\x122\n" +
+	"\x06signed\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06signed\x12;\n" +
+	"\vfresh_until\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"freshUntil\"\xc7\x02\n" +
 	"\n" +
 	"EtcdStatus\x12\x1a\n" +
 	"\bendpoint\x18\x01 \x01(\tR\bendpoint\x12\x18\n" +
@@ -2236,7 +2647,7 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\vUndoRequest\x12\x1b\n" +
 	"\taction_id\x18\x01 \x01(\tR\bactionId\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1a\n" +
-	"\bincident\x18\x03 \x01(\tR\bincident\"\xfa\x04\n" +
+	"\bincident\x18\x03 \x01(\tR\bincident\"\xfa\x06\n" +
 	"\x04Plan\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x127\n" +
@@ -2262,7 +2673,14 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\aexpires\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x1a\n" +
 	"\brevision\x18\x13 \x01(\x03R\brevision\x12\x16\n" +
 	"\x06undoes\x18\x14 \x01(\tR\x06undoes\x12\x16\n" +
-	"\x06sha256\x18\x15 \x01(\tR\x06sha256\"\x8b\x02\n" +
+	"\x06sha256\x18\x15 \x01(\tR\x06sha256\x12)\n" +
+	"\x10approvals_needed\x18\x16 \x01(\rR\x0fapprovalsNeeded\x12'\n" +
+	"\x0fapproval_reason\x18\x17 \x01(\tR\x0eapprovalReason\x12#\n" +
+	"\ralone_allowed\x18\x18 \x01(\bR\faloneAllowed\x12%\n" +
+	"\x0eadds_authority\x18\x19 \x01(\bR\raddsAuthority\x12\x14\n" +
+	"\x05nonce\x18\x1a \x01(\tR\x05nonce\x12!\n" +
+	"\fcluster_name\x18\x1b \x01(\tR\vclusterName\x12%\n" +
+	"\x0epolicy_version\x18\x1c \x01(\x04R\rpolicyVersion\"\x8b\x02\n" +
 	"\rPlannedObject\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1a\n" +
 	"\bresource\x18\x02 \x01(\tR\bresource\x12\x1c\n" +
@@ -2276,11 +2694,21 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\vFieldChange\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
 	"\x06before\x18\x02 \x01(\tR\x06before\x12\x14\n" +
-	"\x05after\x18\x03 \x01(\tR\x05after\"H\n" +
+	"\x05after\x18\x03 \x01(\tR\x05after\"|\n" +
 	"\fApplyRequest\x12\x17\n" +
 	"\aplan_id\x18\x01 \x01(\tR\x06planId\x12\x1f\n" +
 	"\vplan_sha256\x18\x02 \x01(\tR\n" +
-	"planSha256\"*\n" +
+	"planSha256\x12\x1c\n" +
+	"\tapprovals\x18\x03 \x03(\tR\tapprovals\x12\x14\n" +
+	"\x05alone\x18\x04 \x01(\bR\x05alone\"*\n" +
+	"\x0fShowPlanRequest\x12\x17\n" +
+	"\aplan_id\x18\x01 \x01(\tR\x06planId\"/\n" +
+	"\x15ExchangeBundleRequest\x12\x16\n" +
+	"\x06bundle\x18\x01 \x01(\fR\x06bundle\"\x91\x01\n" +
+	"\x16ExchangeBundleResponse\x12\x16\n" +
+	"\x06bundle\x18\x01 \x01(\fR\x06bundle\x121\n" +
+	"\x06status\x18\x02 \x01(\v2\x19.halligan.v1.BundleStatusR\x06status\x12,\n" +
+	"\arefused\x18\x03 \x01(\v2\x12.halligan.v1.ErrorR\arefused\"*\n" +
 	"\vStopRequest\x12\x1b\n" +
 	"\taction_id\x18\x01 \x01(\tR\bactionId\"\x0e\n" +
 	"\fStopResponse\"y\n" +
@@ -2346,7 +2774,7 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\vundecodable\x18\x04 \x01(\x03R\vundecodable\"C\n" +
 	"\x0eHistoryRequest\x12\x14\n" +
 	"\x05limit\x18\x01 \x01(\x03R\x05limit\x12\x1b\n" +
-	"\taction_id\x18\x02 \x01(\tR\bactionId\"\xb4\x03\n" +
+	"\taction_id\x18\x02 \x01(\tR\bactionId\"\xb7\x04\n" +
 	"\fHistoryEntry\x12\x1b\n" +
 	"\taction_id\x18\x01 \x01(\tR\bactionId\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x12\x14\n" +
@@ -2362,13 +2790,23 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\tundone_by\x18\v \x01(\tR\bundoneBy\x12\x16\n" +
 	"\x06undoes\x18\f \x01(\tR\x06undoes\x12%\n" +
 	"\x04plan\x18\r \x01(\v2\x11.halligan.v1.PlanR\x04plan\x123\n" +
-	"\aresults\x18\x0e \x03(\v2\x19.halligan.v1.ObjectResultR\aresults2\xf7\x03\n" +
+	"\aresults\x18\x0e \x03(\v2\x19.halligan.v1.ObjectResultR\aresults\x12\x1f\n" +
+	"\vapproved_by\x18\x0f \x03(\tR\n" +
+	"approvedBy\x12\x14\n" +
+	"\x05alone\x18\x10 \x01(\bR\x05alone\x12\x12\n" +
+	"\x04door\x18\x11 \x01(\tR\x04door\x12\x16\n" +
+	"\x06source\x18\x12 \x01(\tR\x06source\x12\x1e\n" +
+	"\n" +
+	"credential\x18\x13 \x01(\tR\n" +
+	"credential2\x8f\x05\n" +
 	"\x05Agent\x12G\n" +
 	"\bDescribe\x12\x1c.halligan.v1.DescribeRequest\x1a\x1d.halligan.v1.DescribeResponse\x12A\n" +
 	"\x06Status\x12\x1a.halligan.v1.StatusRequest\x1a\x1b.halligan.v1.StatusResponse\x123\n" +
 	"\x04Plan\x12\x18.halligan.v1.PlanRequest\x1a\x11.halligan.v1.Plan\x123\n" +
 	"\x04Undo\x12\x18.halligan.v1.UndoRequest\x1a\x11.halligan.v1.Plan\x12=\n" +
 	"\x05Apply\x12\x19.halligan.v1.ApplyRequest\x1a\x17.halligan.v1.ApplyEvent0\x01\x12;\n" +
+	"\bShowPlan\x12\x1c.halligan.v1.ShowPlanRequest\x1a\x11.halligan.v1.Plan\x12Y\n" +
+	"\x0eExchangeBundle\x12\".halligan.v1.ExchangeBundleRequest\x1a#.halligan.v1.ExchangeBundleResponse\x12;\n" +
 	"\x04Stop\x12\x18.halligan.v1.StopRequest\x1a\x19.halligan.v1.StopResponse\x127\n" +
 	"\x03Get\x12\x17.halligan.v1.GetRequest\x1a\x15.halligan.v1.GetEvent0\x01\x12C\n" +
 	"\aHistory\x12\x1b.halligan.v1.HistoryRequest\x1a\x19.halligan.v1.HistoryEntry0\x01B<Z:github.com/halligan-io/halligan/api/halligan/v1;halliganv1b\x06proto3"
@@ -2385,85 +2823,99 @@ func file_halligan_v1_agent_proto_rawDescGZIP() []byte {
 	return file_halligan_v1_agent_proto_rawDescData
 }
 
-var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_halligan_v1_agent_proto_goTypes = []any{
-	(*DescribeRequest)(nil),       // 0: halligan.v1.DescribeRequest
-	(*DescribeResponse)(nil),      // 1: halligan.v1.DescribeResponse
-	(*Action)(nil),                // 2: halligan.v1.Action
-	(*Parameter)(nil),             // 3: halligan.v1.Parameter
-	(*StatusRequest)(nil),         // 4: halligan.v1.StatusRequest
-	(*StatusResponse)(nil),        // 5: halligan.v1.StatusResponse
-	(*EtcdStatus)(nil),            // 6: halligan.v1.EtcdStatus
-	(*PlanRequest)(nil),           // 7: halligan.v1.PlanRequest
-	(*UndoRequest)(nil),           // 8: halligan.v1.UndoRequest
-	(*Plan)(nil),                  // 9: halligan.v1.Plan
-	(*PlannedObject)(nil),         // 10: halligan.v1.PlannedObject
-	(*FieldChange)(nil),           // 11: halligan.v1.FieldChange
-	(*ApplyRequest)(nil),          // 12: halligan.v1.ApplyRequest
-	(*StopRequest)(nil),           // 13: halligan.v1.StopRequest
-	(*StopResponse)(nil),          // 14: halligan.v1.StopResponse
-	(*ApplyEvent)(nil),            // 15: halligan.v1.ApplyEvent
-	(*Progress)(nil),              // 16: halligan.v1.Progress
-	(*Result)(nil),                // 17: halligan.v1.Result
-	(*ObjectResult)(nil),          // 18: halligan.v1.ObjectResult
-	(*Error)(nil),                 // 19: halligan.v1.Error
-	(*GetRequest)(nil),            // 20: halligan.v1.GetRequest
-	(*GetEvent)(nil),              // 21: halligan.v1.GetEvent
-	(*Object)(nil),                // 22: halligan.v1.Object
-	(*GetSummary)(nil),            // 23: halligan.v1.GetSummary
-	(*HistoryRequest)(nil),        // 24: halligan.v1.HistoryRequest
-	(*HistoryEntry)(nil),          // 25: halligan.v1.HistoryEntry
-	nil,                           // 26: halligan.v1.StatusResponse.EncryptionEntry
-	nil,                           // 27: halligan.v1.Result.TimingsMsEntry
-	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),       // 29: google.protobuf.Struct
+	(*DescribeRequest)(nil),        // 0: halligan.v1.DescribeRequest
+	(*DescribeResponse)(nil),       // 1: halligan.v1.DescribeResponse
+	(*Action)(nil),                 // 2: halligan.v1.Action
+	(*Parameter)(nil),              // 3: halligan.v1.Parameter
+	(*StatusRequest)(nil),          // 4: halligan.v1.StatusRequest
+	(*StatusResponse)(nil),         // 5: halligan.v1.StatusResponse
+	(*BundleStatus)(nil),           // 6: halligan.v1.BundleStatus
+	(*EtcdStatus)(nil),             // 7: halligan.v1.EtcdStatus
+	(*PlanRequest)(nil),            // 8: halligan.v1.PlanRequest
+	(*UndoRequest)(nil),            // 9: halligan.v1.UndoRequest
+	(*Plan)(nil),                   // 10: halligan.v1.Plan
+	(*PlannedObject)(nil),          // 11: halligan.v1.PlannedObject
+	(*FieldChange)(nil),            // 12: halligan.v1.FieldChange
+	(*ApplyRequest)(nil),           // 13: halligan.v1.ApplyRequest
+	(*ShowPlanRequest)(nil),        // 14: halligan.v1.ShowPlanRequest
+	(*ExchangeBundleRequest)(nil),  // 15: halligan.v1.ExchangeBundleRequest
+	(*ExchangeBundleResponse)(nil), // 16: halligan.v1.ExchangeBundleResponse
+	(*StopRequest)(nil),            // 17: halligan.v1.StopRequest
+	(*StopResponse)(nil),           // 18: halligan.v1.StopResponse
+	(*ApplyEvent)(nil),             // 19: halligan.v1.ApplyEvent
+	(*Progress)(nil),               // 20: halligan.v1.Progress
+	(*Result)(nil),                 // 21: halligan.v1.Result
+	(*ObjectResult)(nil),           // 22: halligan.v1.ObjectResult
+	(*Error)(nil),                  // 23: halligan.v1.Error
+	(*GetRequest)(nil),             // 24: halligan.v1.GetRequest
+	(*GetEvent)(nil),               // 25: halligan.v1.GetEvent
+	(*Object)(nil),                 // 26: halligan.v1.Object
+	(*GetSummary)(nil),             // 27: halligan.v1.GetSummary
+	(*HistoryRequest)(nil),         // 28: halligan.v1.HistoryRequest
+	(*HistoryEntry)(nil),           // 29: halligan.v1.HistoryEntry
+	nil,                            // 30: halligan.v1.StatusResponse.EncryptionEntry
+	nil,                            // 31: halligan.v1.Result.TimingsMsEntry
+	(*timestamppb.Timestamp)(nil),  // 32: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),        // 33: google.protobuf.Struct
 }
 var file_halligan_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: halligan.v1.DescribeResponse.actions:type_name -> halligan.v1.Action
 	3,  // 1: halligan.v1.Action.parameters:type_name -> halligan.v1.Parameter
-	28, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
-	6,  // 3: halligan.v1.StatusResponse.etcd:type_name -> halligan.v1.EtcdStatus
-	26, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
-	29, // 5: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
-	29, // 6: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
-	10, // 7: halligan.v1.Plan.objects:type_name -> halligan.v1.PlannedObject
-	28, // 8: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
-	28, // 9: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
-	11, // 10: halligan.v1.PlannedObject.changes:type_name -> halligan.v1.FieldChange
-	16, // 11: halligan.v1.ApplyEvent.progress:type_name -> halligan.v1.Progress
-	17, // 12: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
-	9,  // 13: halligan.v1.Result.plan:type_name -> halligan.v1.Plan
-	18, // 14: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
-	27, // 15: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
-	19, // 16: halligan.v1.Result.error:type_name -> halligan.v1.Error
-	29, // 17: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
-	22, // 18: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
-	23, // 19: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
-	28, // 20: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
-	28, // 21: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
-	9,  // 22: halligan.v1.HistoryEntry.plan:type_name -> halligan.v1.Plan
-	18, // 23: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
-	0,  // 24: halligan.v1.Agent.Describe:input_type -> halligan.v1.DescribeRequest
-	4,  // 25: halligan.v1.Agent.Status:input_type -> halligan.v1.StatusRequest
-	7,  // 26: halligan.v1.Agent.Plan:input_type -> halligan.v1.PlanRequest
-	8,  // 27: halligan.v1.Agent.Undo:input_type -> halligan.v1.UndoRequest
-	12, // 28: halligan.v1.Agent.Apply:input_type -> halligan.v1.ApplyRequest
-	13, // 29: halligan.v1.Agent.Stop:input_type -> halligan.v1.StopRequest
-	20, // 30: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
-	24, // 31: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
-	1,  // 32: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
-	5,  // 33: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
-	9,  // 34: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
-	9,  // 35: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
-	15, // 36: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
-	14, // 37: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
-	21, // 38: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
-	25, // 39: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
-	32, // [32:40] is the sub-list for method output_type
-	24, // [24:32] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	32, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
+	7,  // 3: halligan.v1.StatusResponse.etcd:type_name -> halligan.v1.EtcdStatus
+	30, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
+	6,  // 5: halligan.v1.StatusResponse.bundle:type_name -> halligan.v1.BundleStatus
+	32, // 6: halligan.v1.StatusResponse.credential_expires:type_name -> google.protobuf.Timestamp
+	32, // 7: halligan.v1.BundleStatus.signed:type_name -> google.protobuf.Timestamp
+	32, // 8: halligan.v1.BundleStatus.fresh_until:type_name -> google.protobuf.Timestamp
+	33, // 9: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
+	33, // 10: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
+	11, // 11: halligan.v1.Plan.objects:type_name -> halligan.v1.PlannedObject
+	32, // 12: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
+	32, // 13: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
+	12, // 14: halligan.v1.PlannedObject.changes:type_name -> halligan.v1.FieldChange
+	6,  // 15: halligan.v1.ExchangeBundleResponse.status:type_name -> halligan.v1.BundleStatus
+	23, // 16: halligan.v1.ExchangeBundleResponse.refused:type_name -> halligan.v1.Error
+	20, // 17: halligan.v1.ApplyEvent.progress:type_name -> halligan.v1.Progress
+	21, // 18: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
+	10, // 19: halligan.v1.Result.plan:type_name -> halligan.v1.Plan
+	22, // 20: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
+	31, // 21: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
+	23, // 22: halligan.v1.Result.error:type_name -> halligan.v1.Error
+	33, // 23: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
+	26, // 24: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
+	27, // 25: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
+	32, // 26: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
+	32, // 27: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
+	10, // 28: halligan.v1.HistoryEntry.plan:type_name -> halligan.v1.Plan
+	22, // 29: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
+	0,  // 30: halligan.v1.Agent.Describe:input_type -> halligan.v1.DescribeRequest
+	4,  // 31: halligan.v1.Agent.Status:input_type -> halligan.v1.StatusRequest
+	8,  // 32: halligan.v1.Agent.Plan:input_type -> halligan.v1.PlanRequest
+	9,  // 33: halligan.v1.Agent.Undo:input_type -> halligan.v1.UndoRequest
+	13, // 34: halligan.v1.Agent.Apply:input_type -> halligan.v1.ApplyRequest
+	14, // 35: halligan.v1.Agent.ShowPlan:input_type -> halligan.v1.ShowPlanRequest
+	15, // 36: halligan.v1.Agent.ExchangeBundle:input_type -> halligan.v1.ExchangeBundleRequest
+	17, // 37: halligan.v1.Agent.Stop:input_type -> halligan.v1.StopRequest
+	24, // 38: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
+	28, // 39: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
+	1,  // 40: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
+	5,  // 41: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
+	10, // 42: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
+	10, // 43: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
+	19, // 44: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
+	10, // 45: halligan.v1.Agent.ShowPlan:output_type -> halligan.v1.Plan
+	16, // 46: halligan.v1.Agent.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
+	18, // 47: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
+	25, // 48: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
+	29, // 49: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
+	40, // [40:50] is the sub-list for method output_type
+	30, // [30:40] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_halligan_v1_agent_proto_init() }
@@ -2471,7 +2923,7 @@ func file_halligan_v1_agent_proto_init() {
 	if File_halligan_v1_agent_proto != nil {
 		return
 	}
-	file_halligan_v1_agent_proto_msgTypes[15].OneofWrappers = []any{
+	file_halligan_v1_agent_proto_msgTypes[19].OneofWrappers = []any{
 		(*ApplyEvent_Progress)(nil),
 		(*ApplyEvent_Result)(nil),
 	}
@@ -2481,7 +2933,7 @@ func file_halligan_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_halligan_v1_agent_proto_rawDesc), len(file_halligan_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,5 +1,5 @@
-// The wire contract between the doors of a Halligan agent (console socket
-// today, SSH and mTLS later) and whoever stands before them.
+// The wire contract between the doors of a Halligan agent (console socket, SSH
+// subsystem, mTLS) and whoever stands before them.
 //
 // The calls are generic: an action is a row of the agent's table, found with
 // Describe, and its parameters travel as a Struct that the agent decodes
@@ -26,14 +26,16 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Agent_Describe_FullMethodName = "/halligan.v1.Agent/Describe"
-	Agent_Status_FullMethodName   = "/halligan.v1.Agent/Status"
-	Agent_Plan_FullMethodName     = "/halligan.v1.Agent/Plan"
-	Agent_Undo_FullMethodName     = "/halligan.v1.Agent/Undo"
-	Agent_Apply_FullMethodName    = "/halligan.v1.Agent/Apply"
-	Agent_Stop_FullMethodName     = "/halligan.v1.Agent/Stop"
-	Agent_Get_FullMethodName      = "/halligan.v1.Agent/Get"
-	Agent_History_FullMethodName  = "/halligan.v1.Agent/History"
+	Agent_Describe_FullMethodName       = "/halligan.v1.Agent/Describe"
+	Agent_Status_FullMethodName         = "/halligan.v1.Agent/Status"
+	Agent_Plan_FullMethodName           = "/halligan.v1.Agent/Plan"
+	Agent_Undo_FullMethodName           = "/halligan.v1.Agent/Undo"
+	Agent_Apply_FullMethodName          = "/halligan.v1.Agent/Apply"
+	Agent_ShowPlan_FullMethodName       = "/halligan.v1.Agent/ShowPlan"
+	Agent_ExchangeBundle_FullMethodName = "/halligan.v1.Agent/ExchangeBundle"
+	Agent_Stop_FullMethodName           = "/halligan.v1.Agent/Stop"
+	Agent_Get_FullMethodName            = "/halligan.v1.Agent/Get"
+	Agent_History_FullMethodName        = "/halligan.v1.Agent/History"
 )
 
 // AgentClient is the client API for Agent service.
@@ -54,6 +56,13 @@ type AgentClient interface {
 	// Apply carries out a plan that this agent made, if it is not stale. The
 	// stream carries progress and ends with exactly one result.
 	Apply(ctx context.Context, in *ApplyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ApplyEvent], error)
+	// ShowPlan returns a plan that waits to be applied, to whoever made it and to
+	// those who may approve it.
+	ShowPlan(ctx context.Context, in *ShowPlanRequest, opts ...grpc.CallOption) (*Plan, error)
+	// ExchangeBundle offers the agent the bundle that the caller has, and returns
+	// the agent's own where that one is newer. Bundles are signed: who carries
+	// them does not matter.
+	ExchangeBundle(ctx context.Context, in *ExchangeBundleRequest, opts ...grpc.CallOption) (*ExchangeBundleResponse, error)
 	// Stop ends an action under way between two objects. What was written stays
 	// written and is on record; Apply's stream tells what became of each object.
 	Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error)
@@ -130,6 +139,26 @@ func (c *agentClient) Apply(ctx context.Context, in *ApplyRequest, opts ...grpc.
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_ApplyClient = grpc.ServerStreamingClient[ApplyEvent]
 
+func (c *agentClient) ShowPlan(ctx context.Context, in *ShowPlanRequest, opts ...grpc.CallOption) (*Plan, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Plan)
+	err := c.cc.Invoke(ctx, Agent_ShowPlan_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) ExchangeBundle(ctx context.Context, in *ExchangeBundleRequest, opts ...grpc.CallOption) (*ExchangeBundleResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExchangeBundleResponse)
+	err := c.cc.Invoke(ctx, Agent_ExchangeBundle_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *agentClient) Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(StopResponse)
@@ -196,6 +225,13 @@ type AgentServer interface {
 	// Apply carries out a plan that this agent made, if it is not stale. The
 	// stream carries progress and ends with exactly one result.
 	Apply(*ApplyRequest, grpc.ServerStreamingServer[ApplyEvent]) error
+	// ShowPlan returns a plan that waits to be applied, to whoever made it and to
+	// those who may approve it.
+	ShowPlan(context.Context, *ShowPlanRequest) (*Plan, error)
+	// ExchangeBundle offers the agent the bundle that the caller has, and returns
+	// the agent's own where that one is newer. Bundles are signed: who carries
+	// them does not matter.
+	ExchangeBundle(context.Context, *ExchangeBundleRequest) (*ExchangeBundleResponse, error)
 	// Stop ends an action under way between two objects. What was written stays
 	// written and is on record; Apply's stream tells what became of each object.
 	Stop(context.Context, *StopRequest) (*StopResponse, error)
@@ -227,6 +263,12 @@ func (UnimplementedAgentServer) Undo(context.Context, *UndoRequest) (*Plan, erro
 }
 func (UnimplementedAgentServer) Apply(*ApplyRequest, grpc.ServerStreamingServer[ApplyEvent]) error {
 	return status.Error(codes.Unimplemented, "method Apply not implemented")
+}
+func (UnimplementedAgentServer) ShowPlan(context.Context, *ShowPlanRequest) (*Plan, error) {
+	return nil, status.Error(codes.Unimplemented, "method ShowPlan not implemented")
+}
+func (UnimplementedAgentServer) ExchangeBundle(context.Context, *ExchangeBundleRequest) (*ExchangeBundleResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExchangeBundle not implemented")
 }
 func (UnimplementedAgentServer) Stop(context.Context, *StopRequest) (*StopResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Stop not implemented")
@@ -341,6 +383,42 @@ func _Agent_Apply_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_ApplyServer = grpc.ServerStreamingServer[ApplyEvent]
 
+func _Agent_ShowPlan_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ShowPlanRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).ShowPlan(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_ShowPlan_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).ShowPlan(ctx, req.(*ShowPlanRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_ExchangeBundle_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExchangeBundleRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).ExchangeBundle(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_ExchangeBundle_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).ExchangeBundle(ctx, req.(*ExchangeBundleRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Agent_Stop_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(StopRequest)
 	if err := dec(in); err != nil {
@@ -403,6 +481,14 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Undo",
 			Handler:    _Agent_Undo_Handler,
+		},
+		{
+			MethodName: "ShowPlan",
+			Handler:    _Agent_ShowPlan_Handler,
+		},
+		{
+			MethodName: "ExchangeBundle",
+			Handler:    _Agent_ExchangeBundle_Handler,
 		},
 		{
 			MethodName: "Stop",
