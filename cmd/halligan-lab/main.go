@@ -69,7 +69,9 @@ func up() *cobra.Command {
 		Long: "Runs three etcd members and three agents, seeds Kubernetes objects into an empty etcd, prints one line\n" +
 			"\"ready DIR\" and stays in the foreground. SIGINT, SIGTERM or SIGHUP stops everything that it started.\n" +
 			"DIR/env and DIR/env.console are there to be sourced. With --kube a real Kubernetes control plane runs on the\n" +
-			"etcd, with simulated nodes; then --objects counts runaway ConfigMaps, by default none.",
+			"etcd, with simulated nodes; then --objects counts runaway ConfigMaps, by default none.\n" +
+			"It refuses a disk that it might fill: it takes half a gigabyte and three times 8 KiB for each object; with --kube,\n" +
+			"where a storm may fill etcd, three times --etcd-quota and 1.4 GB, by default 7.4 GiB.",
 		Args: lab.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			dir := o.Dir
@@ -110,6 +112,9 @@ func demo() *cobra.Command {
 			// inherited by the commands that the demo runs.
 			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 			ctx, out := lab.Audience(cmd.Context(), os.Stdout)
+			if kube && cmd.Flags().Changed("objects") {
+				return fault.New(fault.Usage, "leave it out", "--objects is for a demo without a real control plane")
+			}
 			if kube {
 				return lab.KubeDemo(ctx, o, out)
 			}
@@ -128,6 +133,6 @@ func demo() *cobra.Command {
 func flags(c *cobra.Command, o *lab.Options) {
 	c.Flags().StringVar(&o.Net, "net", lab.DefaultNet, "first three numbers of the nodes' loopback addresses; the nodes are .11 to .13")
 	c.Flags().IntVar(&o.Objects, "objects", 2000, "how many Kubernetes objects to seed, about; 0: none")
-	c.Flags().Int64Var(&o.QuotaBytes, "etcd-quota", 0, "bytes that each etcd member may hold before NOSPACE; 0: what the objects need, at least 2 GiB")
+	c.Flags().Int64Var(&o.QuotaBytes, "etcd-quota", 0, "bytes that each etcd member may hold before NOSPACE; 0: what the objects need, at least 2 GiB; for a demo with --kube 512 MiB")
 	c.Flags().IntVar(&o.Nodes, "nodes", 20, "how many worker nodes the seeded cluster has")
 }

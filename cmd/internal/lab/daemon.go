@@ -96,6 +96,14 @@ func dieWithParent() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 }
 
+// runChild runs a command that ends with this process.
+func runChild(cmd *exec.Cmd) error {
+	runtime.LockOSThread() // see daemon.keep
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = dieWithParent()
+	return cmd.Run()
+}
+
 // run runs the child once.
 func (d *daemon) run(log *os.File) error {
 	cmd := exec.CommandContext(d.stopping, d.argv[0], d.argv[1:]...)

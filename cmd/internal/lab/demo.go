@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
-	"runtime"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -321,12 +320,9 @@ func (d *demo) exec(ctx context.Context, shown string, argv []string, env ...str
 	cmd.Env = append(cmd.Env, env...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.SysProcAttr = dieWithParent()
 	cmd.WaitDelay = stopGrace
-	runtime.LockOSThread() // see daemon.keep
-	defer runtime.UnlockOSThread()
 	began := time.Now()
-	err := cmd.Run()
+	err := runChild(cmd)
 	took := time.Since(began)
 	if ctx.Err() != nil {
 		return out.String(), took, ctx.Err() // half an answer tells nothing

@@ -657,15 +657,13 @@ func (l *Lab) seedRunaway(ctx context.Context, n int) error {
 
 // apply applies a manifest as the administrator.
 func (k *Kube) apply(ctx context.Context, manifest []byte) error {
-	// kubectl's child dies with the thread that made it: see daemon.keep.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	argv := append(k.Kubectl(), "--kubeconfig", k.AdminKubeconfig(), "apply", "--server-side", "--force-conflicts", "-f", "-")
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Stdin = bytes.NewReader(manifest)
-	cmd.SysProcAttr = dieWithParent()
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("kubectl apply: %w: %s", err, bytes.TrimSpace(out))
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := runChild(cmd); err != nil {
+		return fmt.Errorf("kubectl apply: %w: %s", err, bytes.TrimSpace(out.Bytes()))
 	}
 	return nil
 }

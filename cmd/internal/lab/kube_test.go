@@ -28,17 +28,21 @@ func kubeBinaries() string {
 	return "../../../bin/kube"
 }
 
-// needKube skips the test where make kube was never run.
+// needKube skips the test where make kube was never run. Where the binaries are
+// promised, as by make test, they must be there.
 func needKube(t testing.TB) {
 	t.Helper()
 	if _, err := os.Stat(filepath.Join(kubeBinaries(), "kube-apiserver")); err != nil {
+		if os.Getenv("HALLIGAN_KUBE") != "" {
+			t.Fatalf("HALLIGAN_KUBE: %v", err)
+		}
 		t.Skipf("no real control plane to test with; build it with make kube: %v", err)
 	}
 }
 
 func kubeOptions(dir, network string) Options {
 	o := options(dir, network)
-	o.Objects, o.Nodes, o.Kube = 0, 3, &KubeOptions{Binaries: kubeBinaries()}
+	o.Objects, o.Nodes, o.QuotaBytes, o.Kube = 0, 3, demoQuota, &KubeOptions{Binaries: kubeBinaries()}
 	return o
 }
 

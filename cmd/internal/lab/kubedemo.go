@@ -1,17 +1,20 @@
 package lab
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	corev1 "k8s.io/api/core/v1"
 	"os"
 	"os/exec"
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/halligan-io/halligan/internal/fault"
 )
@@ -47,6 +50,9 @@ const (
 	// TokenSuccessCacheTTL).
 	rungMost      = 60 * time.Second
 	demoProbeEach = 250 * time.Millisecond
+	// demoQuota is far more than the demo writes, and no reason to refuse a small
+	// disk.
+	demoQuota = 512 << 20
 	// phaseSpan is what a row of the measurements is about: the end of its part.
 	phaseSpan = 5 * time.Second
 )
@@ -128,7 +134,7 @@ func KubeDemo(ctx context.Context, o KubeDemoOptions, out io.Writer) (err error)
 	}
 	kube := shape.kube
 	kube.Binaries = binaries
-	o.Kube, o.Objects = &kube, 0
+	o.Kube, o.Objects, o.QuotaBytes = &kube, 0, cmp.Or(o.QuotaBytes, demoQuota)
 	o.Progress = prefixed{out}
 	began := time.Now()
 
@@ -436,12 +442,14 @@ func (d *kubeDemo) pods(ctx context.Context, want int) (time.Duration, error) {
 func (d *kubeDemo) offenderObjects(ctx context.Context) (map[string]string, error) {
 	argv := append(d.kube.Kubectl(), "--kubeconfig", d.kube.AdminKubeconfig(), "--request-timeout", "30s", "get", "-o", "json", "-n", offenderNamespace,
 		"serviceaccount/"+offenderName, "daemonset/"+offenderName, "clusterrole/"+offenderRole, "clusterrolebinding/"+offenderRole)
-	out, err := exec.CommandContext(ctx, argv[0], argv[1:]...).Output()
-	if err != nil {
-		return nil, fmt.Errorf("kubectl: %w", err)
+	var out, complaint bytes.Buffer
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Stdout, cmd.Stderr = &out, &complaint
+	if err := runChild(cmd); err != nil {
+		return nil, fmt.Errorf("kubectl: %w: %s", err, bytes.TrimSpace(complaint.Bytes()))
 	}
 	var list struct{ Items []map[string]any }
-	if err := json.Unmarshal(out, &list); err != nil {
+	if err := json.Unmarshal(out.Bytes(), &list); err != nil {
 		return nil, err
 	}
 	objects := map[string]string{}

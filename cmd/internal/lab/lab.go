@@ -1,7 +1,7 @@
 // Package lab runs a control plane's worth of processes on loopback addresses,
 // for demonstrations and tests: three etcd members with TLS, one agent for each,
-// and, if asked for, a real Kubernetes control plane on them. Everything it knows lies in one folder, and nothing of it outlives the
-// process.
+// and, if asked for, a real Kubernetes control plane on them. Everything it
+// knows lies in one folder, and nothing of it outlives the process.
 //
 // It must never listen on anything but loopback, never touch a folder that is
 // not a lab's, and never leave a process behind, however it ends. It stands on
@@ -96,6 +96,10 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 	if ip := net.ParseIP(o.Net + ".1"); ip == nil || !ip.IsLoopback() {
 		return nil, fault.New(fault.Usage, "give three numbers such as 127.0.1", "%q is not the beginning of loopback addresses", o.Net)
 	}
+	if o.Objects < 0 || o.Nodes < 0 || o.QuotaBytes < 0 {
+		return nil, fault.New(fault.Usage, "give 0 or more", "%d objects, %d nodes and a quota of %d bytes cannot be", o.Objects, o.Nodes, o.QuotaBytes)
+	}
+	o.QuotaBytes = cmp.Or(o.QuotaBytes, quota(o.Objects))
 	if o.Progress == nil {
 		o.Progress = io.Discard
 	}
@@ -133,12 +137,25 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 		}
 	}
 
+	if err := hasRoom(&o); err != nil {
+		return nil, err
+	}
+	if err := l.sameNet(); err != nil {
+		return nil, err
+	}
+	// Nobody is to take those of an earlier run for this one's.
+	for _, name := range envFiles {
+		if err := os.Remove(filepath.Join(o.Dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+	}
+
 	began := time.Now()
 	members := make([]etcdcluster.Member, controlNodes)
 	for i := range members {
 		members[i] = etcdcluster.Member{Name: nodeName(i), IP: l.ip(i), ClientPort: clientPort, PeerPort: peerPort}
 	}
-	l.cluster, err = etcdcluster.Start(ctx, etcdcluster.Options{Dir: filepath.Join(o.Dir, "etcd"), Members: members, QuotaBytes: cmp.Or(o.QuotaBytes, quota(o.Objects))})
+	l.cluster, err = etcdcluster.Start(ctx, etcdcluster.Options{Dir: filepath.Join(o.Dir, "etcd"), Members: members, QuotaBytes: o.QuotaBytes})
 	if err != nil {
 		if errors.Is(err, syscall.EADDRINUSE) {
 			return nil, fault.New(fault.Failed, "stop the other lab, or choose other addresses with --net 127.0.1", "%s", strings.SplitN(err.Error(), ";", 2)[0])
@@ -223,6 +240,9 @@ func since(t time.Time) time.Duration { return time.Since(t).Round(10 * time.Mil
 // the process ends in whatever way. It refuses a folder with other things in it.
 func claim(dir string) (*os.File, error) {
 	lock := filepath.Join(dir, "lock")
+	if err := own(dir); err != nil {
+		return nil, err
+	}
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -237,7 +257,7 @@ func claim(dir string) (*os.File, error) {
 	} else if err := durable.Dir(dir); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(lock, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(lock, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -257,7 +277,10 @@ func claim(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// writeEnv writes the files that a shell sources.
+// envFiles are what a shell sources, once the lab is ready.
+var envFiles = []string{"env", "env.console"}
+
+// writeEnv writes them.
 func (l *Lab) writeEnv() error {
 	c := l.cluster
 	endpoints := make([]string, c.Len())
@@ -273,10 +296,10 @@ func (l *Lab) writeEnv() error {
 	if l.kube != nil {
 		env = append(env, "KUBECONFIG", l.kube.UserKubeconfig(), "KUBECONFIG_ADMIN", l.kube.AdminKubeconfig())
 	}
-	if err := durable.Write(filepath.Join(l.opts.Dir, "env"), exports(env...)); err != nil {
+	if err := durable.Write(filepath.Join(l.opts.Dir, envFiles[0]), exports(env...)); err != nil {
 		return err
 	}
-	return durable.Write(filepath.Join(l.opts.Dir, "env.console"), exports("HALLIGAN_SOCKET", l.Socket(0)))
+	return durable.Write(filepath.Join(l.opts.Dir, envFiles[1]), exports("HALLIGAN_SOCKET", l.Socket(0)))
 }
 
 // exports writes name, value, name, value ... as lines for a POSIX shell.
@@ -350,6 +373,5 @@ func beside(name string) ([]string, error) {
 	return []string{path}, nil
 }
 
-// quota leaves room for the objects: 8 KiB for each, since etcd keeps old
-// revisions too; at least etcd's own default of 2 GiB.
-func quota(objects int) int64 { return max(2<<30, int64(objects)*8<<10) }
+// quota leaves room for the objects; at least etcd's own default of 2 GiB.
+func quota(objects int) int64 { return max(2<<30, int64(objects)*objectRoom) }

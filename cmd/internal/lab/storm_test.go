@@ -314,7 +314,7 @@ func stormLab(t testing.TB, shape string, change ...func(*Options)) *Lab {
 	o := options(filepath.Join(base, "lab"), network())
 	kube := shapes[shape].kube
 	kube.Binaries = kubeBinaries()
-	o.Objects, o.Nodes, o.Kube = 0, 20, &kube
+	o.Objects, o.Nodes, o.QuotaBytes, o.Kube = 0, 20, demoQuota, &kube
 	for _, c := range change {
 		c(&o)
 	}
