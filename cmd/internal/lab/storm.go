@@ -206,6 +206,9 @@ func (o *StormOptions) check() error {
 // labRuns finds out whether a lab with an API server runs in the folder, and
 // reads what it exports.
 func labRuns(dir string) (map[string]string, error) {
+	if err := own(dir); err != nil {
+		return nil, err
+	}
 	next := "start one with: halligan-lab up --kube --dir " + dir
 	lock, err := os.Open(filepath.Join(dir, "lock"))
 	if err != nil {
@@ -297,7 +300,7 @@ func (s *Storm) shape(ctx context.Context) error {
 		s.opts.Shape = shape
 	}
 	if s.opts.Shape != shape {
-		return fault.New(fault.Usage, "start it with --no-flow-control --max-inflight 100 for b, and without for a",
+		return fault.New(fault.Usage, "start it with --apiserver-procs 1, for b also with --no-flow-control --max-inflight 130",
 			"the lab in %s has shape %s, not %s", s.opts.Dir, shape, s.opts.Shape)
 	}
 	return nil
@@ -434,7 +437,7 @@ func (s *Storm) VictimKubeconfig() string {
 
 // employ makes the deploy job the victim: with a token of its own.
 func (s *Storm) employ(ctx context.Context) error {
-	token, err := s.token(ctx, victimNamespace, victimAccount, "", 24*time.Hour)
+	token, err := s.token(ctx, victimNamespace, victimAccount, "", s.opts.Duration+24*time.Hour)
 	if err != nil {
 		return err
 	}
@@ -667,17 +670,22 @@ func (s *Storm) describe() string {
 	if s.opts.Shape == "b" {
 		victim = "flow control is off; the victim is a person, " + victimPerson
 	}
-	hammering := 0
-	for i := range s.opts.ClientsPerPod {
-		if s.impatient(i) {
-			hammering++
+	load := "no pods: it is there without any load"
+	if s.kind.call != nil {
+		hammering := 0
+		for i := range s.opts.ClientsPerPod {
+			if s.impatient(i) {
+				hammering++
+			}
 		}
+		pods, _ := s.pods.count()
+		load = fmt.Sprintf("%d pods with %d clients each, of which %d hammer on and %d back off; %d ConfigMaps of %d bytes to list",
+			pods, s.opts.ClientsPerPod, hammering, s.opts.ClientsPerPod-hammering, s.opts.Objects, s.opts.ObjectBytes)
 	}
-	pods, _ := s.pods.count()
-	return fmt.Sprintf("storm %s: %s\nshape %s: %s\n%d pods with %d clients each, of which %d hammer on and %d back off; %d ConfigMaps of %d bytes to list\n"+
+	return fmt.Sprintf("storm %s: %s\nshape %s: %s\n%s\n"+
 		"the victim works with: kubectl --kubeconfig %s get configmap %s -n %s\n"+
 		"each second: pods, then requests by their answer, then latencies of the last %s",
-		s.kind.name, s.kind.summary, s.opts.Shape, victim, pods, s.opts.ClientsPerPod, hammering, s.opts.ClientsPerPod-hammering, s.opts.Objects, s.opts.ObjectBytes,
+		s.kind.name, s.kind.summary, s.opts.Shape, victim, load,
 		s.VictimKubeconfig(), victimObject, victimNamespace, lineWindow)
 }
 

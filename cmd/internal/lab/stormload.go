@@ -237,12 +237,13 @@ func (p *pods) count() (all, armed int) {
 }
 
 // live is a pod's life: it gets its token, as the kubelet would, and runs its
-// clients until the context ends.
+// clients until the context ends. Nobody renews the token, so that it is good for
+// longer than the storm.
 func (s *Storm) live(ctx context.Context, id podID, armed func(), begin <-chan struct{}) {
 	var token string
 	for {
 		var err error
-		if token, err = s.token(ctx, offenderNamespace, offenderName, id.name, time.Hour); err == nil {
+		if token, err = s.token(ctx, offenderNamespace, offenderName, id.name, s.opts.Duration+time.Hour); err == nil {
 			break
 		}
 		pause(ctx, time.Second)
