@@ -40,7 +40,7 @@ race: $(TOOLS)/etcdctl ## run the tests of concurrent code under the race detect
 	$(GO) test -buildvcs=false -race -short -timeout 20m ./agent/action ./agent/console ./agent/etcd ./agent/journal ./internal/...
 
 .PHONY: bench
-bench: build $(TOOLS)/etcdctl ## measure beside the raw references, as ratios
+bench: build kube $(TOOLS)/etcdctl ## measure beside the raw references, as ratios
 	$(GO) test -buildvcs=false -run '^$$' -bench . -benchtime 1x -timeout 30m ./agent/action ./cmd/internal/lab
 
 .PHONY: lint
