@@ -135,6 +135,10 @@ func NewStorm(ctx context.Context, o StormOptions) (_ *Storm, err error) {
 		return nil, err
 	}
 	if err := s.prepare(ctx); err != nil {
+		if strings.Contains(err.Error(), "failed calling webhook") {
+			return nil, fault.New(fault.Failed, "if it is that of an earlier storm: halligan delete validatingwebhookconfigurations/"+webhookName,
+				"a webhook keeps the incident from being put in place: %w", err)
+		}
 		return nil, fmt.Errorf("putting the incident in place: %w", err)
 	}
 	if s.kind.call != nil {
