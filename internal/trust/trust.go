@@ -97,8 +97,12 @@ type Identity struct {
 	Fingerprint, Serial string
 	// Source is the peer's address, IP:PORT, empty at the console.
 	Source string
-	// NotAfter is when the credential ends by its own word; zero: never.
-	NotAfter time.Time
+	// NotBefore and NotAfter are when the credential begins and ends by its own
+	// word; zero: never.
+	NotBefore, NotAfter time.Time
+	// CA is the fingerprint of the authority's key that signed the certificate
+	// (SHA256:...), empty at the console and for a sealed credential.
+	CA string
 	// Late is set when the credential is past an edge of its validity and was
 	// admitted by the clock rule.
 	Late  bool
