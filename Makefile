@@ -27,8 +27,8 @@ kube: ## build a real Kubernetes control plane into a cache: ten minutes, once
 etcdctl: $(TOOLS)/etcdctl ## build etcdctl into internal/tools/bin
 
 .PHONY: demo
-demo: build $(if $(KUBE),kube) ## stage an outage and heal it through etcd, without an API server; KUBE=1: with a real one
-	$(BIN)/halligan-lab demo $(if $(KUBE),--kube)
+demo: build $(if $(filter-out 0,$(KUBE)),kube) ## stage an outage and heal it through etcd, without an API server; KUBE=1: with a real one
+	$(BIN)/halligan-lab demo $(if $(filter-out 0,$(KUBE)),--kube)
 
 .PHONY: test
 test: build kube $(TOOLS)/etcdctl ## run all tests
