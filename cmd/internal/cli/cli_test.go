@@ -6,8 +6,7 @@ import (
 	"testing"
 	"time"
 
-	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
-	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/api/verb"
 )
 
 // onTerminal runs a command whose three streams a person sees.
@@ -15,9 +14,9 @@ func onTerminal(t *testing.T, s *stage, input string, args ...string) (status in
 	t.Helper()
 	var stdout, stderr bytes.Buffer
 	env := map[string]string{"HALLIGAN_SOCKET": s.socket, "HALLIGAN_REASON": "storm"}
-	status = run(t.Context(), args, terminal{
-		in: strings.NewReader(input), out: &stdout, err: &stderr, inTTY: true, outTTY: true, errTTY: true,
-		env: func(k string) string { return env[k] }, now: time.Now, settle: time.Second, reprobe: 50 * time.Millisecond,
+	status = run(t.Context(), args, verb.Terminal{
+		In: strings.NewReader(input), Out: &stdout, Err: &stderr, InTTY: true, OutTTY: true, ErrTTY: true,
+		Env: func(k string) string { return env[k] }, Now: time.Now, Settle: time.Second, Reprobe: 50 * time.Millisecond,
 	})
 	return status, stdout.String(), stderr.String()
 }
@@ -41,56 +40,5 @@ func TestTerminal(t *testing.T) {
 		if strings.ContainsAny(out+errs, "\x1b\u202e\u009b\a") || !strings.Contains(out, "web") {
 			t.Errorf("%s lets control characters through: %q %q", form, out, errs)
 		}
-	}
-}
-
-func TestResultError(t *testing.T) {
-	for _, c := range []struct {
-		result string
-		code   fault.Code
-		want   int
-	}{
-		{"applied", "", 0}, {"planned", "", 0}, {"planned", fault.Usage, 2}, {"partial", "", 1}, {"partial", fault.Stale, 1},
-		{"unverified", "", 5}, {"unknown", "", 1}, {"unknown", fault.Unreachable, 1}, {"stale", "", 3}, {"refused", "", 4},
-		{"awaiting-approval", "", 6}, {"failed", "", 1}, {"failed", fault.AuditUnavailable, 7}, {"", "", 1}, {"of a later release", "", 1},
-		{"failed", "of a later release", 1},
-	} {
-		r := &halliganv1.Result{Action: "id", Result: c.result}
-		if c.code != "" {
-			r.Error = &halliganv1.Error{Code: string(c.code), Message: "m"}
-		}
-		err, got := resultError(r), 0
-		if err != nil {
-			got = fault.Of(err).Code.Exit()
-		}
-		if got != c.want {
-			t.Errorf("%s with %q: exit status %d (%v), want %d", c.result, c.code, got, err, c.want)
-		}
-	}
-}
-
-func TestSmallForms(t *testing.T) {
-	for d, want := range map[time.Duration]string{
-		-time.Second: "0s", 0: "0s", 59 * time.Second: "59s", 90 * time.Second: "1m30s", 10 * time.Minute: "10m", 90 * time.Minute: "1h30m",
-		26 * time.Hour: "1d2h", 40 * 24 * time.Hour: "40d", 800 * 24 * time.Hour: "2y70d",
-	} {
-		if got := age(d); got != want {
-			t.Errorf("age(%s) = %s, want %s", d, got, want)
-		}
-	}
-	for n, want := range map[int64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1 << 62: "4.0 EiB"} {
-		if got := size(n); got != want {
-			t.Errorf("size(%d) = %s, want %s", n, got, want)
-		}
-	}
-	if got, want := fold(strings.Repeat("1234567 ", 11)), strings.Repeat("1234567 ", 9)+"1234567\n1234567"; got != want {
-		t.Errorf("fold: %q", got)
-	}
-	steps := map[string]float64{"verify": 3, "total": 9, "plan": 2}
-	if got, want := timings(steps), " in 9 ms (planned in 2 ms)"; got != want {
-		t.Errorf("timings: %q, want %q", got, want)
-	}
-	if got := flagName(&halliganv1.Parameter{Name: "allNamespaces"}); got != "all-namespaces" {
-		t.Errorf("flag %s", got)
 	}
 }

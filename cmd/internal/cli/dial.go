@@ -12,38 +12,12 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 
-	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
 // maxMessage bounds what is taken from an agent, in bytes; the console sends no
 // larger messages.
 const maxMessage = 16 << 20
-
-// agent is a connection to one agent, whatever the door.
-type agent struct {
-	conn   *grpc.ClientConn
-	client halliganv1.AgentClient
-}
-
-// connect reaches the agent that the flags name. It may be called again after
-// the connection broke.
-func (a *app) connect(ctx context.Context) error {
-	a.close()
-	conn, err := dialConsole(ctx, a.socket)
-	if err != nil {
-		return err
-	}
-	a.agent = &agent{conn, halliganv1.NewAgentClient(conn)}
-	return nil
-}
-
-func (a *app) close() {
-	if a.agent != nil {
-		a.agent.conn.Close()
-		a.agent = nil
-	}
-}
 
 // dialConsole reaches the console socket of an agent on this machine. The
 // kernel vouches for both ends, so the connection has no credentials.

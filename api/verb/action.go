@@ -1,4 +1,4 @@
-package cli
+package verb
 
 import (
 	"errors"
@@ -31,7 +31,7 @@ var (
 )
 
 // verb builds the command of an action.
-func (a *app) verb(action *halliganv1.Action) *cobra.Command {
+func (v *Verbs) verb(action *halliganv1.Action) *cobra.Command {
 	use := []string{action.GetName()}
 	for _, p := range action.GetParameters() {
 		if p.GetPositional() && p.GetRequired() {
@@ -61,14 +61,14 @@ func (a *app) verb(action *halliganv1.Action) *cobra.Command {
 		if p.GetPositional() || cmd.Flags().Lookup(flagName(p)) != nil {
 			continue
 		}
-		v := &value{kind: p.GetType(), placeholder: placeholder(p)}
-		values[p.GetName()] = v
+		taken := &value{kind: p.GetType(), placeholder: placeholder(p)}
+		values[p.GetName()] = taken
 		short := p.GetShorthand()
 		if len(short) != 1 || cmd.Flags().ShorthandLookup(short) != nil {
 			short = ""
 		}
-		flag := cmd.Flags().VarPF(v, flagName(p), short, neutral.Line(p.GetDescription()))
-		if v.kind == "bool" {
+		flag := cmd.Flags().VarPF(taken, flagName(p), short, neutral.Line(p.GetDescription()))
+		if taken.kind == "bool" {
 			flag.NoOptDefVal = "true"
 		}
 	}
@@ -78,13 +78,13 @@ func (a *app) verb(action *halliganv1.Action) *cobra.Command {
 			return err
 		}
 		if action.GetEffect() == "mutate" {
-			return a.mutate(cmd, action, parameters)
+			return v.mutate(cmd, action, parameters)
 		}
 		read, known := reads[action.GetName()]
 		if !known {
-			return usage(cmd, "this client is too old to show %s", action.GetName())
+			return Usage(cmd, "this client is too old to show %s", action.GetName())
 		}
-		return read(a, cmd, action, parameters)
+		return read(v, cmd, action, parameters)
 	}
 	return cmd
 }
@@ -98,13 +98,13 @@ func collect(cmd *cobra.Command, action *halliganv1.Action, args []string, value
 			if v := values[p.GetName()]; v != nil && v.set != nil {
 				out.Fields[p.GetName()] = v.set
 			} else if p.GetRequired() {
-				return nil, usage(cmd, "%s needs --%s %s", action.GetName(), flagName(p), placeholder(p))
+				return nil, Usage(cmd, "%s needs --%s %s", action.GetName(), flagName(p), placeholder(p))
 			}
 			continue
 		}
 		if len(args) == 0 {
 			if p.GetRequired() {
-				err := usage(cmd, "%s needs %s", action.GetName(), placeholder(p))
+				err := Usage(cmd, "%s needs %s", action.GetName(), placeholder(p))
 				if placeholder(p) == "ACTION-ID" {
 					err.Next = "see: halligan history"
 				}
@@ -114,12 +114,12 @@ func collect(cmd *cobra.Command, action *halliganv1.Action, args []string, value
 		}
 		v := value{kind: p.GetType()}
 		if err := v.Set(args[0]); err != nil {
-			return nil, usage(cmd, "%s: %w", placeholder(p), err)
+			return nil, Usage(cmd, "%s: %w", placeholder(p), err)
 		}
 		out.Fields[p.GetName()], args = v.set, args[1:]
 	}
 	if len(args) > 0 {
-		return nil, usage(cmd, "%q is one argument too many", args[0])
+		return nil, Usage(cmd, "%q is one argument too many", args[0])
 	}
 	return out, nil
 }
@@ -177,9 +177,9 @@ func placeholder(p *halliganv1.Parameter) string {
 
 // limit is how long to wait for an action: what the person said, or what the
 // agent grants it and some time for the way.
-func (a *app) limit(action *halliganv1.Action) time.Duration {
-	if a.timeout > 0 {
-		return a.timeout
+func (v *Verbs) limit(action *halliganv1.Action) time.Duration {
+	if v.timeout > 0 {
+		return v.timeout
 	}
 	return time.Duration(max(action.GetTimeoutSeconds(), 20))*time.Second + 10*time.Second
 }

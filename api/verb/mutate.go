@@ -1,15 +1,12 @@
-package cli
+package verb
 
 import (
 	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"os/signal"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -23,49 +20,49 @@ import (
 )
 
 // mutate plans, shows, asks, applies and reports.
-func (a *app) mutate(cmd *cobra.Command, action *halliganv1.Action, parameters *structpb.Struct) error {
-	willApply := !a.dryRun && (a.yes || a.inTTY)
-	if willApply && strings.TrimSpace(a.reason) == "" {
+func (v *Verbs) mutate(cmd *cobra.Command, action *halliganv1.Action, parameters *structpb.Struct) error {
+	willApply := !v.dryRun && (v.yes || v.InTTY)
+	if willApply && strings.TrimSpace(v.reason) == "" {
 		return fault.New(fault.Usage, "say why with --reason TEXT or HALLIGAN_REASON, or look first with --dry-run",
 			"%s needs a reason for the record", action.GetName())
 	}
 	ctx := cmd.Context()
-	if err := a.connect(ctx); err != nil {
+	if err := v.connect(ctx); err != nil {
 		return err
 	}
-	plan, err := a.plan(ctx, action, parameters)
+	plan, err := v.plan(ctx, action, parameters)
 	if err != nil {
 		return err
 	}
-	machine := a.output != "table"
+	machine := v.output != "table"
 	if !machine {
-		a.showPlan(a.out, plan)
+		v.ShowPlan(v.Out, plan)
 	}
-	if a.dryRun {
-		return a.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan})
+	if v.dryRun {
+		return v.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan})
 	}
 	empty := len(plan.GetObjects()) == 0
 	if empty && !willApply {
 		// It is neither applied nor refused: there is nothing to agree to.
 		if !machine {
-			fmt.Fprintln(a.out, nothingChanged)
+			fmt.Fprintln(v.Out, nothingChanged)
 		}
-		return a.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan})
+		return v.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan})
 	}
 	// A plan of nothing is nothing to ask a person about.
-	if !a.yes && !empty {
-		if err := a.confirm(ctx, plan, machine); err != nil {
-			return a.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan, Error: api.ErrorOf(err)})
+	if !v.yes && !empty {
+		if err := v.confirm(ctx, plan, machine); err != nil {
+			return v.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan, Error: api.ErrorOf(err)})
 		}
 	}
-	return a.report(a.apply(ctx, action, plan))
+	return v.report(v.apply(ctx, action, plan))
 }
 
-func (a *app) plan(ctx context.Context, action *halliganv1.Action, parameters *structpb.Struct) (*halliganv1.Plan, error) {
-	ctx, cancel := context.WithTimeout(ctx, a.limit(action))
+func (v *Verbs) plan(ctx context.Context, action *halliganv1.Action, parameters *structpb.Struct) (*halliganv1.Plan, error) {
+	ctx, cancel := context.WithTimeout(ctx, v.limit(action))
 	defer cancel()
-	plan, err := a.agent.client.Plan(ctx, &halliganv1.PlanRequest{
-		Action: action.GetName(), Parameters: parameters, Reason: a.reason, Incident: a.incident,
+	plan, err := v.agent.Plan(ctx, &halliganv1.PlanRequest{
+		Action: action.GetName(), Parameters: parameters, Reason: v.reason, Incident: v.incident,
 	})
 	if err != nil {
 		return nil, api.FromStatus(err)
@@ -73,7 +70,7 @@ func (a *app) plan(ctx context.Context, action *halliganv1.Action, parameters *s
 	// What is shown must be what is applied. A newer agent may say more in its
 	// plan than this client can show.
 	if sum, err := api.PlanSHA256(plan); err != nil {
-		a.note("this client is older than the agent and cannot show all of the plan")
+		v.Note("this client is older than the agent and cannot show all of the plan")
 	} else if sum != plan.GetSha256() {
 		return nil, fault.New(fault.Failed, "nothing was changed; report it", "the agent's plan %s does not have the hash that it names", plan.GetId())
 	}
@@ -81,46 +78,54 @@ func (a *app) plan(ctx context.Context, action *halliganv1.Action, parameters *s
 }
 
 // confirm returns nil when a person agrees.
-func (a *app) confirm(ctx context.Context, plan *halliganv1.Plan, machine bool) error {
-	if !a.inTTY {
+func (v *Verbs) confirm(ctx context.Context, plan *halliganv1.Plan, machine bool) error {
+	if !v.InTTY {
 		next := "run it again with --yes"
-		if strings.TrimSpace(a.reason) == "" {
+		if strings.TrimSpace(v.reason) == "" {
 			next += " and --reason TEXT"
 		}
 		return fault.New(fault.Usage, next, "nothing was changed, since there is no terminal to ask on")
 	}
 	if machine {
-		a.showPlan(a.err, plan)
+		v.ShowPlan(v.Err, plan)
 	}
-	fmt.Fprint(a.err, "Apply this plan? [y/N] ")
+	answer, err := v.answer(ctx, "Apply this plan? [y/N] ")
+	if answer = strings.ToLower(strings.TrimSpace(answer)); err == nil && (answer == "y" || answer == "yes") {
+		return nil
+	}
+	return fault.New(fault.Cancelled, "nothing was changed", "the plan was not confirmed")
+}
+
+// answer asks a person for a line.
+func (v *Verbs) answer(ctx context.Context, question string) (string, error) {
+	if v.Ask != nil {
+		return v.Ask(ctx, question)
+	}
+	fmt.Fprint(v.Err, question)
 	answer := make(chan string, 1)
 	// It ends with the process at the latest: a read of a terminal cannot be
 	// called off.
 	go func() {
-		line, _ := bufio.NewReader(a.in).ReadString('\n')
-		answer <- strings.ToLower(strings.TrimSpace(line))
+		line, _ := bufio.NewReader(v.In).ReadString('\n')
+		answer <- line
 	}()
-	declined := fault.New(fault.Cancelled, "nothing was changed", "the plan was not confirmed")
 	select {
 	case <-ctx.Done():
-		fmt.Fprintln(a.err)
-		return declined
-	case s := <-answer:
-		if s == "y" || s == "yes" {
-			return nil
-		}
-		return declined
+		fmt.Fprintln(v.Err)
+		return "", ctx.Err()
+	case line := <-answer:
+		return line, nil
 	}
 }
 
 // apply sends the plan once, and finds out what became of it whatever happens
 // to the connection.
-func (a *app) apply(ctx context.Context, action *halliganv1.Action, plan *halliganv1.Plan) *halliganv1.Result {
-	limit := a.limit(action)
+func (v *Verbs) apply(ctx context.Context, action *halliganv1.Action, plan *halliganv1.Plan) *halliganv1.Result {
+	limit := v.limit(action)
 	callCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
 	defer cancel()
 	callCtx, leave := context.WithCancelCause(callCtx)
-	defer a.interruptible(ctx, callCtx, leave, plan.GetId())()
+	defer v.interruptible(ctx, callCtx, leave, plan.GetId())()
 	outcome := func(err error) *halliganv1.Result {
 		r := failedResult(api.FromStatus(err))
 		r.Action, r.Via, r.Plan = plan.GetId(), plan.GetVia(), plan
@@ -131,7 +136,7 @@ func (a *app) apply(ctx context.Context, action *halliganv1.Action, plan *hallig
 		r.Result = "unknown"
 		return r
 	}
-	stream, err := a.agent.client.Apply(callCtx, &halliganv1.ApplyRequest{PlanId: plan.GetId(), PlanSha256: plan.GetSha256()})
+	stream, err := v.agent.Apply(callCtx, &halliganv1.ApplyRequest{PlanId: plan.GetId(), PlanSha256: plan.GetSha256()})
 	began := false
 	for err == nil {
 		var event *halliganv1.ApplyEvent
@@ -139,13 +144,13 @@ func (a *app) apply(ctx context.Context, action *halliganv1.Action, plan *hallig
 			break
 		}
 		if r := event.GetResult(); r != nil {
-			a.endProgress()
+			v.endProgress()
 			return r
 		}
 		began = true
-		a.progress(event.GetProgress())
+		v.progress(event.GetProgress())
 	}
-	a.endProgress()
+	v.endProgress()
 	switch {
 	case errors.Is(context.Cause(callCtx), errLeft):
 		return unknown(fault.Cancelled, "stopped watching; the agent goes on with %s", plan.GetId())
@@ -155,8 +160,8 @@ func (a *app) apply(ctx context.Context, action *halliganv1.Action, plan *hallig
 	case callCtx.Err() != nil || status.Code(err) == codes.DeadlineExceeded:
 		return unknown(fault.Unknown, "no result within %s; the agent goes on with %s", limit, plan.GetId())
 	}
-	a.note("the connection broke; asking the agent what became of %s", plan.GetId())
-	entry := a.ascertain(ctx, plan.GetId())
+	v.Note("the connection broke; asking the agent what became of %s", plan.GetId())
+	entry := v.ascertain(ctx, plan.GetId())
 	switch {
 	case entry == nil:
 		return unknown(fault.Unknown, "the connection broke and nobody could say what became of %s", plan.GetId())
@@ -172,7 +177,7 @@ var errLeft = errors.New("stopped watching")
 // interruptible makes the first Ctrl-C stop the action between two objects, and
 // the second one, or a first that the agent does not take, stop watching it.
 // The function that it returns ends this.
-func (a *app) interruptible(interrupted, call context.Context, leave context.CancelCauseFunc, id string) (end func()) {
+func (v *Verbs) interruptible(interrupted, call context.Context, leave context.CancelCauseFunc, id string) (end func()) {
 	var watch sync.WaitGroup
 	watch.Go(func() {
 		select {
@@ -180,19 +185,24 @@ func (a *app) interruptible(interrupted, call context.Context, leave context.Can
 			return
 		case <-interrupted.Done():
 		}
-		again := make(chan os.Signal, 1)
-		signal.Notify(again, os.Interrupt, syscall.SIGTERM)
-		defer signal.Stop(again)
-		ctx, cancel := context.WithTimeout(call, 2*time.Second)
-		defer cancel()
-		if _, err := a.agent.client.Stop(ctx, &halliganv1.StopRequest{ActionId: id}); err != nil {
+		if errors.Is(context.Cause(interrupted), ErrGone) {
 			leave(errLeft)
 			return
 		}
-		a.note("stopping %s between two objects; Ctrl-C again stops watching", id)
-		select {
-		case <-call.Done():
-		case <-again:
+		again, done := call, func() {}
+		if v.with.Again != nil {
+			again, done = v.with.Again(call)
+		}
+		defer done()
+		ctx, cancel := context.WithTimeout(call, 2*time.Second)
+		defer cancel()
+		if _, err := v.agent.Stop(ctx, &halliganv1.StopRequest{ActionId: id}); err != nil {
+			leave(errLeft)
+			return
+		}
+		v.Note("stopping %s between two objects; Ctrl-C again stops watching", id)
+		<-again.Done() // with the call at the latest
+		if call.Err() == nil {
 			leave(errLeft)
 		}
 	})
@@ -211,11 +221,11 @@ func answered(err error) bool {
 
 // ascertain asks for the record of an action until it is finished, nil when
 // there is none or nobody answers in time.
-func (a *app) ascertain(ctx context.Context, id string) (last *halliganv1.HistoryEntry) {
-	ctx, cancel := context.WithTimeout(ctx, a.settle)
+func (v *Verbs) ascertain(ctx context.Context, id string) (last *halliganv1.HistoryEntry) {
+	ctx, cancel := context.WithTimeout(ctx, v.Settle)
 	defer cancel()
 	for {
-		if entry := a.record(ctx, id); entry != nil {
+		if entry := v.record(ctx, id); entry != nil {
 			if last = entry; entry.GetResult() != "unfinished" {
 				return last
 			}
@@ -223,16 +233,16 @@ func (a *app) ascertain(ctx context.Context, id string) (last *halliganv1.Histor
 		select {
 		case <-ctx.Done():
 			return last
-		case <-time.After(a.reprobe):
+		case <-time.After(v.Reprobe):
 		}
 	}
 }
 
-func (a *app) record(ctx context.Context, id string) *halliganv1.HistoryEntry {
-	if a.connect(ctx) != nil {
+func (v *Verbs) record(ctx context.Context, id string) *halliganv1.HistoryEntry {
+	if v.connect(ctx) != nil {
 		return nil
 	}
-	stream, err := a.agent.client.History(ctx, &halliganv1.HistoryRequest{ActionId: id})
+	stream, err := v.agent.History(ctx, &halliganv1.HistoryRequest{ActionId: id})
 	if err != nil {
 		return nil
 	}
@@ -254,17 +264,17 @@ func failedResult(f *fault.Error) *halliganv1.Result {
 }
 
 // report prints a result and returns the error that it stands for, if any.
-func (a *app) report(r *halliganv1.Result) error {
+func (v *Verbs) report(r *halliganv1.Result) error {
 	err := resultError(r)
 	if r.GetError() == nil && err != nil {
 		r.Error = api.ErrorOf(err)
 	}
-	if a.output != "table" {
-		if perr := a.printResult(r); perr != nil {
+	if v.output != "table" {
+		if perr := v.printResult(r); perr != nil {
 			return errors.Join(perr, err)
 		}
 	} else if len(r.GetObjects()) > 0 || r.GetResult() == "applied" {
-		a.showResult(a.out, r)
+		v.showResult(v.Out, r)
 	}
 	return err
 }

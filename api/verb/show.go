@@ -1,4 +1,4 @@
-package cli
+package verb
 
 import (
 	"bytes"
@@ -36,7 +36,7 @@ func row(w io.Writer, name, text string) {
 	}
 }
 
-func (a *app) showPlan(w io.Writer, p *halliganv1.Plan) {
+func (v *Verbs) ShowPlan(w io.Writer, p *halliganv1.Plan) {
 	var b bytes.Buffer // one write, so that a pipe has all of it or nothing
 	fmt.Fprintf(&b, "Plan %s: %s\n", line(p.GetId()), line(p.GetSummary()))
 	row(&b, "who", fmt.Sprintf("%s as %s", line(p.GetActor()), line(p.GetRole())))
@@ -119,7 +119,7 @@ func moment(t *timestamppb.Timestamp) string {
 // nothingChanged is what came of a plan without any object.
 const nothingChanged = "nothing was changed"
 
-func (a *app) showResult(w io.Writer, r *halliganv1.Result) {
+func (v *Verbs) showResult(w io.Writer, r *halliganv1.Result) {
 	var b bytes.Buffer
 	done := 0
 	for _, o := range r.GetObjects() {
@@ -185,8 +185,8 @@ func timings(ms map[string]float64) string {
 }
 
 // progress shows how far an action is, on a terminal only.
-func (a *app) progress(p *halliganv1.Progress) {
-	if !a.errTTY || p.GetTotal() <= 1 {
+func (v *Verbs) progress(p *halliganv1.Progress) {
+	if !v.ErrTTY || p.GetTotal() <= 1 {
 		return
 	}
 	failed := ""
@@ -194,46 +194,46 @@ func (a *app) progress(p *halliganv1.Progress) {
 		failed = fmt.Sprintf(", %d failed", p.GetFailed())
 	}
 	// CSI K clears to the end of the line.
-	fmt.Fprintf(a.err, "\r%d of %d objects%s, %.0f/s\x1b[K", p.GetDone(), p.GetTotal(), failed, p.GetPerSecond())
+	fmt.Fprintf(v.Err, "\r%d of %d objects%s, %.0f/s\x1b[K", p.GetDone(), p.GetTotal(), failed, p.GetPerSecond())
 }
 
-func (a *app) endProgress() {
-	if a.errTTY {
-		fmt.Fprint(a.err, "\r\x1b[K")
+func (v *Verbs) endProgress() {
+	if v.ErrTTY {
+		fmt.Fprint(v.Err, "\r\x1b[K")
 	}
 }
 
 // printResult prints the one object that a mutation prints for a script.
-func (a *app) printResult(r *halliganv1.Result) error {
-	a.reported = true
-	return a.printMessage(r)
+func (v *Verbs) printResult(r *halliganv1.Result) error {
+	v.reported = true
+	return v.PrintMessage(r)
 }
 
-func (a *app) printMessage(m proto.Message) error {
+func (v *Verbs) PrintMessage(m proto.Message) error {
 	text, err := api.CanonicalJSON(m)
 	if err != nil {
 		return err
 	}
-	return a.printJSON(text)
+	return v.PrintJSON(text)
 }
 
-// printJSON prints JSON in the chosen form.
-func (a *app) printJSON(text []byte) error {
-	if a.output == "yaml" {
+// PrintJSON prints JSON in the chosen form.
+func (v *Verbs) PrintJSON(text []byte) error {
+	if v.output == "yaml" {
 		var err error
 		if text, err = yaml.JSONToYAML(text); err != nil {
 			return err
 		}
 	}
-	return a.print(string(bytes.TrimSuffix(text, []byte("\n"))) + "\n")
+	return v.print(string(bytes.TrimSuffix(text, []byte("\n"))) + "\n")
 }
 
 // print writes an answer: as it is for a program, neutralised for a person.
-func (a *app) print(s string) error {
-	if a.outTTY {
+func (v *Verbs) print(s string) error {
+	if v.OutTTY {
 		s = neutral.Text(s)
 	}
-	_, err := io.WriteString(a.out, s)
+	_, err := io.WriteString(v.Out, s)
 	return err
 }
 
@@ -247,7 +247,7 @@ type objectWriter interface {
 
 // tableWriter shows one line for each object, aligned in blocks.
 type tableWriter struct {
-	*app
+	*Verbs
 	namespaces bool // show the column
 	block      []*halliganv1.Object
 	headed     bool
@@ -285,7 +285,7 @@ func (t *tableWriter) flush() error {
 	for _, o := range t.block {
 		born := "-"
 		if o.GetCreated() != nil {
-			born = age(t.now().Sub(o.GetCreated().AsTime()))
+			born = age(t.Now().Sub(o.GetCreated().AsTime()))
 		}
 		put(line(o.GetNamespace()), line(o.GetName()), orDash(o.GetState()), born, fmt.Sprint(o.GetRevision()))
 	}
@@ -293,7 +293,7 @@ func (t *tableWriter) flush() error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	_, err := b.WriteTo(t.out)
+	_, err := b.WriteTo(t.Out)
 	return err
 }
 
@@ -309,7 +309,7 @@ func orElse(s, otherwise string) string {
 }
 
 // jsonWriter shows one object.
-type jsonWriter struct{ *app }
+type jsonWriter struct{ *Verbs }
 
 func (j *jsonWriter) object(o *halliganv1.Object) error {
 	if o.GetJson() == "" {
@@ -319,7 +319,7 @@ func (j *jsonWriter) object(o *halliganv1.Object) error {
 	if err := json.Indent(&b, []byte(o.GetJson()), "", "  "); err != nil {
 		return noJSON(o, err)
 	}
-	return j.printJSON(b.Bytes())
+	return j.PrintJSON(b.Bytes())
 }
 
 func noJSON(o *halliganv1.Object, err error) error {
@@ -352,7 +352,7 @@ func (w withoutManaged) object(o *halliganv1.Object) error {
 
 // jsonListWriter shows objects as a List of the Kubernetes API, item by item.
 type jsonListWriter struct {
-	*app
+	*Verbs
 	open bool
 }
 
@@ -385,7 +385,7 @@ func (j *jsonListWriter) end() error {
 
 // yamlWriter shows each object as a document.
 type yamlWriter struct {
-	*app
+	*Verbs
 	documents int
 }
 
@@ -398,14 +398,14 @@ func (y *yamlWriter) object(o *halliganv1.Object) error {
 			return err
 		}
 	}
-	return y.printJSON([]byte(o.GetJson()))
+	return y.PrintJSON([]byte(o.GetJson()))
 }
 
 func (y *yamlWriter) flush() error { return nil }
 func (y *yamlWriter) end() error   { return nil }
 
-func (a *app) showHistory(entries []*halliganv1.HistoryEntry) error {
-	w := tabwriter.NewWriter(a.out, 0, 0, 3, ' ', 0)
+func (v *Verbs) showHistory(entries []*halliganv1.HistoryEntry) error {
+	w := tabwriter.NewWriter(v.Out, 0, 0, 3, ' ', 0)
 	fmt.Fprintln(w, "TIME\tACTION-ID\tRESULT\tOBJECTS\tWHO\tSUMMARY")
 	for _, e := range entries {
 		result := line(e.GetResult())
@@ -418,9 +418,9 @@ func (a *app) showHistory(entries []*halliganv1.HistoryEntry) error {
 	return w.Flush()
 }
 
-func (a *app) showEntry(e *halliganv1.HistoryEntry) {
+func (v *Verbs) showEntry(e *halliganv1.HistoryEntry) {
 	if e.GetPlan() != nil {
-		a.showPlan(a.out, e.GetPlan())
+		v.ShowPlan(v.Out, e.GetPlan())
 	}
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "%s: %d of %d objects, by %s at %s\n", line(e.GetResult()), e.GetApplied(), e.GetObjects(), line(e.GetActor()), moment(e.GetTime()))
@@ -430,10 +430,10 @@ func (a *app) showEntry(e *halliganv1.HistoryEntry) {
 	} else if e.GetApplied() > 0 && canUndo(e.GetPlan()) {
 		fmt.Fprintf(&b, "undo with: halligan undo %s\n", line(e.GetActionId()))
 	}
-	_, _ = b.WriteTo(a.out)
+	_, _ = b.WriteTo(v.Out)
 }
 
-func (a *app) showStatus(s *halliganv1.StatusResponse) {
+func (v *Verbs) showStatus(s *halliganv1.StatusResponse) {
 	var b bytes.Buffer
 	e := s.GetEtcd()
 	fmt.Fprintf(&b, "%s\n", line(s.GetNode()))
@@ -454,7 +454,7 @@ func (a *app) showStatus(s *halliganv1.StatusResponse) {
 	} else {
 		row(&b, "mutations", "possible")
 	}
-	_, _ = b.WriteTo(a.out)
+	_, _ = b.WriteTo(v.Out)
 }
 
 // showEtcd shows what a member of etcd has answered.

@@ -1,4 +1,4 @@
-package cli
+package verb
 
 import (
 	"context"
@@ -19,35 +19,35 @@ import (
 
 // reads is what this client can show of the actions that only read: they have
 // calls of their own, unlike mutations, which are all alike.
-var reads = map[string]func(*app, *cobra.Command, *halliganv1.Action, *structpb.Struct) error{
-	"get":     (*app).get,
-	"history": (*app).history,
+var reads = map[string]func(*Verbs, *cobra.Command, *halliganv1.Action, *structpb.Struct) error{
+	"get":     (*Verbs).get,
+	"history": (*Verbs).history,
 }
 
 // maxNotes bounds how many remarks on single objects are shown.
 const maxNotes = 10
 
-func (a *app) status(ctx context.Context) error {
-	if err := a.connect(ctx); err != nil {
+func (v *Verbs) status(ctx context.Context) error {
+	if err := v.connect(ctx); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, a.limit(nil))
+	ctx, cancel := context.WithTimeout(ctx, v.limit(nil))
 	defer cancel()
-	s, err := a.agent.client.Status(ctx, &halliganv1.StatusRequest{})
+	s, err := v.agent.Status(ctx, &halliganv1.StatusRequest{})
 	if err != nil {
 		return api.FromStatus(err)
 	}
-	if a.output == "table" {
-		a.showStatus(s)
+	if v.output == "table" {
+		v.showStatus(s)
 		return nil
 	}
-	return a.printMessage(s)
+	return v.PrintMessage(s)
 }
 
-func (a *app) get(cmd *cobra.Command, action *halliganv1.Action, parameters *structpb.Struct) error {
+func (v *Verbs) get(cmd *cobra.Command, action *halliganv1.Action, parameters *structpb.Struct) error {
 	target := parameters.GetFields()["target"].GetStringValue()
 	managed := parameters.GetFields()["full"].GetBoolValue()
-	if a.output != "table" {
+	if v.output != "table" {
 		// Rows need no whole objects, which are what makes a list slow.
 		for _, p := range action.GetParameters() {
 			if p.GetName() == "full" {
@@ -56,28 +56,28 @@ func (a *app) get(cmd *cobra.Command, action *halliganv1.Action, parameters *str
 		}
 	}
 	ctx := cmd.Context()
-	if err := a.connect(ctx); err != nil {
+	if err := v.connect(ctx); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, a.limit(action))
+	ctx, cancel := context.WithTimeout(ctx, v.limit(action))
 	defer cancel()
-	stream, err := a.agent.client.Get(ctx, &halliganv1.GetRequest{Parameters: parameters})
+	stream, err := v.agent.Get(ctx, &halliganv1.GetRequest{Parameters: parameters})
 	if err != nil {
 		return api.FromStatus(err)
 	}
 	var show objectWriter
 	switch {
-	case a.output == "table":
+	case v.output == "table":
 		_, narrowed := parameters.GetFields()["namespace"]
-		show = &tableWriter{app: a, namespaces: !narrowed}
-	case a.output == "yaml":
-		show = &yamlWriter{app: a}
+		show = &tableWriter{Verbs: v, namespaces: !narrowed}
+	case v.output == "yaml":
+		show = &yamlWriter{Verbs: v}
 	case strings.Contains(target, "/"):
-		show = &jsonWriter{app: a}
+		show = &jsonWriter{Verbs: v}
 	default:
-		show = &jsonListWriter{app: a}
+		show = &jsonListWriter{Verbs: v}
 	}
-	if strings.Contains(target, "/") && !managed && a.output != "table" {
+	if strings.Contains(target, "/") && !managed && v.output != "table" {
 		show = withoutManaged{show}
 	}
 	notes := 0
@@ -95,23 +95,23 @@ func (a *app) get(cmd *cobra.Command, action *halliganv1.Action, parameters *str
 				return err
 			}
 			if notes > maxNotes {
-				a.note("and %d more remarks", notes-maxNotes)
+				v.Note("and %d more remarks", notes-maxNotes)
 			}
 			if s.GetUndecodable() > 0 {
-				a.note("%d objects could not be decoded", s.GetUndecodable())
+				v.Note("%d objects could not be decoded", s.GetUndecodable())
 			}
 			if s.GetStale() != "" {
-				a.note("the answer may lag behind: %s", s.GetStale())
+				v.Note("the answer may lag behind: %s", s.GetStale())
 			}
-			if a.output == "table" && s.GetObjects() == 0 && s.GetUndecodable() == 0 {
-				a.note("nothing found")
+			if v.output == "table" && s.GetObjects() == 0 && s.GetUndecodable() == 0 {
+				v.Note("nothing found")
 			}
 			return nil
 		}
 		for _, o := range event.GetObjects() {
 			if o.GetNote() != "" {
 				if notes++; notes <= maxNotes {
-					a.note("%s", remark(o))
+					v.Note("%s", remark(o))
 				}
 			}
 			if err := show.object(o); err != nil {
@@ -121,18 +121,18 @@ func (a *app) get(cmd *cobra.Command, action *halliganv1.Action, parameters *str
 	}
 }
 
-func (a *app) history(cmd *cobra.Command, action *halliganv1.Action, parameters *structpb.Struct) error {
+func (v *Verbs) history(cmd *cobra.Command, action *halliganv1.Action, parameters *structpb.Struct) error {
 	req := &halliganv1.HistoryRequest{
 		ActionId: parameters.GetFields()["action"].GetStringValue(),
 		Limit:    int64(parameters.GetFields()["limit"].GetNumberValue()),
 	}
 	ctx := cmd.Context()
-	if err := a.connect(ctx); err != nil {
+	if err := v.connect(ctx); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, a.limit(action))
+	ctx, cancel := context.WithTimeout(ctx, v.limit(action))
 	defer cancel()
-	stream, err := a.agent.client.History(ctx, req)
+	stream, err := v.agent.History(ctx, req)
 	if err != nil {
 		return api.FromStatus(err)
 	}
@@ -148,22 +148,22 @@ func (a *app) history(cmd *cobra.Command, action *halliganv1.Action, parameters 
 		entries = append(entries, entry)
 	}
 	switch {
-	case a.output == "table" && req.ActionId != "":
+	case v.output == "table" && req.ActionId != "":
 		for _, e := range entries {
-			a.showEntry(e)
+			v.showEntry(e)
 		}
 		return nil
-	case a.output == "table" && len(entries) == 0:
+	case v.output == "table" && len(entries) == 0:
 		node := "this node"
-		if s, err := a.agent.client.Status(ctx, &halliganv1.StatusRequest{}); err == nil && s.GetNode() != "" {
+		if s, err := v.agent.Status(ctx, &halliganv1.StatusRequest{}); err == nil && s.GetNode() != "" {
 			node = s.GetNode()
 		}
-		a.note("nothing was done from %s; each node keeps its own history", node)
+		v.Note("nothing was done from %s; each node keeps its own history", node)
 		return nil
-	case a.output == "table":
-		return a.showHistory(entries)
+	case v.output == "table":
+		return v.showHistory(entries)
 	case req.ActionId != "" && len(entries) == 1:
-		return a.printMessage(entries[0])
+		return v.PrintMessage(entries[0])
 	}
 	list := make([]json.RawMessage, 0, len(entries))
 	for _, e := range entries {
@@ -177,7 +177,7 @@ func (a *app) history(cmd *cobra.Command, action *halliganv1.Action, parameters 
 	if err != nil {
 		return err
 	}
-	return a.printJSON(text)
+	return v.PrintJSON(text)
 }
 
 // remark is what the agent says about an object, which it may have named.
@@ -188,9 +188,9 @@ func remark(o *halliganv1.Object) string {
 	return objectName(o.GetResource(), o.GetNamespace(), o.GetName()) + ": " + o.GetNote()
 }
 
-// note says something beside the answer.
-func (a *app) note(text string, args ...any) {
-	fmt.Fprintf(a.err, "note: %s\n", line(fmt.Sprintf(text, args...)))
+// Note says something beside the answer.
+func (v *Verbs) Note(text string, args ...any) {
+	fmt.Fprintf(v.Err, "note: %s\n", line(fmt.Sprintf(text, args...)))
 }
 
 // age returns how long ago something was, as kubectl does: the largest unit,
