@@ -22,10 +22,10 @@ import (
 	"github.com/halligan-io/halligan/agent/console"
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
-	"github.com/halligan-io/halligan/agent/policy"
 	"github.com/halligan-io/halligan/agent/storage"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/version"
 )
 
@@ -43,10 +43,11 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	rules, err := policy.Load(c.PolicyFile)
+	local, err := trust.ReadLocal(c.PolicyFile)
 	if err != nil {
 		return err
 	}
+	rules := trust.Default().Tighten(local)
 	records, err := journal.Open(c.StateDir, journal.Options{MaxBytes: c.JournalMaxBytes})
 	if err != nil {
 		return err
@@ -66,7 +67,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer client.Close()
 
 	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
-		Encryption: encryption, Journal: records, Policy: rules, Log: log})
+		Encryption: encryption, Journal: records, Policy: func() *trust.Policy { return rules }, Log: log})
 	// Ending, in this order: the doors close when every call has returned, then
 	// the settling of old actions, then what both stand on.
 	ctx, stop := context.WithCancel(ctx)

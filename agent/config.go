@@ -41,7 +41,7 @@ type Config struct {
 	Etcd EtcdConfig `json:"etcd,omitempty"`
 	// EncryptionConfig is the API server's --encryption-provider-config.
 	EncryptionConfig string `json:"encryptionConfig,omitempty"`
-	// PolicyFile tightens the shipped policy; see agent/policy.
+	// PolicyFile tightens the shipped policy; see trust.LocalRules.
 	PolicyFile string `json:"policyFile,omitempty"`
 	// LogLevel is debug, info (default), warn or error.
 	LogLevel string `json:"logLevel,omitempty"`

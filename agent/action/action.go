@@ -10,7 +10,7 @@
 // It must never write to etcd anything that a plan did not show, nor before the
 // intent and the before-image are on disk; and it must never be reached around
 // its gate, whatever the door. It stands on floor 4, on top of agent/storage,
-// agent/etcd, agent/journal and agent/policy.
+// agent/etcd and agent/journal; what may be done is decided by internal/trust.
 package action
 
 import (

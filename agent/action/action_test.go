@@ -21,7 +21,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/halligan-io/halligan/agent/policy"
 	"github.com/halligan-io/halligan/agent/storage"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -534,19 +533,7 @@ func TestCapsAndLocalPolicy(t *testing.T) {
 	for i := range 5 {
 		l.put(&corev1.ConfigMap{ObjectMeta: labelled("a", fmt.Sprint("c", i), "x", "y")})
 	}
-	rules, err := policy.Load("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.engine.policy = rules
-	cut := func(file string) {
-		t.Helper()
-		p, err := policy.Load(write(t, file))
-		if err != nil {
-			t.Fatal(err)
-		}
-		l.engine.policy = p
-	}
+	cut := l.tighten
 	some := map[string]any{"target": "cm", "namespace": "a", "selector": "x=y"}
 	cut("version: 1\ncaps: {objectsPerAction: 4}\n")
 	l.refuses(fault.Refused, "more than 4 objects", "delete", some)
@@ -654,11 +641,7 @@ func TestStop(t *testing.T) {
 
 func TestCapsHoldAtOnce(t *testing.T) {
 	l := newLab(t, 1)
-	p, err := policy.Load(write(t, "version: 1\ncaps: {objectsPerHour: 5}\n"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.engine.policy = p
+	l.tighten("version: 1\ncaps: {objectsPerHour: 5}\n")
 	var plans []*halliganv1.Plan
 	for i := range 8 {
 		for j := range 5 {

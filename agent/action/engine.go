@@ -20,7 +20,6 @@ import (
 
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
-	"github.com/halligan-io/halligan/agent/policy"
 	"github.com/halligan-io/halligan/agent/storage"
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
@@ -41,8 +40,9 @@ type Options struct {
 	Elsewhere  map[string][]string
 	Encryption *storage.Transformers
 	Journal    *journal.Journal
-	Policy     *policy.Policy
-	Log        zerolog.Logger
+	// Policy returns the policy in force, which changes with the bundle.
+	Policy func() *trust.Policy
+	Log    zerolog.Logger
 	// PlanTTL is how long a plan may be applied; default 10 min.
 	PlanTTL time.Duration
 	// SettleAfter is how long after a crash a write that is not seen in etcd
@@ -67,7 +67,7 @@ type Engine struct {
 	elsewhere  map[string][]string
 	encryption *storage.Transformers
 	journal    *journal.Journal
-	policy     *policy.Policy
+	policy     func() *trust.Policy
 	log        zerolog.Logger
 	kinds      catalogue
 	planTTL    time.Duration
@@ -178,9 +178,9 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	}
 	final := 0
 	for _, s := range p.steps {
-		err := e.policy.Object(r.name, s.kind.Resource(), s.namespace, s.name)
+		err := e.policy().Protected(r.name, s.kind.Resource(), s.namespace, s.name)
 		if s.op == opDelete && err == nil { // a deletion is one whatever its verb
-			err = e.policy.Object(deleteName, s.kind.Resource(), s.namespace, s.name)
+			err = e.policy().Protected(deleteName, s.kind.Resource(), s.namespace, s.name)
 		}
 		if err != nil && len(p.steps) > 1 && r.name == deleteName {
 			f := fault.Of(err)
@@ -189,7 +189,7 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 		if err != nil {
 			return nil, err
 		}
-		if s.op == opDelete && (s.blind || e.policy.Object(undoName, s.kind.Resource(), s.namespace, s.name) != nil) {
+		if s.op == opDelete && (s.blind || e.policy().Protected(undoName, s.kind.Resource(), s.namespace, s.name) != nil) {
 			final++
 		}
 	}
@@ -202,7 +202,7 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 			return nil, fault.New(fault.Encrypted, f.Next, "objects can only be deleted now: %s", f.Message)
 		}
 	}
-	if most := e.policy.Caps().ObjectsPerAction; len(p.steps) > most {
+	if most := e.policy().Caps().ObjectsPerAction; len(p.steps) > most {
 		return nil, fault.New(fault.Refused, "take fewer objects at a time", "%d objects are more than the %d that policy lets one action change", len(p.steps), most)
 	}
 	e.mu.Lock()
@@ -258,7 +258,7 @@ func (e *Engine) hourly(who trust.Identity, plan *halliganv1.Plan) error {
 			sum += j.Applied
 		}
 	}
-	if most := e.policy.Caps().ObjectsPerHour; sum+objects > most {
+	if most := e.policy().Caps().ObjectsPerHour; sum+objects > most {
 		return fault.New(fault.Refused, "wait, or ask another person", "%s changed %d objects within the hour; with %d more it would pass the cap of %d",
 			who.Person, sum, objects, most)
 	}

@@ -25,11 +25,11 @@ import (
 
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
-	"github.com/halligan-io/halligan/agent/policy"
 	"github.com/halligan-io/halligan/agent/storage"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/etcdcluster"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
 )
 
 var stopCollector = map[string]any{"target": "ds/collector", "namespace": "telemetry", "to": 0}
@@ -580,7 +580,7 @@ func runChild(spec []string) error {
 	}
 	steps := make(chan int, 1)
 	steps <- 0
-	engine := New(Options{Node: "cp-1", Etcd: client, Encryption: none, Journal: records, Policy: policy.Default(), Log: zerolog.Nop(),
+	engine := New(Options{Node: "cp-1", Etcd: client, Encryption: none, Journal: records, Policy: trust.Default, Log: zerolog.Nop(),
 		Steps: func(string) {
 			n := <-steps + 1
 			if n == crash {

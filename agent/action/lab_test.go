@@ -23,7 +23,6 @@ import (
 
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
-	"github.com/halligan-io/halligan/agent/policy"
 	"github.com/halligan-io/halligan/agent/storage"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/etcdcluster"
@@ -31,7 +30,7 @@ import (
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
-var responder = trust.Identity{Person: "console/1000", Role: trust.Responder, Door: "test"}
+var responder = trust.Identity{Person: "console/1000", Role: trust.Responder, Door: trust.SSH, Kind: trust.Person}
 
 // lab is an engine on a real etcd.
 type lab struct {
@@ -76,7 +75,7 @@ func (l *lab) start(change func(*Options)) {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	l.options = Options{Node: "cp-1", Version: "test", Etcd: client, Encryption: none, Journal: records, Policy: policy.Default(), Log: zerolog.Nop()}
+	l.options = Options{Node: "cp-1", Version: "test", Etcd: client, Encryption: none, Journal: records, Policy: trust.Default, Log: zerolog.Nop()}
 	if change != nil {
 		change(&l.options)
 	}
@@ -252,7 +251,7 @@ func group(name string) rbacv1.Subject {
 }
 
 // write makes a file with the text.
-func write(t *testing.T, text string) string {
+func write(t testing.TB, text string) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "file.yaml")
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
@@ -268,4 +267,14 @@ func parameters(t testing.TB, m map[string]any) *structpb.Struct {
 		t.Fatal(err)
 	}
 	return s
+}
+
+// tighten puts the shipped policy with a local file in force.
+func (l *lab) tighten(file string) {
+	l.t.Helper()
+	local, err := trust.ReadLocal(write(l.t, file))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.engine.policy = func() *trust.Policy { return trust.Default().Tighten(local) }
 }

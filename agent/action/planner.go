@@ -168,7 +168,7 @@ func (p *planner) target(ctx context.Context, text string) (*storage.Kind, strin
 // allow asks the policy about an object that was named, before it is looked for,
 // so that a protected name gets the reason and not "no such object".
 func (p *planner) allow(kind *storage.Kind, namespace, name string) error {
-	return p.engine.policy.Object(p.plan.Action, kind.Resource(), namespace, name)
+	return p.engine.policy().Protected(p.plan.Action, kind.Resource(), namespace, name)
 }
 
 // load reads one object, decrypted and checked against its key.

@@ -40,10 +40,10 @@ var links = []struct{ binary, forbidden, why string }{
 // inAgent is the order inside agent: which of its packages each of them may
 // import, outside of tests. What is not in it has no place there.
 var inAgent = map[string][]string{
-	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/policy": nil, "agent/console": nil,
+	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/console": nil,
 	"agent/journal": {"agent/storage"},
-	"agent/action":  {"agent/storage", "agent/etcd", "agent/policy", "agent/journal"},
-	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/policy", "agent/console", "agent/journal", "agent/action"},
+	"agent/action":  {"agent/storage", "agent/etcd", "agent/journal"},
+	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/console", "agent/journal", "agent/action"},
 }
 
 // mustNot says what a package and those below it must not import themselves,
@@ -61,7 +61,7 @@ var mustNot = []struct{ path, forbidden, why string }{
 }
 
 // readers are packages that write no file.
-var readers = []string{"agent/storage", "agent/node", "agent/policy"}
+var readers = []string{"agent/storage", "agent/node"}
 
 // importers says who alone may import a package or one below it, outside of
 // tests.
@@ -392,7 +392,7 @@ func TestRules(t *testing.T) {
 	}
 	for _, p := range []pkg{
 		of("agent/storage", module+"/agent/etcd"), of("agent/storage/deep", module+"/agent/journal"), of("agent/etcd", module+"/agent/storage"),
-		of("agent/node", module+"/agent/storage"), of("agent/policy", module+"/agent/action"), of("agent/journal", module+"/agent/etcd/deep"),
+		of("agent/node", module+"/agent/storage"), of("agent/storage", module+"/agent/action"), of("agent/journal", module+"/agent/etcd/deep"),
 		of("agent/console", module+"/agent/action"), of("agent/console", module+"/agent"), of("agent/action", module+"/agent/node"),
 		of("agent/action", module+"/agent/console"), of("agent/new"),
 	} {

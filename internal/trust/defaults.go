@@ -1,8 +1,15 @@
-package policy
+package trust
 
 // The shipped policy. Order does not matter: one match refuses.
 
-var defaultCaps = Caps{ObjectsPerAction: 10_000, ObjectsPerHour: 50_000}
+var (
+	defaultCaps      = Caps{ObjectsPerAction: 10_000, ObjectsPerHour: 50_000}
+	defaultAloneCaps = Caps{ObjectsPerAction: 100, ObjectsPerHour: 500}
+)
+
+// defaultApprovals is empty: beside adding authority, nothing that a responder
+// does in the first minutes waits for anybody, unless a fleet decides so.
+var defaultApprovals = []ApprovalRule{}
 
 // networkAndDNS are the workloads without which nodes lose their network or
 // their resolver: stopping one turns an incident into an outage.

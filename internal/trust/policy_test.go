@@ -1,4 +1,4 @@
-package policy
+package trust
 
 import (
 	"os"
@@ -41,7 +41,7 @@ func TestShippedPolicy(t *testing.T) {
 		{"scale", "daemonsets.apps", "telemetry", "collector", false},
 		{"delete", "configmaps", "telemetry", "coredns", false},
 	} {
-		err := p.Object(c.action, c.resource, c.ns, c.name)
+		err := p.Decide(commander, Request{Action: c.action, Rung: Responder, Mutates: true, Resource: c.resource, Namespace: c.ns, Name: c.name})
 		if refused := fault.Is(err, fault.Refused); refused != c.refused || (err != nil) != c.refused {
 			t.Errorf("%v: got %v", c, err)
 		}
@@ -54,7 +54,7 @@ func TestShippedPolicy(t *testing.T) {
 		"system:serviceaccount:telemetry:collector":               false,
 		"alice": false, "developers": false,
 	} {
-		if err := p.Subject(subject); fault.Is(err, fault.Refused) != refused {
+		if err := p.Decide(commander, Request{Action: "revoke", Rung: Responder, Mutates: true, Subject: subject}); fault.Is(err, fault.Refused) != refused {
 			t.Errorf("%s: got %v", subject, err)
 		}
 	}
@@ -76,7 +76,7 @@ func TestLocalFileOnlyTightens(t *testing.T) {
 			if err := os.WriteFile(file, []byte(c.text), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			p, err := Load(file)
+			local, err := ReadLocal(file)
 			if c.want != "" {
 				if err == nil || !strings.Contains(err.Error(), c.want) || fault.CodeOf(err) != fault.Usage {
 					t.Fatalf("got %v, want %q", err, c.want)
@@ -86,10 +86,11 @@ func TestLocalFileOnlyTightens(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if p.Object("scale", "deployments.apps", "payments", "x") == nil || p.Subject("alice") == nil {
+			p := Default().Tighten(local)
+			if p.Protected("scale", "deployments.apps", "payments", "x") == nil || subject(p, "alice") == nil {
 				t.Error("the file's rules do not hold")
 			}
-			if p.Object("delete", "namespaces", "", "x") == nil || p.Subject("system:masters") == nil {
+			if p.Protected("delete", "namespaces", "", "x") == nil || subject(p, "system:masters") == nil {
 				t.Error("the shipped rules were lost")
 			}
 			if got := p.Caps(); got.ObjectsPerAction != 10 || got.ObjectsPerHour != defaultCaps.ObjectsPerHour {
@@ -97,11 +98,24 @@ func TestLocalFileOnlyTightens(t *testing.T) {
 			}
 		})
 	}
-	if _, err := Load("/nonexistent/policy.yaml"); fault.CodeOf(err) != fault.Usage {
+	if _, err := ReadLocal("/nonexistent/policy.yaml"); fault.CodeOf(err) != fault.Usage {
 		t.Errorf("missing file: %v", err)
 	}
-	// Loading must never change the table that later agents start from.
-	if Default().Subject("alice") != nil {
+	if l, err := ReadLocal(""); l != nil || err != nil || Default().Tighten(l).Caps() != defaultCaps {
+		t.Errorf("no file: %v, %v", l, err)
+	}
+	// A local file must never change the table that later policies start from,
+	// nor raise a cap.
+	if subject(Default(), "alice") != nil {
 		t.Error("a local file leaked into the shipped table")
 	}
+	if got := Default().Tighten(&LocalRules{Caps: Caps{ObjectsPerAction: 1_000_000, ObjectsPerHour: 1_000_000}}).Caps(); got != defaultCaps {
+		t.Errorf("a local file raised the caps to %+v", got)
+	}
+}
+
+var commander = Identity{Person: "carol", Role: Commander, Door: SSH, Kind: Person}
+
+func subject(p *Policy, name string) error {
+	return p.Decide(commander, Request{Action: "revoke", Rung: Responder, Mutates: true, Subject: name})
 }
