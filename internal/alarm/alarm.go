@@ -1,0 +1,73 @@
+// Package alarm tells people what they should hear of while it happens: logins,
+// refusals, and whatever was done around the usual rules. Sinks are a webhook
+// by IP address, syslog and a local command.
+//
+// It must never delay or stop what it tells of: raising an event does not
+// block, and what cannot be sent in time is dropped and counted. It never
+// resolves a name and never carries object contents. It stands on floor 0.
+package alarm
+
+import (
+	"time"
+
+	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+// Kind is what happened. Receivers decide on it.
+type Kind string
+
+// The kinds.
+const (
+	Login   Kind = "login"   // somebody came in
+	Refusal Kind = "refusal" // somebody was refused
+	Alone   Kind = "alone"   // an action is applied without the approvals that it needs
+	Sealed  Kind = "sealed"  // a sealed credential was used
+	Late    Kind = "late"    // a credential was admitted past an edge of its validity
+	Bundle  Kind = "bundle"  // something is wrong with the bundle
+)
+
+// Loud reports whether the event must come through even where others flood.
+func (k Kind) Loud() bool { return k != Login && k != Refusal }
+
+// Event is one alarm, as it is sent in JSON.
+type Event struct {
+	Time    time.Time `json:"time"`
+	Kind    Kind      `json:"kind"`
+	Loud    bool      `json:"loud"`
+	Node    string    `json:"node"`
+	Cluster string    `json:"cluster,omitempty"`
+	// Who it is about, where it is about somebody.
+	Person      string `json:"person,omitempty"`
+	Role        string `json:"role,omitempty"`
+	Door        string `json:"door,omitempty"`
+	Credential  string `json:"credential,omitempty"`
+	Fingerprint string `json:"fingerprint,omitempty"`
+	Serial      string `json:"serial,omitempty"`
+	Source      string `json:"source,omitempty"`
+	// Text is one line for people, without control characters.
+	Text string `json:"text"`
+	// Unsaid is how many more of this kind were held back before this one,
+	// since they were the same or too many.
+	Unsaid uint64 `json:"unsaid,omitempty"`
+}
+
+// maxText bounds each text of an event in bytes.
+const maxText = 512
+
+// Of returns an event about somebody.
+func Of(kind Kind, who trust.Identity, text string) Event {
+	e := Event{Kind: kind, Person: who.Person, Door: string(who.Door), Credential: string(who.Kind), Fingerprint: who.Fingerprint, Serial: who.Serial, Source: who.Source, Text: text}
+	if who.Role != trust.None {
+		e.Role = who.Role.String()
+	}
+	return e
+}
+
+// neutralised returns the event with texts that are safe for every sink.
+func (e Event) neutralised() Event {
+	for _, s := range []*string{&e.Node, &e.Cluster, &e.Person, &e.Role, &e.Door, &e.Credential, &e.Fingerprint, &e.Serial, &e.Source, &e.Text} {
+		*s = neutral.LineMax(*s, maxText)
+	}
+	return e
+}
