@@ -40,10 +40,11 @@ var links = []struct{ binary, forbidden, why string }{
 // inAgent is the order inside agent: which of its packages each of them may
 // import, outside of tests. What is not in it has no place there.
 var inAgent = map[string][]string{
-	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/console": nil,
+	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/door": nil,
+	"agent/console": {"agent/door"}, "agent/mtls": {"agent/door"}, "agent/sshd": {"agent/door"},
 	"agent/journal": {"agent/storage"},
 	"agent/action":  {"agent/storage", "agent/etcd", "agent/journal"},
-	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/console", "agent/journal", "agent/action"},
+	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/mtls", "agent/sshd", "agent/journal", "agent/action"},
 }
 
 // mustNot says what a package and those below it must not import themselves,
