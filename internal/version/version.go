@@ -3,10 +3,47 @@
 // floor 0.
 package version
 
-import "runtime/debug"
+import (
+	"runtime/debug"
+	"time"
+)
 
 // release is set with -ldflags "-X …/internal/version.release=v1.2.3".
 var release string
+
+// built is set with -ldflags "-X …/internal/version.built=2026-11-23T12:00:00Z",
+// the time of the commit, so that two builds of it are the same.
+var built string
+
+// oldest is before every build of this code: what Built falls back to. Raise it
+// with a release.
+const oldest = "2026-03-01T00:00:00Z"
+
+// Built returns a time that had passed when this binary was built: the one that
+// the linker was given, else that of the commit, else a constant of the source.
+// A clock that shows less is wrong.
+func Built() time.Time {
+	info, _ := debug.ReadBuildInfo()
+	return builtAt(built, info)
+}
+
+func builtAt(linked string, info *debug.BuildInfo) time.Time {
+	candidates := []string{linked}
+	if info != nil {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.time" {
+				candidates = append(candidates, s.Value)
+			}
+		}
+	}
+	for _, text := range candidates {
+		if t, err := time.Parse(time.RFC3339, text); err == nil {
+			return t
+		}
+	}
+	t, _ := time.Parse(time.RFC3339, oldest) // a test parses it
+	return t
+}
 
 // String returns the release, or for a build without one the commit that it
 // was built from, with +dirty where the tree had other changes, or "devel".
