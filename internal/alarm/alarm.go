@@ -8,6 +8,9 @@
 package alarm
 
 import (
+	"cmp"
+	"fmt"
+	"strings"
 	"time"
 
 	"github.com/halligan-io/halligan/internal/neutral"
@@ -70,4 +73,27 @@ func (e Event) neutralised() Event {
 		*s = neutral.LineMax(*s, maxText)
 	}
 	return e
+}
+
+// Line returns the event as one line for people.
+func (e Event) Line() string {
+	var b strings.Builder
+	if e.Loud {
+		b.WriteString("ALARM ")
+	}
+	b.WriteString(string(e.Kind) + ":")
+	if e.Person != "" {
+		fmt.Fprintf(&b, " %s (%s)", e.Person, cmp.Or(e.Role, "no role"))
+	}
+	if e.Door != "" {
+		b.WriteString(" at " + e.Door)
+	}
+	if e.Source != "" {
+		b.WriteString(" from " + e.Source)
+	}
+	b.WriteString(": " + e.Text)
+	if e.Unsaid > 0 {
+		fmt.Fprintf(&b, " (and %d before it that were held back)", e.Unsaid)
+	}
+	return b.String()
 }
