@@ -611,7 +611,7 @@ func (a *application) begin() (*journal.Action, error) {
 	for _, s := range a.plan.steps {
 		bytes += int64(s.size)
 	}
-	if a.record, a.refuse = a.engine.journal.Begin(a.plan.plan, bytes); a.refuse != nil {
+	if a.record, a.refuse = a.engine.journal.Begin(journal.Access{}, a.plan.plan, bytes); a.refuse != nil {
 		return nil, a.refuse
 	}
 	for i, out := range a.outcomes {

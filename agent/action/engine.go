@@ -417,7 +417,7 @@ func (e *Engine) recordReveal(ctx context.Context, who trust.Identity, par getPa
 	if err != nil {
 		return fault.New(fault.Usage, "see the action's help", "parameters: %w", err)
 	}
-	a, err := e.journal.Begin(plan, 0)
+	a, err := e.journal.Begin(journal.Access{}, plan, 0)
 	if err != nil {
 		return err
 	}

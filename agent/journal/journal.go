@@ -96,6 +96,33 @@ type Entry struct {
 	Objects int
 	Applied int
 	Bytes   int64
+	Access
+}
+
+// Access is how the actor came in, and by whose leave where the actor's own role
+// is not enough. It stands on the line of the intent and is durable with it, so
+// that an approval cannot be used twice.
+type Access struct {
+	// Door is console, ssh or grpc; Source the peer's IP:PORT.
+	Door   string `json:"door,omitempty"`
+	Source string `json:"source,omitempty"`
+	// Credential is what vouched for the actor: its kind, the fingerprint of
+	// the key and the serial of the certificate.
+	Credential string `json:"credential,omitempty"`
+	// ApprovedBy are those who signed the plan, and Nonce is what they signed it
+	// with.
+	ApprovedBy []Approval `json:"approvedBy,omitempty"`
+	Nonce      string     `json:"nonce,omitempty"`
+	// Alone says that it was done without the approvals that it needs.
+	Alone bool `json:"alone,omitempty"`
+}
+
+// Approval is one signature that let an action happen.
+type Approval struct {
+	Person string `json:"person"`
+	// Fingerprint is that of the key (SHA256:...), Serial the certificate's.
+	Fingerprint string `json:"fingerprint"`
+	Serial      string `json:"serial,omitempty"`
 }
 
 // Damaged is the result of a record that cannot be read. It is never removed.
@@ -136,9 +163,11 @@ type Note struct {
 	Settled bool `json:"settled,omitempty"`
 }
 
-// line is one line of a file; exactly one member is set.
+// line is one line of a file; exactly one member is set, but for Access, which
+// stands beside an intent.
 type line struct {
 	Intent  json.RawMessage `json:"intent,omitempty"`
+	Access  *Access         `json:"access,omitempty"`
 	Image   *Image          `json:"image,omitempty"`
 	Note    *Note           `json:"note,omitempty"`
 	Outcome *outcome        `json:"outcome,omitempty"`
@@ -293,7 +322,7 @@ func (j *Journal) index(id string) (*Entry, error) {
 	if err != nil || r.Plan == nil {
 		return nil, err
 	}
-	e := entryOf(r.Plan)
+	e := entryOf(r.Plan, r.Access)
 	e.Result, e.Applied, e.Bytes = r.Result, r.Applied, r.bytes
 	return e, nil
 }
@@ -331,14 +360,25 @@ func (j *Journal) ends(id string) (*Entry, error) {
 	if err != nil || protojson.Unmarshal(first.Intent, plan) != nil || plan.Id != id || !last.Outcome.fits(plan) {
 		return nil, nil // damaged: the whole scan says how
 	}
-	e := entryOf(plan)
+	e := entryOf(plan, first.access())
 	e.Result, e.Applied, e.Bytes = last.Outcome.Result, last.Outcome.Applied, st.Size()
 	return e, nil
 }
 
-func entryOf(p *halliganv1.Plan) *Entry {
+func entryOf(p *halliganv1.Plan, access Access) *Entry {
 	return &Entry{ID: p.Id, Action: p.Action, Actor: p.Actor, Reason: p.Reason, Incident: p.Incident, Summary: p.Summary,
-		Undoes: p.Undoes, Time: p.Created.AsTime(), Objects: len(p.Objects)}
+		Undoes: p.Undoes, Time: p.Created.AsTime(), Objects: len(p.Objects), Access: access}
+}
+
+func (a Access) empty() bool {
+	return a.Door == "" && a.Source == "" && a.Credential == "" && len(a.ApprovedBy) == 0 && a.Nonce == "" && !a.Alone
+}
+
+func (l line) access() Access {
+	if l.Access == nil {
+		return Access{}
+	}
+	return *l.Access
 }
 
 func (j *Journal) path(id string) string { return filepath.Join(j.dir, id+suffix) }
@@ -401,8 +441,9 @@ type Action struct {
 
 // Begin starts the record of a plan, with room for the values of its objects
 // set aside so that it can be brought to its end. It is durable with the first
-// Images. Any error is fault.AuditUnavailable and leaves nothing behind.
-func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err error) {
+// Images. Any error is fault.AuditUnavailable, or fault.Refused where the
+// approvals were used before, and leaves nothing behind.
+func (j *Journal) Begin(access Access, plan *halliganv1.Plan, valueBytes int64) (_ *Action, err error) {
 	if !validID.MatchString(plan.Id) {
 		return nil, fmt.Errorf("action id %q is malformed", plan.Id)
 	}
@@ -415,6 +456,9 @@ func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err
 	if err := j.Ready(); err != nil {
 		return nil, err
 	}
+	if used := j.approvedBefore(access.Nonce); used != "" {
+		return nil, fault.New(fault.Refused, "plan again, and have that approved", "these approvals were used already, by %s", used)
+	}
 	if err := j.makeRoom(reserve); err != nil {
 		return nil, err
 	}
@@ -425,7 +469,7 @@ func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err
 	if err != nil {
 		return nil, unavailable("recording the intent", err)
 	}
-	a := &Action{j: j, entry: entryOf(plan), file: f}
+	a := &Action{j: j, entry: entryOf(plan, access), file: f}
 	a.entry.Bytes = reserve // until it is known what it takes
 	a.done.L = &a.mu
 	defer func() {
@@ -442,7 +486,11 @@ func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err
 			return nil, unavailable("setting room aside for the record", err)
 		}
 	}
-	if err := a.append(line{Intent: intent}); err != nil {
+	first := line{Intent: intent}
+	if !access.empty() {
+		first.Access = &access
+	}
+	if err := a.append(first); err != nil {
 		return nil, err
 	}
 	j.mu.Lock()
@@ -451,6 +499,17 @@ func (j *Journal) Begin(plan *halliganv1.Plan, valueBytes int64) (_ *Action, err
 	i, _ := slices.BinarySearchFunc(j.entries, a.entry, byTime)
 	j.entries = slices.Insert(j.entries, i, a.entry)
 	return a, nil
+}
+
+// approvedBefore returns the action that used the approvals of the nonce, "" where
+// none did.
+func (j *Journal) approvedBefore(nonce string) string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if i := slices.IndexFunc(j.entries, func(e *Entry) bool { return nonce != "" && e.Nonce == nonce }); i >= 0 {
+		return j.entries[i].ID
+	}
+	return ""
 }
 
 // Images makes the intent and these images durable. Only after it returned nil
@@ -635,6 +694,19 @@ func (j *Journal) Entries() []Entry {
 	return out
 }
 
+// Last returns the time of the newest record that can be read, zero without
+// one. It had passed when that was written.
+func (j *Journal) Last() time.Time {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, e := range slices.Backward(j.entries) {
+		if e.Result != Damaged { // whose time is only that of the file
+			return e.Time
+		}
+	}
+	return time.Time{}
+}
+
 // Find returns the entry whose identifier begins with the text. It is
 // fault.NotFound when there is none and fault.Usage when there are several.
 func (j *Journal) Find(prefix string) (Entry, error) {
@@ -662,6 +734,7 @@ func (j *Journal) Find(prefix string) (Entry, error) {
 // Record is a file read back.
 type Record struct {
 	Plan *halliganv1.Plan
+	Access
 	// Images are without their values; Value reads one.
 	Images []ImageRef
 	Notes  []Note
@@ -756,7 +829,7 @@ func (j *Journal) scan(id string, fn func(l line, offset int64) error) (*Record,
 		}
 		switch {
 		case l.Intent != nil && at == 0:
-			r.Plan = &halliganv1.Plan{}
+			r.Plan, r.Access = &halliganv1.Plan{}, l.access()
 			if err := protojson.Unmarshal(l.Intent, r.Plan); err != nil {
 				return nil, damaged(path, at, err)
 			}

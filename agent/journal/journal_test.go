@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -57,7 +58,7 @@ func imageOf(i int, value []byte) Image {
 // settled records a whole action.
 func settled(t *testing.T, j *Journal, id string, age time.Duration, size int) {
 	t.Helper()
-	a, err := j.Begin(planOf(id, 1, age), int64(size))
+	a, err := j.Begin(Access{}, planOf(id, 1, age), int64(size))
 	check(t, err)
 	check(t, a.Images(imageOf(0, bytes.Repeat([]byte{7}, size))))
 	check(t, a.Wrote(Note{Index: 0, Revision: 100, Outcome: Applied}))
@@ -77,7 +78,7 @@ func TestRoundTrip(t *testing.T) {
 	j := open(t, dir, Options{})
 	plan := planOf("20260102-030405-abcd", 3, 0)
 	values := [][]byte{[]byte("k8s\x00\x0a\xff\n\"binary"), nil, bytes.Repeat([]byte{0, '\n'}, 700<<10)}
-	a, err := j.Begin(plan, 1500<<10)
+	a, err := j.Begin(Access{}, plan, 1500<<10)
 	check(t, err)
 	if got := j.Unfinished(); len(got) != 0 {
 		t.Errorf("unfinished while it is being written: %v", got)
@@ -101,7 +102,7 @@ func TestRoundTrip(t *testing.T) {
 		check(t, err)
 		want := Entry{ID: plan.Id, Action: "delete", Actor: "console/1000", Reason: plan.Reason, Incident: "INC-1", Summary: "delete things",
 			Time: plan.Created.AsTime(), Result: "partial", Objects: 3, Applied: 1, Bytes: st.Size()}
-		if entries[0] != want {
+		if !reflect.DeepEqual(entries[0], want) {
 			t.Errorf("entry %+v, want %+v", entries[0], want)
 		}
 		if _, used := j.Space(); used != st.Size() {
@@ -158,7 +159,7 @@ func TestRoundTrip(t *testing.T) {
 // images, synced, under a name that is synced too.
 func TestDurableBeforeWrite(t *testing.T) {
 	j := open(t, t.TempDir()+"/state", Options{})
-	a, err := j.Begin(planOf("a", 2, 0), 0)
+	a, err := j.Begin(Access{}, planOf("a", 2, 0), 0)
 	check(t, err)
 	for i := range 2 {
 		if a.synced == a.written {
@@ -184,7 +185,7 @@ func TestDurableBeforeWrite(t *testing.T) {
 func small(t *testing.T) []byte {
 	t.Helper()
 	j := open(t, t.TempDir()+"/state", Options{})
-	a, err := j.Begin(planOf("a", 2, time.Hour), 0)
+	a, err := j.Begin(Access{}, planOf("a", 2, time.Hour), 0)
 	check(t, err)
 	check(t, a.Images(imageOf(0, []byte("first")), imageOf(1, []byte("second"))))
 	check(t, a.Wrote(Note{Index: 0, Revision: 100, Outcome: Applied}))
@@ -379,7 +380,7 @@ func TestEnds(t *testing.T) {
 	dir := t.TempDir() + "/state"
 	j := open(t, dir, Options{})
 	record := func(id, problem string, value, objects int) {
-		a, err := j.Begin(planOf(id, objects, 0), int64(value))
+		a, err := j.Begin(Access{}, planOf(id, objects, 0), int64(value))
 		check(t, err)
 		check(t, a.Images(imageOf(0, bytes.Repeat([]byte("x"), value))))
 		check(t, a.Wrote(Note{Index: 0, Outcome: Applied}))
@@ -400,7 +401,7 @@ func TestEnds(t *testing.T) {
 		t.Fatalf("%d entries, want %d", len(got), len(want))
 	}
 	for i := range want {
-		if want[i].Time = got[i].Time; got[i] != want[i] || got[i].Result != "partial" || got[i].Applied != 1 {
+		if want[i].Time = got[i].Time; !reflect.DeepEqual(got[i], want[i]) || got[i].Result != "partial" || got[i].Applied != 1 {
 			t.Errorf("%+v, want %+v", got[i], want[i])
 		}
 	}
@@ -427,7 +428,7 @@ func TestRetention(t *testing.T) {
 	limits := Options{MaxBytes: 1 << 20, Keep: time.Hour}
 	j := open(t, dir, limits)
 	const size = 200 << 10 // about 270 KiB in base64
-	cut, err := j.Begin(planOf("0-unfinished", 1, 100*time.Hour), size)
+	cut, err := j.Begin(Access{}, planOf("0-unfinished", 1, 100*time.Hour), size)
 	check(t, err)
 	check(t, cut.Images(imageOf(0, make([]byte, size))))
 	settled(t, j, "1-old", 9*time.Hour, size)
@@ -442,7 +443,7 @@ func TestRetention(t *testing.T) {
 	}
 	refused := func() {
 		t.Helper()
-		if _, err := j.Begin(planOf("5-new", 1, 0), size); !fault.Is(err, fault.AuditUnavailable) || !strings.Contains(err.Error(), "journalMaxBytes") {
+		if _, err := j.Begin(Access{}, planOf("5-new", 1, 0), size); !fault.Is(err, fault.AuditUnavailable) || !strings.Contains(err.Error(), "journalMaxBytes") {
 			t.Errorf("nothing is old enough, and yet: %v", err)
 		}
 		if got := ids(j.Entries()); !slices.Equal(got, []string{"4-new", "3-new", "0-unfinished"}) {
@@ -472,7 +473,7 @@ func TestRetention(t *testing.T) {
 	check(t, os.WriteFile(j.path("4-new"), []byte("rot\n"), 0o600))
 	check(t, os.Chtimes(j.path("4-new"), time.Time{}, time.Now().Add(-1000*time.Hour)))
 	j = open(t, dir, Options{MaxBytes: 270 << 10, Keep: time.Nanosecond})
-	if _, err := j.Begin(planOf("6-new", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) {
+	if _, err := j.Begin(Access{}, planOf("6-new", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) {
 		t.Errorf("began: %v", err)
 	}
 	if got := ids(j.Entries()); !slices.Equal(got, []string{"0-unfinished", "4-new"}) {
@@ -547,7 +548,7 @@ func TestUndoneBy(t *testing.T) {
 		t.Helper()
 		p := planOf(id, 1, age)
 		p.Undoes = of
-		a, err := j.Begin(p, 0)
+		a, err := j.Begin(Access{}, p, 0)
 		check(t, err)
 		if by := j.UndoneBy(of); by == id {
 			t.Error("taken back before it was")
@@ -583,14 +584,14 @@ func TestUndoneBy(t *testing.T) {
 func TestBadIDs(t *testing.T) {
 	j := open(t, t.TempDir()+"/state", Options{})
 	for _, id := range []string{"", "../x", "a/b", ".a", "a.b", "A", "a\x00", "-a", strings.Repeat("a", 300)} {
-		if _, err := j.Begin(planOf(id, 1, 0), 0); err == nil {
+		if _, err := j.Begin(Access{}, planOf(id, 1, 0), 0); err == nil {
 			t.Errorf("%q: began", id)
 		}
 	}
-	a, err := j.Begin(planOf("a", 1, 0), 0)
+	a, err := j.Begin(Access{}, planOf("a", 1, 0), 0)
 	check(t, err)
 	check(t, a.Images(imageOf(0, nil)))
-	if _, err := j.Begin(planOf("a", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) {
+	if _, err := j.Begin(Access{}, planOf("a", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) {
 		t.Errorf("one identifier twice: %v", err)
 	}
 	if r, err := j.Read("a"); err != nil || len(r.Images) != 1 {
@@ -603,7 +604,7 @@ func TestBadIDs(t *testing.T) {
 
 func TestAbandon(t *testing.T) {
 	j := open(t, t.TempDir()+"/state", Options{})
-	a, err := j.Begin(planOf("a", 1, 0), 0)
+	a, err := j.Begin(Access{}, planOf("a", 1, 0), 0)
 	check(t, err)
 	check(t, a.Images(imageOf(0, nil)))
 	check(t, a.Abandon())
@@ -616,7 +617,7 @@ func TestAbandon(t *testing.T) {
 // TestRelease: an action whose end is unknown is settled by the same process.
 func TestRelease(t *testing.T) {
 	j := open(t, t.TempDir()+"/state", Options{})
-	a, err := j.Begin(planOf("a", 2, 0), 1<<20)
+	a, err := j.Begin(Access{}, planOf("a", 2, 0), 1<<20)
 	check(t, err)
 	check(t, a.Images(imageOf(0, []byte("v")), imageOf(1, []byte("w"))))
 	check(t, a.Wrote(Note{Index: 0, Outcome: Applied}))
@@ -654,7 +655,7 @@ func TestConcurrent(t *testing.T) {
 	const workers, each = 8, 20
 	var all sync.WaitGroup
 	for _, id := range []string{"a", "b"} {
-		a, err := j.Begin(planOf(id, workers*each, 0), workers*each*100)
+		a, err := j.Begin(Access{}, planOf(id, workers*each, 0), workers*each*100)
 		check(t, err)
 		all.Go(func() {
 			var writers sync.WaitGroup
@@ -733,12 +734,12 @@ func TestFullWhileWriting(t *testing.T) {
 		j := open(t, dir, Options{})
 		const n = 40
 		value := bytes.Repeat([]byte("x"), 32<<10)
-		a, err := j.Begin(planOf("a", n, 0), int64(n*len(value)))
+		a, err := j.Begin(Access{}, planOf("a", n, 0), int64(n*len(value)))
 		check(t, err)
 		check(t, a.Images(imageOf(0, value)))
 		fill(t, dir)
 		// A second action is refused at once, and leaves nothing behind.
-		if _, err := j.Begin(planOf("b", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) || !strings.Contains(err.Error(), "free space") {
+		if _, err := j.Begin(Access{}, planOf("b", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) || !strings.Contains(err.Error(), "free space") {
 			t.Errorf("began on a full disk: %v", err)
 		}
 		for i := 1; i < n; i++ {
@@ -757,7 +758,7 @@ func TestFullWhileWriting(t *testing.T) {
 	t.Run("beyond them", func(t *testing.T) {
 		dir := disk(t, "16m")
 		j := open(t, dir, Options{})
-		a, err := j.Begin(planOf("a", 100, 0), 0)
+		a, err := j.Begin(Access{}, planOf("a", 100, 0), 0)
 		check(t, err)
 		fill(t, dir)
 		kept := 0
@@ -787,7 +788,7 @@ func TestFullWhileWriting(t *testing.T) {
 	t.Run("at the outcome", func(t *testing.T) {
 		dir := disk(t, "16m")
 		j := open(t, dir, Options{})
-		a, err := j.Begin(planOf("a", 1, 0), 0)
+		a, err := j.Begin(Access{}, planOf("a", 1, 0), 0)
 		check(t, err)
 		check(t, a.Images(imageOf(0, []byte("v"))))
 		fill(t, dir)
@@ -812,7 +813,7 @@ func TestFullWhileWriting(t *testing.T) {
 // TestSyncFails: after a failed fsync nothing is known of what is on disk.
 func TestSyncFails(t *testing.T) {
 	j := open(t, t.TempDir()+"/state", Options{})
-	a, err := j.Begin(planOf("a", 3, 0), 0)
+	a, err := j.Begin(Access{}, planOf("a", 3, 0), 0)
 	check(t, err)
 	check(t, a.Images(imageOf(0, []byte("v"))))
 	// A pipe takes writes and cannot be synced.
@@ -841,7 +842,7 @@ func TestSyncFails(t *testing.T) {
 func TestAiling(t *testing.T) {
 	refuses := func(t *testing.T, j *Journal, why error) {
 		t.Helper()
-		_, begun := j.Begin(planOf("b", 1, 0), 0)
+		_, begun := j.Begin(Access{}, planOf("b", 1, 0), 0)
 		_, found := j.Find("a")
 		for name, err := range map[string]error{"ready": j.Ready(), "check": j.Check(0), "begin": begun, "find": found} {
 			if !fault.Is(err, fault.AuditUnavailable) || !errors.Is(err, why) || fault.Of(err).Next == "" {
@@ -914,7 +915,7 @@ func TestAiling(t *testing.T) {
 		remount(t, dir, 0)
 		check(t, os.Mkdir(state, 0o755))
 		check(t, os.Chmod(state, 0o755))
-		if _, err := j.Begin(planOf("b", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) || !strings.Contains(err.Error(), "chmod") {
+		if _, err := j.Begin(Access{}, planOf("b", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) || !strings.Contains(err.Error(), "chmod") {
 			t.Errorf("began: %v", err)
 		}
 		check(t, os.Chmod(state, 0o700))
@@ -978,7 +979,7 @@ func TestFolder(t *testing.T) {
 		if err := j.Check(0); !fault.Is(err, fault.AuditUnavailable) || !strings.Contains(err.Error(), "read-only") {
 			t.Errorf("%v", err)
 		}
-		if _, err := j.Begin(planOf("b", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) {
+		if _, err := j.Begin(Access{}, planOf("b", 1, 0), 0); !fault.Is(err, fault.AuditUnavailable) {
 			t.Errorf("began: %v", err)
 		}
 		if _, err := j.Read("a"); err != nil {
@@ -995,7 +996,7 @@ func TestFolder(t *testing.T) {
 		}{{"20260101-000000-b", 1}, {"20260101-000000-a", 2}, {"20260101-000000-d", 0}, {"20260101-000000-c", 2}} {
 			p := planOf(e.id, 1, 0)
 			p.Created = timestamppb.New(at.Add(e.after * time.Millisecond))
-			a, err := j.Begin(p, 0)
+			a, err := j.Begin(Access{}, p, 0)
 			check(t, err)
 			check(t, a.Finish("failed", ""))
 		}
@@ -1008,4 +1009,55 @@ func TestFolder(t *testing.T) {
 			j = open(t, dir, Options{})
 		}
 	})
+}
+
+// TestAccess: how an action was allowed is read back from either end, and its
+// approvals serve once, whatever happens to the agent in between.
+func TestAccess(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	j, err := Open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if last := j.Last(); !last.IsZero() {
+		t.Errorf("a journal without records ends at %v", last)
+	}
+	access := Access{Door: "ssh", Source: "192.0.2.1:5", Credential: "person SHA256:a serial 7", Nonce: "n1", ApprovedBy: []Approval{{Person: "bob", Fingerprint: "SHA256:b", Serial: "8"}}}
+	settled, cut := planOf("a", 1, time.Hour), planOf("b", 1, time.Minute)
+	a, err := j.Begin(access, settled, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(a.Images(Image{Key: "k"}), a.Finish("failed", "no")); err != nil {
+		t.Fatal(err)
+	}
+	alone := Access{Door: "console", Alone: true, Nonce: "n2"}
+	if a, err = j.Begin(alone, cut, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Images(Image{Key: "k"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, when := range []string{"at once", "after a restart"} {
+		entries := j.Entries()
+		if len(entries) != 2 || !reflect.DeepEqual(entries[1].Access, access) || !reflect.DeepEqual(entries[0].Access, alone) {
+			t.Errorf("%s: %+v", when, entries)
+		}
+		if r, err := j.Read("a"); err != nil || !reflect.DeepEqual(r.Access, access) {
+			t.Errorf("%s: %+v, %v", when, r, err)
+		}
+		if last := j.Last(); !last.Equal(cut.Created.AsTime()) {
+			t.Errorf("%s: the last record is of %v", when, last)
+		}
+		for _, nonce := range []string{"n1", "n2"} {
+			if _, err := j.Begin(Access{Nonce: nonce}, planOf("c", 1, 0), 0); !fault.Is(err, fault.Refused) || !strings.Contains(err.Error(), "used already") {
+				t.Errorf("%s: approvals of %s used twice: %v", when, nonce, err)
+			}
+		}
+		j.Close()
+		if j, err = Open(dir, Options{}); err != nil {
+			t.Fatal(err)
+		}
+		defer j.Close()
+	}
 }
