@@ -73,6 +73,7 @@ var importers = []struct {
 }{
 	{"go.etcd.io/etcd/client/v3", []string{"agent/etcd", "cmd", "internal/etcdcluster"},
 		"agent/etcd has the deadlines and knows which writes may be retried"},
+	{"github.com/gliderlabs/ssh", []string{"internal/sshserver"}, "only there are its traps closed"},
 	{"log", nil, "daemons log through internal/daemonlog"}, // log/slog too
 }
 

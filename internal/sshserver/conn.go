@@ -1,0 +1,342 @@
+package sshserver
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	gssh "github.com/gliderlabs/ssh"
+	gossh "golang.org/x/crypto/ssh"
+	"golang.org/x/time/rate"
+
+	"github.com/halligan-io/halligan/internal/alarm"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+// farewell is how long a client may take to hang up after its sessions were
+// told that they end.
+const farewell = 500 * time.Millisecond
+
+type connKey struct{}
+
+func connOf(ctx gssh.Context) *conn { return ctx.Value(connKey{}).(*conn) }
+
+// grantKey is where the permissions of a proven key hold its grant.
+type grantKey struct{}
+
+// grant is what a login got. It travels in the permissions that x/crypto keeps
+// for the key that was proven, and nowhere else.
+type grant struct {
+	who trust.Identity
+	// held ends when the login must, with a *fault.Error as its cause.
+	held context.Context
+}
+
+// grantOf returns the grant of an authenticated connection.
+func grantOf(c *gossh.ServerConn) *grant {
+	if c.Permissions != nil {
+		if g, ok := c.Permissions.ExtraData[grantKey{}].(*grant); ok {
+			return g
+		}
+	}
+	panic("an SSH connection without a grant got past its login") // ends the connection
+}
+
+// conn is one client's connection: the bytes below the library, with deadlines
+// of their own, and what is done for it.
+type conn struct {
+	net.Conn // without the deadlines, which the library would reset
+	raw      net.Conn
+	server   *Server
+	base     context.Context
+	remote   string
+	source   netip.Prefix
+	relay    bool
+	began    time.Time
+
+	stage     atomicStage
+	loggedIn  atomic.Bool
+	unreadYet atomic.Int64 // how many bytes may still be read before the login
+	active    atomic.Int64 // when a byte last passed through a channel, since began
+	channels  atomic.Int64 // that are open
+
+	library  gssh.Context  // set by the library, before its first byte
+	requests *rate.Limiter // what a client opens and asks of the whole connection; past it, it is cut off
+	pace     *rate.Limiter // what it asks in sessions; past it, it waits
+	handlers sync.WaitGroup
+
+	undo []func()      // what ends with the connection; only its own goroutine
+	gone chan struct{} // closed when no byte passes any more
+
+	mu      sync.Mutex // guards what follows
+	ended   bool       // no handler may start any more
+	cutOff  bool
+	streams map[*stream]*Session // that are open; nil for channels of other types
+}
+
+type atomicStage struct{ atomic.Int32 }
+
+func (a *atomicStage) Load() stage   { return stage(a.Int32.Load()) }
+func (a *atomicStage) Store(s stage) { a.Int32.Store(int32(s)) }
+
+func newConn(s *Server, base context.Context, nc net.Conn) *conn {
+	limiter := func() *rate.Limiter {
+		return rate.NewLimiter(rate.Limit(s.o.Limits.Requests), 4*s.o.Limits.Requests)
+	}
+	c := &conn{Conn: nc, raw: nc, server: s, base: base, remote: nc.RemoteAddr().String(), began: time.Now(),
+		requests: limiter(), pace: limiter(), gone: make(chan struct{}), streams: map[*stream]*Session{}}
+	var addr netip.Addr
+	c.source, addr = sourceOf(nc.RemoteAddr())
+	c.relay = s.o.Relay != nil && addr.IsValid() && s.o.Relay(addr)
+	c.unreadYet.Store(s.o.Limits.LoginBytes)
+	return c
+}
+
+// run runs the connection until it is closed by either side.
+func (c *conn) run() {
+	l := c.server.o.Limits
+	if tcp, ok := c.raw.(*net.TCPConn); ok {
+		// Best effort: where it fails, the questions inside SSH still come.
+		_ = tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: l.KeepAlive, Interval: l.KeepAlive / 3, Count: 3})
+	}
+	_ = c.raw.SetDeadline(c.began.Add(l.KeyExchange)) // fails where it is closed, and then so does all else
+	stop := context.AfterFunc(c.base, func() {
+		if !c.loggedIn.Load() {
+			c.raw.Close()
+		}
+	})
+	defer stop()
+	c.server.library.HandleConn(c)
+}
+
+// finish ends what is left of the connection and waits for it.
+func (c *conn) finish() {
+	c.raw.Close()
+	c.server.waiting.leave(c)
+	c.mu.Lock()
+	c.ended = true
+	c.mu.Unlock()
+	close(c.gone)
+	c.handlers.Wait()
+	for _, undo := range c.undo {
+		undo()
+	}
+}
+
+// enter has finish wait for a goroutine that calls c.handlers.Done; it reports
+// false where that is too late.
+func (c *conn) enter() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended {
+		return false
+	}
+	c.handlers.Add(1)
+	return true
+}
+
+var errTooMuch = errors.New("too much was sent before a login")
+
+// Read reads, and bounds what is read before the login.
+func (c *conn) Read(p []byte) (int, error) {
+	n, err := c.raw.Read(p)
+	if n > 0 && !c.loggedIn.Load() {
+		if c.stage.Load() == silent {
+			c.stage.Store(speaking)
+		}
+		if c.unreadYet.Add(int64(-n)) < 0 {
+			c.raw.Close()
+			return 0, errTooMuch
+		}
+	}
+	return n, err
+}
+
+// Write writes, and after the login gives the network some time to take it;
+// before, the deadline of the login stands.
+func (c *conn) Write(p []byte) (int, error) {
+	if c.loggedIn.Load() {
+		if err := c.raw.SetWriteDeadline(time.Now().Add(c.server.o.Limits.Write)); err != nil {
+			return 0, err
+		}
+	}
+	return c.raw.Write(p)
+}
+
+// SetDeadline does nothing: the library sets one, of no time, before every read.
+func (c *conn) SetDeadline(time.Time) error { return nil }
+
+// SetReadDeadline does nothing, see SetDeadline.
+func (c *conn) SetReadDeadline(time.Time) error { return nil }
+
+// SetWriteDeadline does nothing, see SetDeadline.
+func (c *conn) SetWriteDeadline(time.Time) error { return nil }
+
+// exchanged is called once keys are agreed on.
+func (c *conn) exchanged() {
+	c.stage.Store(exchanged)
+	_ = c.raw.SetDeadline(c.began.Add(c.server.o.Limits.Login)) // as in run
+}
+
+// offered says whether a key is worth a signature. Nothing is kept of it but
+// that this connection is not to be dropped first.
+func (c *conn) offered(key gossh.PublicKey) bool {
+	if offer := c.server.o.Offer; offer != nil && !offer(key) {
+		return false
+	}
+	c.stage.Store(known)
+	return true
+}
+
+// login decides about a key that was proven. The permissions that it is handed
+// belong to whatever was offered before, and are not looked at.
+func (c *conn) login(meta gossh.ConnMetadata, key gossh.PublicKey, _ *gossh.Permissions, _ string) (*gossh.Permissions, error) {
+	s := c.server
+	g, err := c.grant(meta, key)
+	if err != nil {
+		s.refused(c.remote, meta.User(), fingerprint(key), err)
+		var told *fault.Error
+		if errors.As(err, &told) {
+			return nil, &gossh.BannerError{Err: err, Message: "halligan: " + neutral.LineMax(told.Error(), 512) + "\r\n"}
+		}
+		return nil, err
+	}
+	s.o.Log.Info().Str("person", neutral.Line(g.who.Person)).Stringer("role", g.who.Role).Str("source", c.remote).Str("key", g.who.Fingerprint).Msg("login")
+	s.o.Alarm(alarm.Of(alarm.Login, g.who, "came in by SSH"))
+	return &gossh.Permissions{ExtraData: map[any]any{grantKey{}: g}}, nil
+}
+
+func fingerprint(key gossh.PublicKey) string {
+	if cert, ok := key.(*gossh.Certificate); ok {
+		key = cert.Key
+	}
+	return gossh.FingerprintSHA256(key)
+}
+
+// grant finds out who it is, and takes a place.
+func (c *conn) grant(meta gossh.ConnMetadata, key gossh.PublicKey) (*grant, error) {
+	s := c.server
+	who, err := s.o.Authenticate(key, meta.User(), meta.RemoteAddr())
+	if err != nil {
+		return nil, err
+	}
+	if who.Person == "" || who.Role == trust.None {
+		return nil, errors.New("authenticated as nobody")
+	}
+	release, err := s.logins.take(who)
+	if err != nil {
+		return nil, err
+	}
+	if !s.waiting.leave(c) {
+		release()
+		return nil, errors.New("dropped while logging in")
+	}
+	c.loggedIn.Store(true)
+	_ = c.raw.SetDeadline(time.Time{}) // as in run
+	c.touch()
+
+	held, unhold := s.o.Hold(c.base, who)
+	held, cancel := context.WithCancelCause(held)
+	unlimit := func() {}
+	if most := s.o.Limits.Session; most > 0 {
+		t := time.AfterFunc(most, func() {
+			cancel(fault.New(fault.Unauthenticated, "log in again", "no session lasts longer than %v", most))
+		})
+		unlimit = func() { t.Stop() }
+	}
+	unhook := context.AfterFunc(held, func() {
+		if c.enter() {
+			defer c.handlers.Done()
+			c.bidFarewell(context.Cause(held))
+		}
+	})
+	c.handlers.Go(func() { c.keepAlive(cancel) })
+	c.undo = []func(){func() { unhook() }, unlimit, func() { cancel(context.Canceled) }, unhold, release}
+	return &grant{who: who, held: held}, nil
+}
+
+// touch notes that somebody is at work.
+func (c *conn) touch() { c.active.Store(int64(time.Since(c.began))) }
+
+// keepAlive asks the client whether it is there, and ends what is idle.
+func (c *conn) keepAlive(cancel context.CancelCauseFunc) {
+	defer c.server.recovered("keepalive", c.remote, func() { c.raw.Close() })
+	l := c.server.o.Limits
+	tick := time.NewTicker(l.KeepAlive)
+	defer tick.Stop()
+	for {
+		select {
+		case <-c.gone:
+			return
+		case <-tick.C:
+		}
+		if time.Since(c.began)-time.Duration(c.active.Load()) > l.Idle {
+			cancel(fault.New(fault.Unauthenticated, "log in again", "nothing happened for %v", l.Idle))
+			return
+		}
+		client, ok := c.library.Value(gssh.ContextKeyConn).(*gossh.ServerConn)
+		if !ok {
+			continue // the library has not got so far
+		}
+		missed := time.AfterFunc(l.KeepAliveAnswer, func() { c.raw.Close() })
+		_, _, err := client.SendRequest("keepalive@openssh.com", true, nil) // any answer will do
+		missed.Stop()
+		if err != nil {
+			return
+		}
+	}
+}
+
+// bidFarewell tells every session why it ends, and hangs up.
+func (c *conn) bidFarewell(cause error) {
+	defer c.server.recovered("farewell", c.remote, nil)
+	defer c.raw.Close()
+	line := "halligan: this session ends: " + neutral.LineMax(fault.Of(cause).Error(), 512)
+	c.server.o.Log.Info().Str("source", c.remote).Str("why", neutral.LineMax(cause.Error(), 512)).Msg("login ended")
+	c.mu.Lock()
+	for st, session := range c.streams {
+		c.handlers.Go(func() {
+			defer c.server.recovered("farewell", c.remote, nil)
+			if session != nil {
+				session.tell(line)
+			}
+			st.Close()
+		})
+	}
+	c.mu.Unlock()
+	select { // a client in order hangs up by itself once it has read all
+	case <-c.gone:
+	case <-time.After(farewell):
+	}
+}
+
+// afford reports whether the client may ask for one thing more. If not, it has
+// been cut off: no client in order comes near the limit.
+func (c *conn) afford(what string) bool {
+	if c.requests.Allow() {
+		return true
+	}
+	c.mu.Lock()
+	first := !c.cutOff
+	c.cutOff = true
+	c.mu.Unlock()
+	if first {
+		c.server.flood("a client was cut off that asked for too many "+what, c.who())
+		c.raw.Close()
+	}
+	return false
+}
+
+// who returns whose connection it is, as far as it is known.
+func (c *conn) who() trust.Identity {
+	if client, ok := c.library.Value(gssh.ContextKeyConn).(*gossh.ServerConn); ok {
+		return grantOf(client).who
+	}
+	return trust.Identity{Source: c.remote, Door: trust.SSH}
+}
