@@ -164,7 +164,7 @@ func Sign(s Statement, signer gossh.Signer, cert *gossh.Certificate) (*Token, er
 	if err != nil {
 		return nil, err
 	}
-	if !samePublicKey(plain(signer.PublicKey()), cert.Key) {
+	if !isKey(signer.PublicKey(), cert.Key) {
 		return nil, fmt.Errorf("the certificate of %s is for another key than the one that signs", cert.KeyId)
 	}
 	sig, err := sshsig.Sign(bytes.NewReader(data), bare{signer, cert.Key}, sshsig.HashSHA512, Namespace)
@@ -191,15 +191,17 @@ func (b bare) SignWithAlgorithm(rand io.Reader, data []byte, algorithm string) (
 	return s.SignWithAlgorithm(rand, data, algorithm)
 }
 
-func plain(key gossh.PublicKey) gossh.PublicKey {
-	if cert, ok := key.(*gossh.Certificate); ok {
-		return cert.Key
+// isKey reports whether the signer's key is that one, or a certificate for it.
+// What comes from an ssh-agent is only known by its bytes.
+func isKey(signer, key gossh.PublicKey) bool {
+	parsed, err := gossh.ParsePublicKey(signer.Marshal())
+	if err != nil {
+		return false
 	}
-	return key
-}
-
-func samePublicKey(a, b gossh.PublicKey) bool {
-	return a != nil && b != nil && bytes.Equal(a.Marshal(), b.Marshal())
+	if cert, ok := parsed.(*gossh.Certificate); ok {
+		parsed = cert.Key
+	}
+	return bytes.Equal(parsed.Marshal(), key.Marshal())
 }
 
 // String returns the token as one line, without a newline.
