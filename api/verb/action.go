@@ -21,7 +21,7 @@ const maxInt = 1<<31 - 1
 // What the fingers type that know kubectl, or other tools: answered with a hint.
 var (
 	kubectlVerbs = map[string][]string{
-		"get":    {"describe", "list", "ls", "show"},
+		"get":    {"describe", "list", "ls"},
 		"scale":  {"stop", "suspend", "rollout"},
 		"delete": {"rm", "remove", "kill"},
 		"revoke": {"deny", "ban"},

@@ -21,8 +21,11 @@ import (
 
 // mutate plans, shows, asks, applies and reports.
 func (v *Verbs) mutate(cmd *cobra.Command, action *halliganv1.Action, parameters *structpb.Struct) error {
-	willApply := !v.dryRun && (v.yes || v.InTTY)
-	if willApply && strings.TrimSpace(v.reason) == "" {
+	tokens, err := v.tokens(cmd)
+	if err != nil {
+		return err
+	}
+	if v.willApply() && len(tokens) == 0 && strings.TrimSpace(v.reason) == "" {
 		return fault.New(fault.Usage, "say why with --reason TEXT or HALLIGAN_REASON, or look first with --dry-run",
 			"%s needs a reason for the record", action.GetName())
 	}
@@ -30,32 +33,49 @@ func (v *Verbs) mutate(cmd *cobra.Command, action *halliganv1.Action, parameters
 	if err := v.connect(ctx); err != nil {
 		return err
 	}
-	plan, err := v.plan(ctx, action, parameters)
+	var plan *halliganv1.Plan
+	if len(tokens) > 0 {
+		plan, err = v.approved(cmd, action, parameters, tokens)
+	} else {
+		plan, err = v.plan(ctx, action, parameters)
+	}
 	if err != nil {
 		return err
 	}
+	return v.decide(ctx, action, plan, tokens)
+}
+
+func (v *Verbs) willApply() bool { return !v.dryRun && (v.yes || v.InTTY) }
+
+// decide shows a plan, asks, applies and reports.
+func (v *Verbs) decide(ctx context.Context, action *halliganv1.Action, plan *halliganv1.Plan, tokens []string) error {
 	machine := v.output != "table"
 	if !machine {
 		v.ShowPlan(v.Out, plan)
 	}
 	if v.dryRun {
-		return v.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan})
+		return v.report(planned(plan))
 	}
 	empty := len(plan.GetObjects()) == 0
-	if empty && !willApply {
+	if empty && !v.willApply() {
 		// It is neither applied nor refused: there is nothing to agree to.
 		if !machine {
 			fmt.Fprintln(v.Out, nothingChanged)
 		}
-		return v.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan})
+		return v.report(planned(plan))
+	}
+	if plan.GetApprovalsNeeded() > 0 && len(tokens) == 0 && !v.alone && plan.GetReason() != "" {
+		return v.report(v.awaiting(plan))
 	}
 	// A plan of nothing is nothing to ask a person about.
 	if !v.yes && !empty {
 		if err := v.confirm(ctx, plan, machine); err != nil {
-			return v.report(&halliganv1.Result{Action: plan.GetId(), Result: "planned", Via: plan.GetVia(), Plan: plan, Error: api.ErrorOf(err)})
+			r := planned(plan)
+			r.Error = api.ErrorOf(err)
+			return v.report(r)
 		}
 	}
-	return v.report(v.apply(ctx, action, plan))
+	return v.report(v.apply(ctx, action, plan, tokens))
 }
 
 func (v *Verbs) plan(ctx context.Context, action *halliganv1.Action, parameters *structpb.Struct) (*halliganv1.Plan, error) {
@@ -67,21 +87,14 @@ func (v *Verbs) plan(ctx context.Context, action *halliganv1.Action, parameters 
 	if err != nil {
 		return nil, api.FromStatus(err)
 	}
-	// What is shown must be what is applied. A newer agent may say more in its
-	// plan than this client can show.
-	if sum, err := api.PlanSHA256(plan); err != nil {
-		v.Note("this client is older than the agent and cannot show all of the plan")
-	} else if sum != plan.GetSha256() {
-		return nil, fault.New(fault.Failed, "nothing was changed; report it", "the agent's plan %s does not have the hash that it names", plan.GetId())
-	}
-	return plan, nil
+	return plan, v.check(plan)
 }
 
 // confirm returns nil when a person agrees.
 func (v *Verbs) confirm(ctx context.Context, plan *halliganv1.Plan, machine bool) error {
 	if !v.InTTY {
 		next := "run it again with --yes"
-		if strings.TrimSpace(v.reason) == "" {
+		if strings.TrimSpace(plan.GetReason()) == "" {
 			next += " and --reason TEXT"
 		}
 		return fault.New(fault.Usage, next, "nothing was changed, since there is no terminal to ask on")
@@ -89,7 +102,11 @@ func (v *Verbs) confirm(ctx context.Context, plan *halliganv1.Plan, machine bool
 	if machine {
 		v.ShowPlan(v.Err, plan)
 	}
-	answer, err := v.answer(ctx, "Apply this plan? [y/N] ")
+	question := "Apply this plan? [y/N] "
+	if v.alone && plan.GetApprovalsNeeded() > 0 {
+		question = "Apply this plan alone, without " + line(signatures(plan)) + "? [y/N] "
+	}
+	answer, err := v.answer(ctx, question)
 	if answer = strings.ToLower(strings.TrimSpace(answer)); err == nil && (answer == "y" || answer == "yes") {
 		return nil
 	}
@@ -120,7 +137,7 @@ func (v *Verbs) answer(ctx context.Context, question string) (string, error) {
 
 // apply sends the plan once, and finds out what became of it whatever happens
 // to the connection.
-func (v *Verbs) apply(ctx context.Context, action *halliganv1.Action, plan *halliganv1.Plan) *halliganv1.Result {
+func (v *Verbs) apply(ctx context.Context, action *halliganv1.Action, plan *halliganv1.Plan, tokens []string) *halliganv1.Result {
 	limit := v.limit(action)
 	callCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
 	defer cancel()
@@ -136,7 +153,7 @@ func (v *Verbs) apply(ctx context.Context, action *halliganv1.Action, plan *hall
 		r.Result = "unknown"
 		return r
 	}
-	stream, err := v.agent.Apply(callCtx, &halliganv1.ApplyRequest{PlanId: plan.GetId(), PlanSha256: plan.GetSha256()})
+	stream, err := v.agent.Apply(callCtx, &halliganv1.ApplyRequest{PlanId: plan.GetId(), PlanSha256: plan.GetSha256(), Approvals: tokens, Alone: v.alone})
 	began := false
 	for err == nil {
 		var event *halliganv1.ApplyEvent
@@ -275,6 +292,10 @@ func (v *Verbs) report(r *halliganv1.Result) error {
 		}
 	} else if len(r.GetObjects()) > 0 || r.GetResult() == "applied" {
 		v.showResult(v.Out, r)
+	}
+	if v.output == "table" && r.GetResult() == string(fault.AwaitingApproval) {
+		lines := v.approvalLines(r.GetPlan())
+		fmt.Fprintf(v.Out, "%s\n%s\n", lines[0], lines[1])
 	}
 	return err
 }

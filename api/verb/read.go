@@ -28,20 +28,48 @@ var reads = map[string]func(*Verbs, *cobra.Command, *halliganv1.Action, *structp
 const maxNotes = 10
 
 func (v *Verbs) status(ctx context.Context) error {
-	if err := v.connect(ctx); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, v.limit(nil))
-	defer cancel()
-	s, err := v.agent.Status(ctx, &halliganv1.StatusRequest{})
+	s, err := v.fetchStatus(ctx)
 	if err != nil {
-		return api.FromStatus(err)
+		return err
 	}
 	if v.output == "table" {
 		v.showStatus(s)
 		return nil
 	}
 	return v.PrintMessage(s)
+}
+
+func (v *Verbs) fetchStatus(ctx context.Context) (*halliganv1.StatusResponse, error) {
+	if err := v.connect(ctx); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, v.limit(nil))
+	defer cancel()
+	s, err := v.agent.Status(ctx, &halliganv1.StatusRequest{})
+	if err != nil {
+		return nil, api.FromStatus(err)
+	}
+	return s, nil
+}
+
+// whoamiCommand shows whom the agent takes the caller for.
+func (v *Verbs) whoamiCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "whoami", Short: "Show whom the agent takes you for", Args: NoArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := v.fetchStatus(cmd.Context())
+			if err != nil {
+				return err
+			}
+			you := &halliganv1.StatusResponse{Node: s.GetNode(), Cluster: s.GetCluster(), Actor: s.GetActor(), Role: s.GetRole(),
+				Door: s.GetDoor(), CredentialExpires: s.GetCredentialExpires()}
+			if v.output == "table" {
+				v.showWhoami(you)
+				return nil
+			}
+			return v.PrintMessage(you)
+		},
+	}
 }
 
 func (v *Verbs) get(cmd *cobra.Command, action *halliganv1.Action, parameters *structpb.Struct) error {

@@ -41,7 +41,7 @@ func (v *Verbs) ShowPlan(w io.Writer, p *halliganv1.Plan) {
 	fmt.Fprintf(&b, "Plan %s: %s\n", line(p.GetId()), line(p.GetSummary()))
 	row(&b, "who", fmt.Sprintf("%s as %s", line(p.GetActor()), line(p.GetRole())))
 	row(&b, "reason", reason(p.GetReason(), p.GetIncident()))
-	row(&b, "where", fmt.Sprintf("%s, cluster %s, revision %d", line(p.GetNode()), line(p.GetCluster()), p.GetRevision()))
+	row(&b, "where", fmt.Sprintf("%s, cluster %s, revision %d", line(p.GetNode()), aside(orElse(p.GetClusterName(), line(p.GetCluster())), clusterID(p)), p.GetRevision()))
 	row(&b, "via", aside(line(p.GetVia()), line(p.GetViaReason())))
 	row(&b, "undoes", line(p.GetUndoes()))
 	if len(p.GetObjects()) > 0 {
@@ -73,10 +73,21 @@ func (v *Verbs) ShowPlan(w io.Writer, p *halliganv1.Plan) {
 			fmt.Fprintf(&b, "%s: %s\n", part.name, line(t))
 		}
 	}
+	if p.GetApprovalsNeeded() > 0 {
+		fmt.Fprintf(&b, "needs: %s\n", line(signatures(p)))
+	}
 	if len(p.GetBypassed()) > 0 {
 		fmt.Fprintf(&b, "bypassed: %s\n", line(strings.Join(p.GetBypassed(), "; ")))
 	}
 	_, _ = b.WriteTo(w)
+}
+
+// clusterID is what stands beside the name of a plan's cluster.
+func clusterID(p *halliganv1.Plan) string {
+	if p.GetClusterName() == "" {
+		return ""
+	}
+	return line(p.GetCluster())
 }
 
 // side is one side of a diff.
@@ -412,6 +423,9 @@ func (v *Verbs) showHistory(entries []*halliganv1.HistoryEntry) error {
 		if e.GetUndoneBy() != "" {
 			result += ", undone"
 		}
+		if e.GetAlone() {
+			result += ", alone"
+		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%d/%d\t%s\t%s\n", moment(e.GetTime()), line(e.GetActionId()), result,
 			e.GetApplied(), e.GetObjects(), line(e.GetActor()), line(e.GetSummary()))
 	}
@@ -425,6 +439,15 @@ func (v *Verbs) showEntry(e *halliganv1.HistoryEntry) {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "%s: %d of %d objects, by %s at %s\n", line(e.GetResult()), e.GetApplied(), e.GetObjects(), line(e.GetActor()), moment(e.GetTime()))
 	showFailures(&b, e.GetResults())
+	if e.GetDoor() != "" {
+		fmt.Fprintf(&b, "came in: %s\n", line(strings.Join(nonEmpty("through "+e.GetDoor(), prefixed("from ", e.GetSource()), prefixed("with ", e.GetCredential())), " ")))
+	}
+	if len(e.GetApprovedBy()) > 0 {
+		fmt.Fprintf(&b, "approved by: %s\n", line(strings.Join(e.GetApprovedBy(), ", ")))
+	}
+	if e.GetAlone() {
+		fmt.Fprintf(&b, "applied alone: without the approval that it needed\n")
+	}
 	if e.GetUndoneBy() != "" {
 		fmt.Fprintf(&b, "undone by: %s\n", line(e.GetUndoneBy()))
 	} else if e.GetApplied() > 0 && canUndo(e.GetPlan()) {
@@ -439,7 +462,9 @@ func (v *Verbs) showStatus(s *halliganv1.StatusResponse) {
 	fmt.Fprintf(&b, "%s\n", line(s.GetNode()))
 	row(&b, "agent", fmt.Sprintf("%s, %s", line(s.GetVersion()), moment(s.GetTime())))
 	row(&b, "node", line(s.GetDistribution()))
-	row(&b, "you", fmt.Sprintf("%s as %s", line(s.GetActor()), line(s.GetRole())))
+	row(&b, "cluster", line(s.GetCluster()))
+	row(&b, "you", v.you(s))
+	showBundle(&b, s.GetBundle())
 	if e.GetError() != "" && e.GetVersion() == "" {
 		row(&b, "etcd", fmt.Sprintf("%s does not answer: %s", line(e.GetEndpoint()), line(e.GetError())))
 	} else {
@@ -454,7 +479,63 @@ func (v *Verbs) showStatus(s *halliganv1.StatusResponse) {
 	} else {
 		row(&b, "mutations", "possible")
 	}
+	for _, w := range s.GetWarnings() {
+		fmt.Fprintf(&b, "warning: %s\n", line(w))
+	}
 	_, _ = b.WriteTo(v.Out)
+}
+
+// you says whom the agent takes the caller for.
+func (v *Verbs) you(s *halliganv1.StatusResponse) string {
+	text := fmt.Sprintf("%s as %s", line(s.GetActor()), line(s.GetRole()))
+	if s.GetDoor() != "" {
+		text += " through " + line(s.GetDoor())
+	}
+	if s.GetCredentialExpires() != nil {
+		text += ", " + v.ends(s.GetCredentialExpires())
+	}
+	return text
+}
+
+// ends says when a credential does.
+func (v *Verbs) ends(at *timestamppb.Timestamp) string {
+	left := at.AsTime().Sub(v.Now())
+	if left <= 0 {
+		return fmt.Sprintf("credential ended %s ago, at %s", age(-left), moment(at))
+	}
+	return fmt.Sprintf("credential ends in %s, at %s", age(left), moment(at))
+}
+
+// showBundle shows which signed bundle is in force.
+func showBundle(w io.Writer, b *halliganv1.BundleStatus) {
+	if b == nil {
+		return
+	}
+	row(w, "bundle", fmt.Sprintf("policy %d, inventory %d, revocations %d, signed %s, fresh until %s",
+		b.GetPolicyVersion(), b.GetInventoryVersion(), b.GetRevocationsVersion(), moment(b.GetSigned()), moment(b.GetFreshUntil())))
+}
+
+func (v *Verbs) showWhoami(s *halliganv1.StatusResponse) {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "%s\n", line(s.GetActor()))
+	row(&b, "role", line(s.GetRole()))
+	row(&b, "door", line(s.GetDoor()))
+	row(&b, "agent", aside(line(s.GetNode()), line(s.GetCluster())))
+	if s.GetCredentialExpires() != nil {
+		row(&b, "until", v.ends(s.GetCredentialExpires()))
+	}
+	_, _ = b.WriteTo(v.Out)
+}
+
+func nonEmpty(parts ...string) []string {
+	return slices.DeleteFunc(parts, func(s string) bool { return s == "" })
+}
+
+func prefixed(prefix, s string) string {
+	if s == "" {
+		return ""
+	}
+	return prefix + s
 }
 
 // showEtcd shows what a member of etcd has answered.

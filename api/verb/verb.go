@@ -102,7 +102,8 @@ type Verbs struct {
 // flags are what every verb has.
 type flags struct {
 	output, reason, incident string
-	yes, dryRun              bool
+	approvals                []string
+	yes, dryRun, alone       bool
 	timeout                  time.Duration
 }
 
@@ -237,11 +238,17 @@ func (v *Verbs) ask(ctx context.Context, root *cobra.Command, ahead *pflag.FlagS
 // addFlags defines the flags that every verb has.
 func (v *Verbs) addFlags(set *pflag.FlagSet) {
 	v.output = "table"
+	approvalHelp := "`token` of an approval by somebody else, as halligan approve prints it; may be repeated"
+	if v.with.ReadFile != nil {
+		approvalHelp = strings.Replace(approvalHelp, "; may", ", or a file of it; may", 1)
+	}
 	set.VarP((*format)(&v.output), "output", "o", "`form` of the output: table, json or yaml")
 	set.StringVar(&v.reason, "reason", v.Env("HALLIGAN_REASON"), "`text` that says why, for the record (HALLIGAN_REASON)")
 	set.StringVar(&v.incident, "incident", v.Env("HALLIGAN_INCIDENT"), "`id` of the incident, for the record (HALLIGAN_INCIDENT)")
 	set.BoolVarP(&v.yes, "yes", "y", false, "apply the plan without asking")
 	set.BoolVar(&v.dryRun, "dry-run", false, "stop after the plan")
+	set.StringArrayVar(&v.approvals, "approval", nil, approvalHelp)
+	set.BoolVar(&v.alone, "alone", false, "apply without the approvals of others, where the policy allows it; raises the loudest alarm")
 	set.DurationVar(&v.timeout, "timeout", 0, "longest `time` to wait for the agent, such as 30s (default: what the action may take)")
 	for _, name := range []string{"reason", "incident"} {
 		// What the shell has set is no default of the help text.
@@ -291,7 +298,7 @@ func (v *Verbs) Root(actions []*halliganv1.Action) *cobra.Command {
 	for _, action := range actions {
 		root.AddCommand(v.verb(action))
 	}
-	root.AddCommand(
+	root.AddCommand(v.planCommand(), v.applyCommand(actions), v.whoamiCommand(),
 		&cobra.Command{
 			Use: "status", Short: "Show what the agent can do at this moment", Args: NoArguments,
 			RunE: func(cmd *cobra.Command, _ []string) error { return v.status(cmd.Context()) },
@@ -317,7 +324,7 @@ func (v *Verbs) Root(actions []*halliganv1.Action) *cobra.Command {
 }
 
 // mutationFlags may stand before the verb, so all verbs parse them.
-var mutationFlags = []string{"yes", "dry-run", "reason", "incident"}
+var mutationFlags = []string{"yes", "dry-run", "reason", "incident", "approval", "alone"}
 
 func mutates(cmd *cobra.Command) bool { return cmd.Annotations["effect"] == "mutate" }
 
