@@ -1,6 +1,7 @@
 // Package agent is the daemon on a control-plane node: it puts the surgical
-// engine together from the node's files and opens its doors. Today the door is
-// the console socket; network doors join it here.
+// engine together from the node's files and opens its doors: the console socket
+// always, SSH and gRPC to the network where it has a bundle that says whom to
+// trust.
 //
 // It must never need anything that may be what failed: no DNS, no API server, no
 // other machine. It stands on floor 4.
@@ -19,7 +20,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/halligan-io/halligan/agent/action"
-	"github.com/halligan-io/halligan/agent/console"
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/agent/storage"
@@ -89,7 +89,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer stop()
 	log.Info().Str("version", version.String()).Str("distribution", distribution).Str("socket", c.Socket).
 		Strs("etcd", c.Etcd.Endpoints).Int("unfinished", len(records.Unfinished())).Msg("agent starts")
-	return console.Serve(ctx, c.Socket, engine, log)
+	return serve(ctx, c, oneSigner{engine}, log)
 }
 
 // mended waits until the state folder can be opened, or the context ends.

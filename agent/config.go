@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -15,7 +16,9 @@ import (
 
 	"github.com/halligan-io/halligan/agent/node"
 	"github.com/halligan-io/halligan/api"
+	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/daemonlog"
+	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
@@ -43,6 +46,16 @@ type Config struct {
 	EncryptionConfig string `json:"encryptionConfig,omitempty"`
 	// PolicyFile tightens the shipped policy; see trust.LocalRules.
 	PolicyFile string `json:"policyFile,omitempty"`
+	// Cluster is this cluster's name in the bundle's inventory; required with
+	// trust.
+	Cluster string `json:"cluster,omitempty"`
+	// Trust says whom the agent believes. Without it, only the console opens.
+	Trust *TrustConfig `json:"trust,omitempty"`
+	// SSH and GRPC are the doors to the network.
+	SSH  *SSHConfig  `json:"ssh,omitempty"`
+	GRPC *GRPCConfig `json:"grpc,omitempty"`
+	// Alarms are told of logins, refusals and what goes around the usual rules.
+	Alarms []alarm.Config `json:"alarms,omitempty"`
 	// LogLevel is debug, info (default), warn or error.
 	LogLevel string `json:"logLevel,omitempty"`
 }
@@ -69,6 +82,44 @@ type EtcdConfig struct {
 	// for them here.
 	Overrides map[string][]string `json:"overrides,omitempty"`
 }
+
+// TrustConfig is the signed bundle, and what a fresh node starts from.
+type TrustConfig struct {
+	// Bundle is the file; default /etc/halligan/bundle. It is reloaded when it
+	// changes, and replaced when somebody brings a newer one.
+	Bundle string `json:"bundle,omitempty"`
+	// Roots are public keys, as in an authorized_keys file, of which Threshold
+	// must have signed the policy. Left out, the file that root put there is
+	// believed as it is.
+	Roots     []string `json:"roots,omitempty"`
+	Threshold int      `json:"threshold,omitempty"`
+	// MinPolicyVersion is the lowest version of the policy that is taken.
+	MinPolicyVersion uint64 `json:"minPolicyVersion,omitempty"`
+}
+
+// SSHConfig is the SSH door.
+type SSHConfig struct {
+	// Listen are IP:PORT.
+	Listen []string `json:"listen"`
+	// HostKey is the private key, mode 0600 or stricter, and HostCertificate
+	// its certificate for NODE.CLUSTER.
+	HostKey         string `json:"hostKey"`
+	HostCertificate string `json:"hostCertificate"`
+}
+
+// GRPCConfig is the door of gRPC over mTLS.
+type GRPCConfig struct {
+	// Listen are IP:PORT.
+	Listen []string `json:"listen"`
+	// CertFile is the certificate for NODE.CLUSTER in PEM, with what lies
+	// between it and the CA; KeyFile its key, mode 0600 or stricter. Both are
+	// loaded again when they change.
+	CertFile string `json:"certFile"`
+	KeyFile  string `json:"keyFile"`
+}
+
+// DefaultBundle is where the bundle lies.
+const DefaultBundle = "/etc/halligan/bundle"
 
 // DefaultConfigFile is read when no other is named; it may be missing.
 const DefaultConfigFile = "/etc/halligan/agent.yaml"
@@ -106,6 +157,9 @@ func load(file string, required bool, root string) (c Config, notes []string, di
 	fill(&c.StateDir, "/var/lib/halligan")
 	fill(&c.Socket, api.DefaultSocket)
 	fill(&c.LogLevel, "info")
+	if c.Trust != nil {
+		fill(&c.Trust.Bundle, DefaultBundle)
+	}
 	if err := c.check(); err != nil {
 		return c, nil, "", fault.New(fault.Usage, "mend the file", "configuration %s: %w", file, err)
 	}
@@ -146,6 +200,7 @@ func (c *Config) check() error {
 	for _, p := range []struct{ key, path string }{
 		{"stateDir", c.StateDir}, {"socket", c.Socket}, {"encryptionConfig", c.EncryptionConfig}, {"policyFile", c.PolicyFile},
 		{"etcd.caFile", c.Etcd.CAFile}, {"etcd.certFile", c.Etcd.CertFile}, {"etcd.keyFile", c.Etcd.KeyFile},
+		{"trust.bundle", c.trust().Bundle},
 	} {
 		if p.path != "" && !filepath.IsAbs(p.path) {
 			return fmt.Errorf("%s: %q is not an absolute path", p.key, p.path)
@@ -173,9 +228,83 @@ func (c *Config) check() error {
 			return fmt.Errorf("etcd.overrides: %q is not a resource such as events or deployments.apps", resource)
 		}
 	}
+	if err := c.checkDoors(); err != nil {
+		return err
+	}
 	if c.Etcd.Prefix != "" {
 		// The API server does the same (apiserver/pkg/storage/etcd3/store.go).
 		c.Etcd.Prefix = path.Join("/", c.Etcd.Prefix)
+	}
+	return nil
+}
+
+func (c *Config) trust() TrustConfig {
+	if c.Trust == nil {
+		return TrustConfig{}
+	}
+	return *c.Trust
+}
+
+// What a name looks like in a server certificate's NODE.CLUSTER.
+var (
+	nodeForm    = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,120}[a-z0-9])?$`)
+	clusterForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+)
+
+// checkDoors refuses doors that could not know anybody, or be known.
+func (c *Config) checkDoors() error {
+	for i, a := range c.Alarms {
+		if err := a.Check(); err != nil {
+			return fmt.Errorf("alarms[%d]: %w", i, err)
+		}
+	}
+	t := c.trust()
+	switch {
+	case c.Trust == nil && (c.SSH != nil || c.GRPC != nil):
+		return errors.New("ssh and grpc let in whom the bundle knows: set trust, or leave them out")
+	case c.Trust == nil && c.Cluster != "":
+		return errors.New("cluster is a name in the bundle: set trust, or leave it out")
+	case c.Trust == nil:
+		return nil
+	case !clusterForm.MatchString(c.Cluster):
+		return fmt.Errorf("cluster: %q is not the name of a cluster: lower-case letters, digits and dashes", c.Cluster)
+	case !nodeForm.MatchString(c.Node):
+		return fmt.Errorf("node: %q does not fit into a certificate's NODE.CLUSTER: lower-case letters, digits, dots and dashes", c.Node)
+	case t.Threshold < 0 || t.Threshold > len(t.Roots):
+		return fmt.Errorf("trust.threshold: %d of %d roots", t.Threshold, len(t.Roots))
+	case len(t.Roots) > 0 && t.Threshold == 0:
+		return errors.New("trust.threshold: say how many of trust.roots must have signed")
+	}
+	doors := map[string][]string{}
+	files := map[string]string{}
+	keys := map[string]string{}
+	if s := c.SSH; s != nil {
+		doors["ssh.listen"] = s.Listen
+		files["ssh.hostKey"], files["ssh.hostCertificate"], keys["ssh.hostKey"] = s.HostKey, s.HostCertificate, s.HostKey
+	}
+	if g := c.GRPC; g != nil {
+		doors["grpc.listen"] = g.Listen
+		files["grpc.certFile"], files["grpc.keyFile"], keys["grpc.keyFile"] = g.CertFile, g.KeyFile, g.KeyFile
+	}
+	for key, addresses := range doors {
+		if len(addresses) == 0 {
+			return fmt.Errorf("%s: name at least one IP:PORT", key)
+		}
+		for _, a := range addresses {
+			if ap, err := netip.ParseAddrPort(a); err != nil || ap.Port() == 0 {
+				return fmt.Errorf("%s: %q is not IP:PORT; a name would need DNS, which may be what failed", key, a)
+			}
+		}
+	}
+	for key, file := range files {
+		if !filepath.IsAbs(file) {
+			return fmt.Errorf("%s: %q is not an absolute path", key, file)
+		}
+	}
+	for key, file := range keys {
+		if err := durable.CheckPrivate(file); err != nil {
+			return fmt.Errorf("%s: %w", key, err)
+		}
 	}
 	return nil
 }

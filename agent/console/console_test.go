@@ -3,7 +3,6 @@ package console
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -11,267 +10,92 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
-	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
-	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/structpb"
 
+	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
-// scripted is an engine that does what a test says.
-type scripted struct {
-	plan  func(trust.Identity, *halliganv1.PlanRequest) (*halliganv1.Plan, error)
-	apply func(context.Context, func(*halliganv1.Progress)) *halliganv1.Result
-	get   func(*structpb.Struct, func(*halliganv1.Object) error) (*halliganv1.GetSummary, error)
-}
+// idle is an engine with nothing to do.
+type idle struct{ door.Engine }
 
-func (s *scripted) Describe() []*halliganv1.Action { return []*halliganv1.Action{{Name: "scale"}} }
+func (idle) Describe() []*halliganv1.Action { return nil }
 
-func (s *scripted) Stop(who trust.Identity, id string) error {
-	return fault.New(fault.NotFound, "see: halligan history", "%s asked for %s", who.Person, id)
-}
-
-func (s *scripted) Status(_ context.Context, who trust.Identity) (*halliganv1.StatusResponse, error) {
+func (idle) Status(_ context.Context, who trust.Identity) (*halliganv1.StatusResponse, error) {
 	return &halliganv1.StatusResponse{Actor: who.Person, Role: who.Role.String()}, nil
 }
 
-func (s *scripted) Plan(_ context.Context, who trust.Identity, req *halliganv1.PlanRequest) (*halliganv1.Plan, error) {
-	return s.plan(who, req)
-}
+type silent struct{}
 
-func (s *scripted) Apply(ctx context.Context, _ trust.Identity, _, _ string, progress func(*halliganv1.Progress)) *halliganv1.Result {
-	return s.apply(ctx, progress)
-}
-
-func (s *scripted) Get(_ context.Context, _ trust.Identity, params *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
-	return s.get(params, send)
-}
-
-func (s *scripted) History(_ context.Context, _ trust.Identity, req *halliganv1.HistoryRequest, send func(*halliganv1.HistoryEntry) error) error {
-	return send(&halliganv1.HistoryEntry{ActionId: req.GetActionId()})
-}
+func (silent) Raise(alarm.Event) {}
 
 // serve opens the door and returns the socket and a function that ends it.
-func serve(t *testing.T, e Engine) (socket string, stop func() error) {
+func serve(t *testing.T) (socket string, stop func()) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "console")
+	dir, err := os.MkdirTemp("", "console") // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	socket = filepath.Join(dir, "agent", "agent.sock")
-	ctx, cancel := context.WithCancel(context.Background())
+	l, err := Listen(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := door.New(door.Options{Engine: idle{}, Alarms: silent{}, Log: zerolog.Nop()})
+	if err != nil {
+		t.Fatal(err)
+	}
 	done := make(chan error, 1)
-	go func() { done <- Serve(ctx, socket, e, zerolog.Nop()) }()
-	stop = sync.OnceValue(func() error { cancel(); return <-done })
-	t.Cleanup(func() {
-		if err := stop(); err != nil {
+	go func() { done <- server.Serve(l) }()
+	stop = sync.OnceFunc(func() {
+		server.Shutdown()
+		if err := <-done; err != nil {
 			t.Errorf("serving: %v", err)
 		}
 	})
-	for range 500 {
-		if st, err := os.Stat(socket); err == nil && st.Mode().Perm() == 0o600 {
-			return socket, stop
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("the socket did not appear")
-	return "", nil
+	t.Cleanup(stop)
+	return socket, stop
 }
 
 func dial(t *testing.T, socket string, options ...grpc.DialOption) halliganv1.AgentClient {
-	t.Helper()
-	return halliganv1.NewAgentClient(connect(t, socket, options...))
-}
-
-func connect(t *testing.T, socket string, options ...grpc.DialOption) *grpc.ClientConn {
 	t.Helper()
 	c, err := grpc.NewClient("unix://"+socket, append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	return c
-}
-
-func TestCalls(t *testing.T) {
-	var planned *halliganv1.PlanRequest
-	var by trust.Identity
-	e := &scripted{
-		plan: func(who trust.Identity, req *halliganv1.PlanRequest) (*halliganv1.Plan, error) {
-			by, planned = who, req
-			if req.GetAction() == "scale" {
-				return nil, fault.New(fault.Refused, "ask a commander", "no")
-			}
-			return &halliganv1.Plan{Id: "p"}, nil
-		},
-		apply: func(_ context.Context, progress func(*halliganv1.Progress)) *halliganv1.Result {
-			for i := range int64(1000) {
-				progress(&halliganv1.Progress{Done: i})
-			}
-			return &halliganv1.Result{Result: "applied"}
-		},
-		get: func(_ *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
-			return &halliganv1.GetSummary{Objects: 1}, send(&halliganv1.Object{Name: "web"})
-		},
-	}
-	socket, stop := serve(t, e)
-	c, ctx := dial(t, socket), t.Context()
-
-	d, err := c.Describe(ctx, nil)
-	if err != nil || d.GetVersion() == "" || d.GetActions()[0].GetName() != "scale" {
-		t.Errorf("Describe: %v, %v", d, err)
-	}
-	s, err := c.Status(ctx, &halliganv1.StatusRequest{})
-	if err != nil || !strings.HasPrefix(s.GetActor(), "console/") || s.GetRole() != "responder" {
-		t.Errorf("Status: %v, %v", s, err)
-	}
-	_, err = c.Plan(ctx, &halliganv1.PlanRequest{Action: "scale"})
-	if f := api.FromStatus(err); f == nil || f.Code != fault.Refused || f.Next != "ask a commander" || status.Code(err) != codes.PermissionDenied {
-		t.Errorf("Plan: %v", err)
-	}
-	p, err := c.Undo(ctx, &halliganv1.UndoRequest{ActionId: "7", Reason: "r", Incident: "i"})
-	if err != nil || p.GetId() != "p" || by.Door != "console" || planned.GetAction() != "undo" || planned.GetReason() != "r" ||
-		planned.GetIncident() != "i" || planned.GetParameters().GetFields()["action"].GetStringValue() != "7" {
-		t.Errorf("Undo: %v, %v, asked for %v by %v", p, err, planned, by)
-	}
-	apply, err := c.Apply(ctx, &halliganv1.ApplyRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	last := int64(-1)
-	var result *halliganv1.Result
-	for {
-		event, err := apply.Recv()
-		if err == io.EOF {
-			break
-		}
-		if err != nil || result != nil {
-			t.Fatalf("after the result %v: %v, %v", result, event, err)
-		}
-		if p := event.GetProgress(); p != nil && p.GetDone() <= last {
-			t.Errorf("progress %d after %d", p.GetDone(), last)
-		} else if p != nil {
-			last = p.GetDone()
-		}
-		result = event.GetResult()
-	}
-	if result.GetResult() != "applied" || last != 999 {
-		t.Errorf("Apply ended with %v, last progress %d", result, last)
-	}
-	get, err := c.Get(ctx, &halliganv1.GetRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	object, err := get.Recv()
-	summary, err2 := get.Recv()
-	if err != nil || err2 != nil || object.GetObjects()[0].GetName() != "web" || summary.GetSummary().GetObjects() != 1 {
-		t.Errorf("Get: %v, %v, %v, %v", object, err, summary, err2)
-	}
-	history, err := c.History(ctx, &halliganv1.HistoryRequest{ActionId: "9"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if entry, err := history.Recv(); err != nil || entry.GetActionId() != "9" {
-		t.Errorf("History: %v, %v", entry, err)
-	}
-	if err := stop(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Lstat(socket); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the socket is still there: %v", err)
-	}
-}
-
-func TestPanicEndsOneCallOnly(t *testing.T) {
-	e := &scripted{
-		plan:  func(trust.Identity, *halliganv1.PlanRequest) (*halliganv1.Plan, error) { panic("plan") },
-		apply: func(context.Context, func(*halliganv1.Progress)) *halliganv1.Result { panic("apply") },
-		get:   func(*structpb.Struct, func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) { panic("get") },
-	}
-	socket, _ := serve(t, e)
-	c := dial(t, socket)
-	_, err := c.Plan(t.Context(), &halliganv1.PlanRequest{})
-	if f := api.FromStatus(err); f == nil || f.Code != fault.Failed || f.Next == "" {
-		t.Errorf("Plan: %v", err)
-	}
-	get, err := c.Get(t.Context(), &halliganv1.GetRequest{})
-	if err == nil {
-		_, err = get.Recv()
-	}
-	if f := api.FromStatus(err); f == nil || f.Code != fault.Failed {
-		t.Errorf("Get: %v", err)
-	}
-	// What a panicking action wrote is not known, and the caller must hear that.
-	apply, err := c.Apply(t.Context(), &halliganv1.ApplyRequest{PlanId: "p"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if event, err := apply.Recv(); err != nil || event.GetResult().GetResult() != "unknown" || event.GetResult().GetAction() != "p" || event.GetResult().GetError().GetCode() != "failed" {
-		t.Errorf("Apply: %v, %v", event, err)
-	}
-	if _, err := c.Status(t.Context(), &halliganv1.StatusRequest{}); err != nil {
-		t.Errorf("afterwards: %v", err)
-	}
-}
-
-func TestApplyOutlivesTheCallerButNotTheAgent(t *testing.T) {
-	started, ended := make(chan struct{}), make(chan error, 1)
-	step := make(chan struct{})
-	e := &scripted{apply: func(ctx context.Context, progress func(*halliganv1.Progress)) *halliganv1.Result {
-		close(started)
-		<-step
-		for range 100 {
-			progress(&halliganv1.Progress{}) // nobody listens
-		}
-		ended <- ctx.Err()
-		<-ctx.Done()
-		ended <- ctx.Err()
-		return &halliganv1.Result{}
-	}}
-	socket, stop := serve(t, e)
-	ctx, cancel := context.WithCancel(t.Context())
-	if _, err := dial(t, socket).Apply(ctx, &halliganv1.ApplyRequest{}); err != nil {
-		t.Fatal(err)
-	}
-	<-started
-	cancel()
-	close(step)
-	if err := <-ended; err != nil {
-		t.Errorf("the action ended with its caller: %v", err)
-	}
-	if err := stop(); err != nil {
-		t.Error(err)
-	}
-	if err := <-ended; !errors.Is(err, context.Canceled) {
-		t.Errorf("the action was not told of the stop: %v", err)
-	}
+	return halliganv1.NewAgentClient(c)
 }
 
 func TestSocketIsPrivateAndSingle(t *testing.T) {
-	socket, stop := serve(t, &scripted{})
+	socket, stop := serve(t)
 	if st, err := os.Stat(filepath.Dir(socket)); err != nil || st.Mode().Perm() != 0o700 {
 		t.Errorf("folder: %v, %v", st.Mode(), err)
 	}
-	err := Serve(t.Context(), socket, &scripted{}, zerolog.Nop())
+	if st, err := os.Stat(socket); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("socket: %v, %v", st.Mode(), err)
+	}
+	_, err := Listen(socket)
 	if err == nil || !strings.Contains(err.Error(), "another agent is listening") {
 		t.Errorf("a second agent: %v", err)
 	}
-	if _, err := dial(t, socket).Status(t.Context(), &halliganv1.StatusRequest{}); err != nil {
-		t.Errorf("the first agent after that: %v", err)
+	st, err := dial(t, socket).Status(t.Context(), &halliganv1.StatusRequest{})
+	if err != nil || !strings.HasPrefix(st.GetActor(), "console/") || st.GetRole() != "responder" || st.GetDoor() != "console" {
+		t.Errorf("the first agent after that: %v, %v", st, err)
 	}
-	if err := stop(); err != nil {
-		t.Fatal(err)
+	stop()
+	if _, err := os.Lstat(socket); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is still there: %v", err)
 	}
 
 	// What a killed agent leaves.
@@ -280,30 +104,29 @@ func TestSocketIsPrivateAndSingle(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.SetUnlinkOnClose(false)
-	if _, _, err := listen(socket); err == nil || !strings.Contains(err.Error(), "another agent") {
+	if _, err := Listen(socket); err == nil || !strings.Contains(err.Error(), "another agent") {
 		t.Errorf("a live listener without the lock: %v", err)
 	}
 	l.Close()
-	again, unlock, err := listen(socket)
+	again, err := Listen(socket)
 	if err != nil {
 		t.Fatalf("a dead agent's socket: %v", err)
 	}
 	again.Close()
-	unlock()
 
 	if err := os.WriteFile(socket, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := listen(socket); err == nil || !strings.Contains(err.Error(), "is no socket") {
+	if _, err := Listen(socket); err == nil || !strings.Contains(err.Error(), "is no socket") {
 		t.Errorf("a file in the way: %v", err)
 	}
 	if err := os.Chmod(filepath.Dir(socket), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := listen(socket); err == nil || !strings.Contains(err.Error(), "0755") {
+	if _, err := Listen(socket); err == nil || !strings.Contains(err.Error(), "0755") {
 		t.Errorf("a folder open to others: %v", err)
 	}
-	if _, _, err := listen(strings.Repeat("/x", 60)); !fault.Is(err, fault.Usage) {
+	if _, err := Listen(strings.Repeat("/x", 60)); !fault.Is(err, fault.Usage) {
 		t.Errorf("a long path: %v", err)
 	}
 }
@@ -334,8 +157,9 @@ func TestAdmit(t *testing.T) {
 			}
 			continue
 		}
-		if want := (trust.Identity{Person: c.person, Role: trust.Responder, Door: "console"}); err != nil || who != want {
-			t.Errorf("uid %d, agent %d: %v, %v, want %v", c.uid, c.own, who, err, want)
+		want := trust.Identity{Person: c.person, Role: trust.Responder, Door: trust.Console, Kind: trust.Local}
+		if d := cmp.Diff(want, who); err != nil || d != "" {
+			t.Errorf("uid %d, agent %d: %v, %s", c.uid, c.own, err, d)
 		}
 	}
 }
@@ -360,7 +184,7 @@ func asNobody(t *testing.T, f func()) {
 }
 
 func TestStrangersAreRefusedAndTakeNobodysPlace(t *testing.T) {
-	socket, _ := serve(t, &scripted{})
+	socket, _ := serve(t)
 	// Even where the file modes fail to keep strangers out.
 	for path, mode := range map[string]os.FileMode{filepath.Dir(filepath.Dir(socket)): 0o755, filepath.Dir(socket): 0o755, socket: 0o666} {
 		if err := os.Chmod(path, mode); err != nil {
@@ -399,37 +223,5 @@ func TestStrangersAreRefusedAndTakeNobodysPlace(t *testing.T) {
 	}
 	if _, err := dial(t, socket).Status(t.Context(), &halliganv1.StatusRequest{}); err != nil {
 		t.Errorf("root, with strangers at the door: %v", err)
-	}
-}
-
-func TestEveryMethodHasARow(t *testing.T) {
-	for _, m := range halliganv1.Agent_ServiceDesc.Methods {
-		if methods["/"+halliganv1.Agent_ServiceDesc.ServiceName+"/"+m.MethodName] == trust.None {
-			t.Errorf("%s has no row", m.MethodName)
-		}
-	}
-	for _, s := range halliganv1.Agent_ServiceDesc.Streams {
-		if methods["/"+halliganv1.Agent_ServiceDesc.ServiceName+"/"+s.StreamName] == trust.None {
-			t.Errorf("%s has no row", s.StreamName)
-		}
-	}
-	added := map[string]grpc.ServiceInfo{"halligan.v1.Agent": {Methods: []grpc.MethodInfo{{Name: "Reboot"}}}}
-	if err := checkMethods(added); err == nil || !strings.Contains(err.Error(), "/halligan.v1.Agent/Reboot") {
-		t.Errorf("a method without a row: %v", err)
-	}
-}
-
-func TestReflection(t *testing.T) {
-	socket, _ := serve(t, &scripted{})
-	stream, err := reflectionpb.NewServerReflectionClient(connect(t, socket)).ServerReflectionInfo(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	ask := &reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "halligan.v1.Agent"}}
-	if err := stream.Send(ask); err != nil {
-		t.Fatal(err)
-	}
-	if answer, err := stream.Recv(); err != nil || len(answer.GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
-		t.Errorf("%v, %v", answer, err)
 	}
 }

@@ -11,9 +11,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/peer"
 
+	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 )
@@ -22,15 +21,22 @@ import (
 // (Linux, audit(7), /proc/PID/loginuid).
 const noLogin = 1<<32 - 1
 
-// A listener accepts connections and bounds them. Those of peers that may not
+// A Listener accepts connections and bounds them. Those of peers that may not
 // enter have slots of their own, so that they cannot keep out those that may.
-type listener struct {
+type Listener struct {
 	*net.UnixListener
 	known, strangers chan struct{}
+	unlock           func()
+}
+
+// Close closes and removes the socket, then gives up the claim to it.
+func (l *Listener) Close() error {
+	defer l.unlock()
+	return l.UnixListener.Close()
 }
 
 // Accept returns the next connection that has a slot; others are closed.
-func (l *listener) Accept() (net.Conn, error) {
+func (l *Listener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.AcceptUnix()
 		if err != nil {
@@ -57,6 +63,13 @@ type conn struct {
 	refusal error
 	release func()
 }
+
+var _ door.Conn = (*conn)(nil)
+
+func (c *conn) Identity() (trust.Identity, error) { return c.who, c.refusal }
+
+// Held never ends: the kernel takes nobody's uid back.
+func (c *conn) Held() context.Context { return context.Background() }
 
 func (c *conn) Close() error {
 	defer c.release()
@@ -95,52 +108,5 @@ func admit(uid, own uint32, loginUID func() (string, error)) (trust.Identity, er
 			person = uint32(n)
 		}
 	}
-	return trust.Identity{Person: fmt.Sprintf("console/%d", person), Role: trust.Responder, Door: "console"}, nil
-}
-
-// peerCredentials hands the identity of a connection to gRPC.
-type peerCredentials struct{}
-
-// authInfo is what a call finds out about its connection.
-type authInfo struct {
-	credentials.CommonAuthInfo
-	who     trust.Identity
-	refusal error
-}
-
-func (authInfo) AuthType() string { return "peercred" }
-
-func (peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	c, ok := raw.(*conn)
-	if !ok {
-		return nil, nil, errors.Join(errors.New("the console serves its own socket only"), raw.Close())
-	}
-	// The bytes never leave the kernel.
-	common := credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}
-	return c, authInfo{common, c.who, c.refusal}, nil
-}
-
-func (peerCredentials) ClientHandshake(_ context.Context, _ string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return nil, nil, errors.Join(errors.New("these are credentials of a server"), raw.Close())
-}
-
-func (peerCredentials) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "peercred"}
-}
-
-func (c peerCredentials) Clone() credentials.TransportCredentials { return c }
-
-func (peerCredentials) OverrideServerName(string) error { return nil }
-
-// caller returns who makes the call.
-func caller(ctx context.Context) (trust.Identity, error) {
-	p, _ := peer.FromContext(ctx)
-	if p == nil {
-		return trust.Identity{}, fault.New(fault.Unauthenticated, "", "a call without a connection")
-	}
-	info, ok := p.AuthInfo.(authInfo)
-	if !ok {
-		return trust.Identity{}, fault.New(fault.Unauthenticated, "", "a call without credentials")
-	}
-	return info.who, info.refusal
+	return trust.Identity{Person: fmt.Sprintf("console/%d", person), Role: trust.Responder, Door: trust.Console, Kind: trust.Local}, nil
 }

@@ -15,25 +15,34 @@ const (
 	maxCallsEach       = 16
 )
 
-// slots bounds what is in use at once, in total and by person, and keeps the
+// slots bounds what is in use at once, in total and by holder, and keeps the
 // last ones free: automation and drills may take half of them, people who come
 // over the network all but an eighth, and somebody at the node's console all.
 type slots struct {
 	total, each int
 
-	mu      sync.Mutex // guards all below
-	used    int
-	lower   int // of used, those of automation and drills
-	persons map[string]int
+	mu    sync.Mutex // guards all below
+	used  int
+	lower int // of used, those of automation and drills
+	by    map[holder]int
+}
+
+// holder is whose slots are counted together. Whoever has a person's stolen
+// laptop does not keep out the same person's sealed key.
+type holder struct {
+	person string
+	kind   trust.Kind
+	drill  bool
 }
 
 func newSlots(total, each int) *slots {
-	return &slots{total: total, each: each, persons: map[string]int{}}
+	return &slots{total: total, each: each, by: map[holder]int{}}
 }
 
 // take returns what gives the slot back, or an error where none is free for who.
 func (s *slots) take(who trust.Identity) (release func(), err error) {
 	lower := who.Kind == trust.Automation || who.Scope.Drill
+	h := holder{who.Person, who.Kind, who.Scope.Drill}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	room := s.total
@@ -41,7 +50,7 @@ func (s *slots) take(who trust.Identity) (release func(), err error) {
 		room -= s.total / 8
 	}
 	switch {
-	case s.persons[who.Person] >= s.each:
+	case s.by[h] >= s.each:
 		return nil, fault.New(fault.Unreachable, "end some of them first", "%s has %d of them under way already, the most that one person may have", who.Person, s.each)
 	case lower && s.lower >= s.total/2:
 		return nil, fault.New(fault.Unreachable, "try again later: the rest is kept for people", "automation and drills have %d under way already", s.lower)
@@ -49,7 +58,7 @@ func (s *slots) take(who trust.Identity) (release func(), err error) {
 		return nil, fault.New(fault.Unreachable, "try again, another agent, or the console at the node", "the agent is busy with %d others", s.used)
 	}
 	s.used++
-	s.persons[who.Person]++
+	s.by[h]++
 	if lower {
 		s.lower++
 	}
@@ -57,8 +66,8 @@ func (s *slots) take(who trust.Identity) (release func(), err error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.used--
-		if s.persons[who.Person]--; s.persons[who.Person] == 0 {
-			delete(s.persons, who.Person)
+		if s.by[h]--; s.by[h] == 0 {
+			delete(s.by, h)
 		}
 		if lower {
 			s.lower--

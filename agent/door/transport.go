@@ -47,7 +47,9 @@ func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 		t.server.log.Warn().Str("person", info.who.Person).Str("door", string(info.who.Door)).Msg("connection refused: " + fault.Of(err).Message)
 		return nil, nil, errors.Join(err, c.Close())
 	}
-	t.server.Admitted(info.who)
+	if info.who.Door != trust.SSH { // which tells of logins itself: one may hold many of these
+		t.server.alarms.Raise(alarm.Of(alarm.Login, info.who, "came in as "+info.who.Role.String()))
+	}
 	open, end := context.WithCancel(info.held)
 	a := &admitted{Conn: c, release: sync.OnceFunc(func() { end(); release() })}
 	context.AfterFunc(open, func() {
@@ -61,18 +63,6 @@ func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 		time.AfterFunc(farewell, func() { a.Close() })
 	})
 	return a, info, nil
-}
-
-// Admitted tells the alarms of somebody who came in. Doors with connections of
-// their own call it at login; the same login told twice is one.
-func (s *Server) Admitted(who trust.Identity) {
-	s.alarms.Raise(alarm.Of(alarm.Login, who, "came in as "+who.Role.String()))
-	if who.Kind == trust.Sealed {
-		s.alarms.Raise(alarm.Of(alarm.Sealed, who, "came in with a sealed credential; rotate it afterwards"))
-	}
-	if who.Late {
-		s.alarms.Raise(alarm.Of(alarm.Late, who, "was admitted past an edge of the credential's validity"))
-	}
 }
 
 // refused tells the alarms of a refusal.

@@ -1,0 +1,244 @@
+// Package mtls is the agent's door for automation in any language: gRPC over
+// TLS 1.3 in which both sides have certificates. A connection is handed on only
+// after the client's certificate has been proven and verified under the bundle
+// in force.
+//
+// It must never hand on a connection whose peer is unknown, resume an old
+// session, or let strangers who never finish a handshake keep out others. It
+// stands on floor 4.
+package mtls
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/halligan-io/halligan/agent/door"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+// Authority says who holds a certificate, by the bundle in force. Its methods
+// are called concurrently.
+type Authority interface {
+	// Client returns who has proven to hold the key of certs[0].
+	Client(certs []*x509.Certificate, source net.Addr) (trust.Identity, error)
+	// Hold returns a context that ends, with a fault as its cause, when the
+	// identity no longer holds.
+	Hold(ctx context.Context, id trust.Identity) (context.Context, context.CancelFunc)
+}
+
+// Options of a listener.
+type Options struct {
+	// Certificate returns the certificate to show; see [Load].
+	Certificate func() (*tls.Certificate, error)
+	Authority   Authority
+	// Relay reports whether an address is a bastion's, behind which many come;
+	// may be nil.
+	Relay func(netip.Addr) bool
+	// Refused is told of handshakes that failed because of who came; it does not
+	// block.
+	Refused func(source net.Addr, err error)
+	Log     zerolog.Logger
+}
+
+// The bounds of handshakes under way. One takes a round trip and a few
+// milliseconds, so that these are for thousands in a second.
+const (
+	handshakeTimeout = 5 * time.Second
+	maxHandshakes    = 64
+	maxOfSource      = 8
+	maxOfRelay       = 32
+)
+
+// Listener accepts authenticated connections only; all are of type [door.Conn].
+type Listener struct {
+	net.Listener
+	o       Options
+	room    *room
+	ready   chan *conn
+	closed  chan struct{}
+	close   func() error
+	config  *tls.Config
+	workers sync.WaitGroup
+	// accepting ends with the first error of the listener below.
+	accepting error
+	ended     chan struct{}
+}
+
+// NewListener authenticates what l accepts. Closing it closes l.
+func NewListener(l net.Listener, o Options) *Listener {
+	if o.Relay == nil {
+		o.Relay = func(netip.Addr) bool { return false }
+	}
+	if o.Refused == nil {
+		o.Refused = func(net.Addr, error) {}
+	}
+	m := &Listener{Listener: l, o: o, room: newRoom(), ready: make(chan *conn), closed: make(chan struct{}), ended: make(chan struct{})}
+	m.close = sync.OnceValue(func() error {
+		close(m.closed)
+		err := l.Close()
+		m.room.clear()
+		m.workers.Wait()
+		return err
+	})
+	m.config = &tls.Config{
+		MinVersion: tls.VersionTLS13,
+		NextProtos: []string{"h2"},
+		// Whoever comes must prove to hold the key of some certificate; whether
+		// it is one of ours is Authority's to say.
+		ClientAuth:     tls.RequireAnyClientCert,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return o.Certificate() },
+		// A session that is resumed would go on with an old decision.
+		SessionTicketsDisabled: true,
+	}
+	m.workers.Go(m.take)
+	return m
+}
+
+// Accept returns the next connection whose peer is known.
+func (m *Listener) Accept() (net.Conn, error) {
+	select {
+	case c := <-m.ready:
+		return c, nil
+	case <-m.closed:
+		return nil, net.ErrClosed
+	case <-m.ended:
+		return nil, m.accepting
+	}
+}
+
+// Close ends the listener, and the handshakes under way.
+func (m *Listener) Close() error { return m.close() }
+
+// take accepts connections until the listener is closed or fails for good.
+func (m *Listener) take() {
+	for {
+		raw, err := m.Listener.Accept()
+		if err != nil {
+			select {
+			case <-m.closed:
+				return
+			default:
+			}
+			if errors.Is(err, net.ErrClosed) {
+				m.accepting = err
+				close(m.ended)
+				return
+			}
+			// Out of descriptors, most likely: some will be closed.
+			m.o.Log.Warn().Err(err).Msg("accepting a connection")
+			select {
+			case <-m.closed:
+				return
+			case <-time.After(100 * time.Millisecond):
+			}
+			continue
+		}
+		guest := m.room.enter(raw, m.o.Relay)
+		select {
+		case <-m.closed: // after close has cleared the room
+			raw.Close()
+		default:
+		}
+		m.workers.Go(func() { m.admit(guest) })
+	}
+}
+
+// admit does the handshake and hands the connection on.
+func (m *Listener) admit(g *guest) {
+	defer func() {
+		if r := recover(); r != nil {
+			m.o.Log.Error().Interface("panic", r).Msg("a handshake panicked")
+			g.raw.Close()
+		}
+	}()
+	defer m.room.leave(g)
+	ctx, cancel := context.WithTimeout(context.Background(), handshakeTimeout)
+	defer cancel()
+	var who trust.Identity
+	var refusal error
+	config := m.config.Clone()
+	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { g.spoke(); return nil, nil }
+	config.VerifyConnection = func(state tls.ConnectionState) error {
+		if state.NegotiatedProtocol != "h2" {
+			return errors.New("the peer does not speak HTTP/2")
+		}
+		who, refusal = m.o.Authority.Client(state.PeerCertificates, g.raw.RemoteAddr())
+		return refusal
+	}
+	secure := tls.Server(g.raw, config)
+	if err := secure.HandshakeContext(ctx); err != nil {
+		g.raw.Close()
+		if refusal != nil {
+			m.o.Refused(g.raw.RemoteAddr(), refusal)
+		} else {
+			m.o.Log.Debug().Stringer("source", g.raw.RemoteAddr()).Err(err).Msg("handshake failed")
+		}
+		return
+	}
+	held, end := m.o.Authority.Hold(context.Background(), who)
+	c := &conn{Conn: secure, who: who, held: held, end: sync.OnceFunc(end)}
+	select {
+	case m.ready <- c:
+	case <-m.closed:
+		c.Close()
+	}
+}
+
+// conn is a connection whose peer is known.
+type conn struct {
+	*tls.Conn
+	who  trust.Identity
+	held context.Context
+	end  func()
+}
+
+var _ door.Conn = (*conn)(nil)
+
+func (c *conn) Identity() (trust.Identity, error) { return c.who, nil }
+func (c *conn) Held() context.Context             { return c.held }
+
+func (c *conn) Close() error {
+	defer c.end()
+	return c.Conn.Close()
+}
+
+// Load returns a source of the certificate in two files, which are loaded again
+// when they change; one that cannot be used leaves the one before in force. The
+// certificate must be a server's for name.
+func Load(certFile, keyFile, name string, log zerolog.Logger) (func() (*tls.Certificate, error), error) {
+	p := &pair{certFile: certFile, keyFile: keyFile, name: name, log: log}
+	if err := p.load(time.Now()); err != nil {
+		return nil, err
+	}
+	return p.get, nil
+}
+
+// checkFor refuses a certificate that clients, who expect NODE.CLUSTER, would.
+func checkFor(name string, cert *tls.Certificate) error {
+	leaf := cert.Leaf
+	server := false
+	for _, u := range leaf.ExtKeyUsage {
+		server = server || u == x509.ExtKeyUsageServerAuth
+	}
+	switch {
+	case !server || leaf.IsCA:
+		return errors.New("it is not a server's certificate (extended key usage serverAuth)")
+	case len(leaf.DNSNames) != 1 || leaf.DNSNames[0] != name:
+		return fmt.Errorf("it is for %q, and this is %s", leaf.DNSNames, name)
+	}
+	return nil
+}
+
+func mend(certFile string, err error) error {
+	return fault.New(fault.Usage, "issue one with: halligan ca issue --help", "the certificate %s: %w", certFile, err)
+}
