@@ -1,0 +1,392 @@
+package bundle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/halligan-io/halligan/internal/durable"
+	"github.com/halligan-io/halligan/internal/fault"
+)
+
+// DefaultPoll is how often [Store.Watch] looks at the file, unless told
+// otherwise.
+const DefaultPoll = 500 * time.Millisecond
+
+// maxAhead is how far a part's signing time may be ahead of the clock of whoever
+// takes it over: the time of signing is a floor of every clock of the fleet, and
+// a wrong year in it would end every certificate.
+const maxAhead = 24 * time.Hour
+
+// Options of a store.
+type Options struct {
+	// Path of the bundle as somebody copies it by hand. It must be a plain file
+	// of root's or of this process's user, in a folder of theirs, and writable by
+	// nobody else; it may be missing where State has one.
+	Path string
+	// State is the path of the store's own copy of the last good bundle, 0600 in
+	// a folder 0700. Empty: what is offered is written to Path, and a bad copy
+	// there is survived only as long as the process runs.
+	State  string
+	Anchor *Anchor
+	// Now is the clock that a new part is held against; nil: time.Now.
+	Now func() time.Time
+	// Log is told, in one line, what is in force; Alarm what somebody must look
+	// at: a fork, a bad file, a stale bundle. Either may be nil. They must not
+	// block.
+	Log   func(string)
+	Alarm func(error)
+	// Poll is how often Watch looks; 0: DefaultPoll.
+	Poll time.Duration
+}
+
+// Store holds the bundle in force. What it takes over is durable before it is
+// announced; where the disk refuses, it is in force all the same, and Watch
+// tries again. All methods may be used concurrently.
+type Store struct {
+	o       Options
+	current atomic.Pointer[Bundle]
+
+	// offering is held while the current bundle is being replaced, and guards
+	// unsaved.
+	offering sync.Mutex
+	unsaved  bool
+
+	last look // at the file at Path; Watch's own
+
+
+	// mu guards subscribers.
+	mu          sync.Mutex
+	subscribers map[chan struct{}]struct{}
+}
+
+// Open reads the last good bundle and the one at the path, and puts the newest
+// verified parts in force. It fails only where neither can be used (fault.Usage
+// or fault.Refused).
+func Open(o Options) (*Store, error) {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Log == nil {
+		o.Log = func(string) {}
+	}
+	if o.Alarm == nil {
+		o.Alarm = func(error) {}
+	}
+	if o.Poll <= 0 {
+		o.Poll = DefaultPoll
+	}
+	s := &Store{o: o, subscribers: map[chan struct{}]struct{}{}}
+	if err := s.readState(); err != nil {
+		return nil, err
+	}
+	s.last = lookAt(o.Path)
+	data, err := s.read()
+	switch {
+	case err != nil:
+	case s.Current() == nil:
+		var b *Bundle
+		if b, err = open(data, o.Anchor); err == nil {
+			err = s.install(b)
+		}
+	default:
+		if _, err = s.offer(data, false); errors.Is(err, ErrOlder) {
+			err = nil // others have pushed newer ones since it was copied
+		}
+	}
+	if s.Current() == nil {
+		return nil, err
+	}
+	if err != nil && (o.State == "" || !errors.Is(err, fs.ErrNotExist)) {
+		o.Alarm(err)
+	}
+	o.Log(s.Current().String())
+	return s, nil
+}
+
+func open(data []byte, anchor *Anchor) (*Bundle, error) {
+	f, err := Parse(data)
+	if err != nil {
+		return nil, err
+	}
+	return Verify(f, anchor)
+}
+
+// readState puts the last good bundle in force. One that does not verify is told
+// of and left out: the anchor may have been changed, or the disk.
+func (s *Store) readState() error {
+	if s.o.State == "" {
+		return nil
+	}
+	err := durable.Dir(filepath.Dir(s.o.State))
+	if err == nil {
+		if err = durable.CheckPrivate(s.o.State); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+	}
+	if err != nil {
+		return fault.New(fault.Usage, "mend its owner and mode; if somebody else may have written it, remove it and copy the bundle again", "last good bundle: %w", err)
+	}
+	data, err := readBounded(s.o.State)
+	var b *Bundle
+	if err == nil {
+		b, err = open(data, s.o.Anchor)
+	}
+	if err != nil {
+		s.o.Alarm(fault.New(fault.Refused, "the one at "+s.o.Path+" is used instead", "the last good bundle, %s, cannot be used: %w", s.o.State, err))
+		return nil
+	}
+	s.current.Store(b)
+	return nil
+}
+
+// Current returns the bundle in force, never nil.
+func (s *Store) Current() *Bundle { return s.current.Load() }
+
+// Raw returns the file in force. It must not be changed.
+func (s *Store) Raw() []byte { return s.Current().Raw() }
+
+// Offer takes over what is newer and verified of a file that somebody brings, be
+// it whole or some of its parts. An error leaves everything as it was, and says
+// whether the file is only older (ErrOlder) or forked (ErrForked, which is also
+// alarmed); but with changed it only says that the disk refused the copy.
+func (s *Store) Offer(data []byte) (changed bool, err error) { return s.offer(data, true) }
+
+func (s *Store) offer(data []byte, durably bool) (changed bool, err error) {
+	f, err := Parse(data)
+	if err != nil {
+		return false, err
+	}
+	s.offering.Lock()
+	defer s.offering.Unlock()
+	now := s.Current()
+	next, err := now.merge(f)
+	if err == nil {
+		err = s.ahead(now, next)
+	}
+	if err != nil {
+		err = refused(err)
+		if errors.Is(err, ErrForked) {
+			s.o.Alarm(err)
+		}
+		return false, err
+	}
+	if next == now {
+		return false, nil
+	}
+	if durably || s.o.State != "" {
+		err = s.install(next)
+	} else {
+		s.current.Store(next)
+	}
+	s.announce()
+	s.o.Log(next.String())
+	return true, err
+}
+
+// ahead refuses new parts that are signed in the future.
+func (s *Store) ahead(now, next *Bundle) error {
+	old, most := now.File().headers(), s.o.Now().Add(maxAhead)
+	for _, h := range next.File().headers() {
+		known := false
+		for _, o := range old {
+			known = known || o == h
+		}
+		if !known && h.Signed.After(most) {
+			return fmt.Errorf("%s %d was signed at %s, which is over %v ahead of this machine's clock; one of the two clocks is wrong",
+				h.Part, h.Version, h.Signed.UTC().Format(time.RFC3339), maxAhead)
+		}
+	}
+	return nil
+}
+
+// install puts the bundle in force, durable first where the disk does not
+// refuse.
+func (s *Store) install(b *Bundle) error {
+	path := s.o.State
+	if path == "" {
+		path = s.o.Path
+	}
+	var err error
+	if s.Current() != nil || s.o.State != "" { // else it was read from that very path
+		err = durable.Write(path, b.Raw())
+	}
+	s.unsaved = err != nil
+	s.current.Store(b)
+	if err != nil {
+		err = fault.New(fault.NoSpace, "it is in force until a restart; make room on the disk, it is tried again", "the bundle could not be kept: %w", err)
+		s.o.Alarm(err)
+	}
+	return err
+}
+
+// Subscribe returns a channel that has an element after the bundle changed.
+// Changes in quick succession may be one element.
+func (s *Store) Subscribe() (changes <-chan struct{}, cancel func()) {
+	c := make(chan struct{}, 1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.subscribers[c] = struct{}{}
+	return c, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.subscribers, c)
+	}
+}
+
+func (s *Store) announce() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.subscribers {
+		select {
+		case c <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Watch takes over what somebody copies to the path, until the context ends. A
+// file that is still being copied is looked at again; a bad one that stays is
+// alarmed once, and the last good bundle kept. Watch also tells once when the
+// bundle becomes stale.
+func (s *Store) Watch(ctx context.Context) {
+	t := time.NewTicker(s.o.Poll)
+	defer t.Stop()
+	stale, bad := false, look{}
+	var badFor error
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		s.retry()
+		if b := s.Current(); b.Fresh(s.o.Now()) {
+			stale = false
+		} else if !stale {
+			stale = true
+			s.o.Alarm(fault.New(fault.Stale, "have the revocations signed anew and pushed; nobody is locked out",
+				"the bundle is stale: its revocations were signed at %s", b.Revocations.Signed.UTC().Format(time.RFC3339)))
+		}
+		now := lookAt(s.o.Path)
+		switch {
+		case now == s.last && badFor == nil:
+		case now == s.last && now == bad: // seen twice: not being copied any more
+			s.o.Alarm(badFor)
+			badFor = nil
+		default:
+			s.last = now
+			if badFor = s.reread(); badFor != nil {
+				bad = now
+			}
+		}
+	}
+}
+
+func (s *Store) reread() error {
+	data, err := s.read()
+	if errors.Is(err, fs.ErrNotExist) && s.o.State != "" {
+		return nil
+	}
+	if err == nil {
+		_, err = s.offer(data, false)
+	}
+	if errors.Is(err, ErrForked) || fault.Is(err, fault.NoSpace) {
+		return nil // alarmed already
+	}
+	return err
+}
+
+// retry writes what the disk refused.
+func (s *Store) retry() {
+	s.offering.Lock()
+	defer s.offering.Unlock()
+	if !s.unsaved {
+		return
+	}
+	path := s.o.State
+	if path == "" {
+		path = s.o.Path
+	}
+	if durable.Write(path, s.Raw()) == nil {
+		s.unsaved = false
+		s.o.Log("kept after all: " + s.Current().String())
+	}
+}
+
+// look is what a change of a file changes.
+type look struct {
+	modified, changed    syscall.Timespec
+	size                 int64
+	inode, device        uint64
+	mode, uid            uint32
+	folderMode, folderOf uint32
+}
+
+func lookAt(path string) (l look) {
+	var st, dir syscall.Stat_t
+	if syscall.Lstat(path, &st) == nil {
+		l = look{modified: st.Mtim, changed: st.Ctim, size: st.Size, inode: st.Ino, device: st.Dev, mode: st.Mode, uid: st.Uid}
+	}
+	if syscall.Stat(filepath.Dir(path), &dir) == nil {
+		l.folderMode, l.folderOf = dir.Mode, dir.Uid
+	}
+	return l
+}
+
+// read reads the file at Path, if nobody else can have written it.
+func (s *Store) read() ([]byte, error) {
+	path := s.o.Path
+	next := "copy the bundle there, as root, with mode 0644 or 0600"
+	st, err := os.Lstat(path)
+	if err != nil {
+		return nil, fault.New(fault.Usage, next, "reading the bundle: %w", err)
+	}
+	dir, err := os.Stat(filepath.Dir(path))
+	if err != nil {
+		return nil, fault.New(fault.Usage, next, "reading the bundle: %w", err)
+	}
+	if !st.Mode().IsRegular() {
+		return nil, fault.New(fault.Usage, next, "%s is not a plain file", path)
+	}
+	if err := onlyOurs(path, st); err != nil {
+		return nil, err
+	}
+	if err := onlyOurs(filepath.Dir(path), dir); err != nil && dir.Mode()&fs.ModeSticky == 0 {
+		return nil, err
+	}
+	data, err := readBounded(path)
+	if err != nil {
+		return nil, fault.New(fault.Usage, next, "reading the bundle: %w", err)
+	}
+	return data, nil
+}
+
+func onlyOurs(path string, st fs.FileInfo) error {
+	if st.Mode().Perm()&0o022 != 0 {
+		return fault.New(fault.Usage, "chmod go-w "+path, "%s has mode %04o: others than its owner may write it", path, st.Mode().Perm())
+	}
+	if o, ok := st.Sys().(*syscall.Stat_t); ok && o.Uid != 0 && int(o.Uid) != os.Geteuid() {
+		return fault.New(fault.Usage, "chown root "+path, "%s belongs to user %d, neither root nor who runs this", path, o.Uid)
+	}
+	return nil
+}
+
+// readBounded reads a plain file, and at most one byte over the limit. A pipe
+// put in its place does not block.
+func readBounded(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, MaxSize+1))
+}
