@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -80,6 +81,9 @@ type Options struct {
 	// Again returns a context that ends with the next interrupt after the one
 	// that ended the command's own; nil: there is none to come.
 	Again func(context.Context) (context.Context, context.CancelFunc)
+	// Within is set where the command line is inside the agent: there is no
+	// shell to complete in, and no agent that knows more verbs.
+	Within bool
 	// Where returns the flags that lead back to the agent of a plan, for the
 	// lines that are to be typed later.
 	Where func(*halliganv1.Plan) []string
@@ -159,7 +163,7 @@ func (v *Verbs) execute(ctx context.Context, args []string) (*cobra.Command, err
 	}
 	root := v.Root(actions)
 	ahead := lookAhead(root, args)
-	if verb := unknownVerb(root, args, ahead); verb != "" {
+	if verb := v.unknownVerb(root, args, ahead); verb != "" {
 		// A newer agent may know it.
 		actions, err := v.ask(ctx, root, ahead, verb)
 		if err != nil {
@@ -167,7 +171,7 @@ func (v *Verbs) execute(ctx context.Context, args []string) (*cobra.Command, err
 			if s := root.SuggestionsFor(verb); len(s) > 0 {
 				hint = "did you mean " + strings.Join(s, " or ") + "?"
 			}
-			return nil, fault.New(fault.Usage, hint, "unknown verb %q (%s)", verb, fault.Of(err).Message)
+			return nil, fault.New(fault.Usage, hint, "unknown verb %q (%s)", neutral.LineMax(verb, maxText), fault.Of(err).Message)
 		}
 		root = v.Root(actions)
 	}
@@ -203,20 +207,26 @@ func (w *word) Type() string       { return "word" }
 func (w *word) Set(s string) error { *w = word(s); return nil }
 
 // unknownVerb returns the first word that is neither a flag nor known.
-func unknownVerb(root *cobra.Command, args []string, ahead *pflag.FlagSet) string {
+func (v *Verbs) unknownVerb(root *cobra.Command, args []string, ahead *pflag.FlagSet) string {
 	if cmd, _, err := root.Find(args); err != nil || cmd != root || ahead.NArg() == 0 {
 		return ""
 	}
-	switch verb := ahead.Arg(0); verb {
-	case "help", "completion", cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd:
-		return "" // cobra adds these when it executes
-	default:
-		return verb
+	verb := ahead.Arg(0)
+	added := []string{"help"} // by cobra, when it executes
+	if !v.with.Within {
+		added = append(added, "completion", cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd)
 	}
+	if slices.Contains(added, verb) {
+		return ""
+	}
+	return verb
 }
 
 // ask returns the agent's own table if it has the verb.
 func (v *Verbs) ask(ctx context.Context, root *cobra.Command, ahead *pflag.FlagSet, verb string) ([]*halliganv1.Action, error) {
+	if v.with.Within {
+		return nil, errors.New("this agent has no such verb")
+	}
 	ahead.Visit(func(f *pflag.Flag) { _ = root.PersistentFlags().Set(f.Name, f.Value.String()) })
 	if err := v.connect(ctx); err != nil {
 		return nil, err
@@ -273,6 +283,7 @@ func (v *Verbs) Root(actions []*halliganv1.Action) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SuggestionsMinimumDistance = 2 // cobra's own, which it sets too late
+	root.CompletionOptions.DisableDefaultCmd = v.with.Within
 	root.SetIn(v.In)
 	root.SetOut(v.Out)
 	root.SetErr(v.Err)
