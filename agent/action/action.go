@@ -3,7 +3,7 @@
 // verified and taken back.
 //
 // An action is one row of the table and one file: its name, parameters, least
-// role, effect, approvals, time limit, and a function that plans it. Everything
+// role, effect, time limit, and a function that plans it. Everything
 // else (recording before the effect, compare-and-swap, reading back, undo,
 // settling after a crash) is the engine's and the same for all.
 //
@@ -50,12 +50,9 @@ const (
 // row is one action.
 type row struct {
 	name, summary, description string
-	// role is the least one that may take it.
+	// role is the least one that may take it, unless the policy moves it.
 	role   trust.Role
 	effect effect
-	// approvals is how many other people have to sign; none of the actions of
-	// a responder needs one.
-	approvals int
 	// timeout bounds planning and, apart from it, applying.
 	timeout    time.Duration
 	parameters []*halliganv1.Parameter
@@ -81,27 +78,14 @@ func rowOf(name string) (*row, error) {
 	return nil, fault.New(fault.Usage, "this agent knows "+strings.Join(names, ", "), "unknown action %.64q", name)
 }
 
-// authorize is the gate: no call gets past it without a row and the row's role.
-func authorize(who trust.Identity, name string) (*row, error) {
-	r, err := rowOf(name)
-	if err != nil {
-		return nil, err
-	}
-	if !who.May(r.role) {
-		return nil, fault.New(fault.Refused, "take the role "+r.role.String()+", or ask somebody who has it",
-			"%s needs the role %s; %s came as %s", name, r.role, who.Person, who.Role)
-	}
-	return r, nil
-}
-
 // Describe returns the table as doors and command lines see it.
 func Describe() []*halliganv1.Action {
 	var out []*halliganv1.Action
 	for _, r := range table {
 		out = append(out, &halliganv1.Action{
 			Name: r.name, Summary: r.summary, Description: r.description, Role: r.role.String(), Effect: string(r.effect),
-			Approvals: uint32(r.approvals), TimeoutSeconds: uint32(r.timeout / time.Second),
-			Parameters: r.parameters, Examples: r.examples,
+			TimeoutSeconds: uint32(r.timeout / time.Second),
+			Parameters:     r.parameters, Examples: r.examples,
 		})
 	}
 	return out

@@ -193,13 +193,13 @@ func TestRevoke(t *testing.T) {
 	// Adding authority back is for the same person, and for an unchanged object.
 	r = l.do(resultApplied, "revoke", map[string]any{"subject": subject})
 	s, _ := structpb.NewStruct(map[string]any{"action": r.Action})
-	_, err := l.engine.Plan(l.ctx(), trust.Identity{Person: "console/7", Role: trust.Responder}, &halliganv1.PlanRequest{Action: "undo", Parameters: s, Reason: "x"})
+	_, err := l.engine.Plan(l.ctx(), by("dave", trust.Responder), &halliganv1.PlanRequest{Action: "undo", Parameters: s, Reason: "x"})
 	if !fault.Is(err, fault.Refused) {
 		t.Errorf("another responder's undo: %v", err)
 	}
-	_, err = l.engine.Plan(l.ctx(), trust.Identity{Person: "console/7", Role: trust.Commander}, &halliganv1.PlanRequest{Action: "undo", Parameters: s, Reason: "x"})
-	if !fault.Is(err, fault.Refused) || !strings.Contains(err.Error(), "adds authority") {
-		t.Errorf("a commander's undo of somebody else's revoke: %v", err)
+	p, err := l.engine.Plan(l.ctx(), by("carol", trust.Commander), &halliganv1.PlanRequest{Action: "undo", Parameters: s, Reason: "x"})
+	if err != nil || !p.AddsAuthority || p.ApprovalsNeeded != 1 || p.AloneAllowed || !strings.Contains(p.ApprovalReason, "adds authority") {
+		t.Errorf("a commander's undo of somebody else's revoke: %v, %v", p, err)
 	}
 	l.putRaw(shared, l.value(shared))
 	u := l.do(resultApplied, "undo", map[string]any{"action": r.Action})
@@ -242,7 +242,7 @@ func TestDelete(t *testing.T) {
 		t.Fatalf("plan: %v, %d objects", err, len(p.Objects))
 	}
 	var told []int64
-	r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, func(g *halliganv1.Progress) { told = append(told, g.Done) })
+	r := l.engine.Apply(l.ctx(), responder, toApply(p), func(g *halliganv1.Progress) { told = append(told, g.Done) })
 	if r.Result != resultApplied || len(told) == 0 || told[len(told)-1] != many {
 		t.Fatalf("%s %v, progress %v", r.Result, r.Error, told)
 	}
@@ -366,7 +366,7 @@ func TestStalePlans(t *testing.T) {
 	stale := func(p *halliganv1.Plan, sha, text string) {
 		t.Helper()
 		before := l.value(key)
-		r := l.engine.Apply(l.ctx(), responder, p.Id, sha, nil)
+		r := l.engine.Apply(l.ctx(), responder, &halliganv1.ApplyRequest{PlanId: p.Id, PlanSha256: sha}, nil)
 		if r.Result != resultStale || r.Error.Code != string(fault.Stale) || !strings.Contains(r.Error.Message, text) {
 			t.Errorf("%s: %v, want %q", r.Result, r.Error, text)
 		}
@@ -385,7 +385,7 @@ func TestStalePlans(t *testing.T) {
 	if _, err := l.raw.Delete(l.ctx(), key); err != nil {
 		t.Fatal(err)
 	}
-	r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil)
+	r := l.engine.Apply(l.ctx(), responder, toApply(p), nil)
 	if r.Result != resultStale || !strings.Contains(r.Error.Message, "was deleted since") {
 		t.Errorf("%v", r)
 	}
@@ -396,14 +396,14 @@ func TestStalePlans(t *testing.T) {
 
 	// Used once only, by its owner only, with a reason only.
 	s, _ := structpb.NewStruct(stop)
-	if r := l.engine.Apply(l.ctx(), trust.Identity{Person: "console/1", Role: trust.Responder}, p.Id, p.Sha256, nil); r.Result != resultRefused {
+	if r := l.engine.Apply(l.ctx(), by("dave", trust.Responder), toApply(p), nil); r.Result != resultRefused {
 		t.Errorf("another person's plan: %v", r)
 	}
 	bare, err := l.engine.Plan(l.ctx(), responder, &halliganv1.PlanRequest{Action: "scale", Parameters: s})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r := l.engine.Apply(l.ctx(), responder, bare.Id, bare.Sha256, nil); r.Error.GetCode() != string(fault.Usage) {
+	if r := l.engine.Apply(l.ctx(), responder, toApply(bare), nil); r.Error.GetCode() != string(fault.Usage) {
 		t.Errorf("no reason: %v", r)
 	}
 	l.engine.planTTL = -time.Second
@@ -419,7 +419,7 @@ func TestStalePlans(t *testing.T) {
 		plans[i] = plan()
 	}
 	for i := range results {
-		wg.Go(func() { results[i] = l.engine.Apply(l.ctx(), responder, plans[i].Id, plans[i].Sha256, nil).Result })
+		wg.Go(func() { results[i] = l.engine.Apply(l.ctx(), responder, toApply(plans[i]), nil).Result })
 	}
 	wg.Wait()
 	done := 0
@@ -435,7 +435,7 @@ func TestStalePlans(t *testing.T) {
 	if done != 1 || l.records() != 1 {
 		t.Errorf("%v, %d records", results, l.records())
 	}
-	again := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil)
+	again := l.engine.Apply(l.ctx(), responder, toApply(p), nil)
 	if again.Result != resultStale {
 		t.Errorf("a plan of before: %v", again)
 	}
@@ -549,7 +549,7 @@ func TestCapsAndLocalPolicy(t *testing.T) {
 	l.do(resultApplied, "undo", map[string]any{"action": r.Action})
 
 	// The gate: roles below the row's get nothing, whatever the call.
-	for _, who := range []trust.Identity{{}, {Person: "x"}, {Person: "x", Role: trust.None}, {Person: "", Role: trust.Commander}, {Person: "x", Role: trust.Observer}} {
+	for _, who := range []trust.Identity{{}, {Person: "x"}, by("x", trust.None), by("", trust.Commander), by("x", trust.Observer)} {
 		s, _ := structpb.NewStruct(some)
 		if _, err := l.engine.Plan(l.ctx(), who, &halliganv1.PlanRequest{Action: "delete", Parameters: s, Reason: "x"}); !fault.Is(err, fault.Refused) {
 			t.Errorf("%+v planned a deletion: %v", who, err)
@@ -589,7 +589,7 @@ func TestVerifySeesTheReversal(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil)
+		r := l.engine.Apply(l.ctx(), responder, toApply(p), nil)
 		if r.Result != resultUnverified || r.Error.GetCode() != string(fault.Unverified) {
 			t.Errorf("%d bindings: %s, %v", bindings, r.Result, r.Error)
 		}
@@ -613,9 +613,9 @@ func TestStop(t *testing.T) {
 		t.Errorf("stopping what does not run: %v", err)
 	}
 	var once sync.Once
-	r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, func(*halliganv1.Progress) {
+	r := l.engine.Apply(l.ctx(), responder, toApply(p), func(*halliganv1.Progress) {
 		once.Do(func() {
-			for _, who := range []trust.Identity{{Person: "console/7", Role: trust.Responder}, {Person: responder.Person, Role: trust.Observer}} {
+			for _, who := range []trust.Identity{by("dave", trust.Responder), by(responder.Person, trust.Observer)} {
 				if err := l.engine.Stop(who, p.Id); !fault.Is(err, fault.Refused) {
 					t.Errorf("%v stopped it: %v", who, err)
 				}
@@ -656,7 +656,7 @@ func TestCapsHoldAtOnce(t *testing.T) {
 	l.engine.asked = time.Time{} // as after a while: each asks etcd which cluster it is
 	var wg sync.WaitGroup
 	for _, p := range plans {
-		wg.Go(func() { l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil) })
+		wg.Go(func() { l.engine.Apply(l.ctx(), responder, toApply(p), nil) })
 	}
 	wg.Wait()
 	if n, err := l.raw.Get(l.ctx(), "/registry/configmaps/", clientv3.WithPrefix(), clientv3.WithCountOnly()); err != nil || n.Count != 35 {
@@ -722,7 +722,7 @@ func TestGet(t *testing.T) {
 	if _, err := get(responder, map[string]any{"target": "secret/s", "namespace": "telemetry", "reveal": true}); !fault.Is(err, fault.Refused) {
 		t.Errorf("a responder revealed: %v", err)
 	}
-	commander := trust.Identity{Person: "c", Role: trust.Commander}
+	commander := by("carol", trust.Commander)
 	if _, err := get(commander, map[string]any{"target": "secrets", "namespace": "telemetry", "reveal": true}); !fault.Is(err, fault.Usage) {
 		t.Errorf("all Secrets revealed: %v", err)
 	}
@@ -734,7 +734,7 @@ func TestGet(t *testing.T) {
 	if err := l.engine.History(l.ctx(), commander, &halliganv1.HistoryRequest{}, func(h *halliganv1.HistoryEntry) error { seen = append(seen, h); return nil }); err != nil {
 		t.Fatal(err)
 	}
-	if len(seen) != 1 || !strings.Contains(seen[0].Summary, "reveal secret/s") || seen[0].Actor != "c" {
+	if len(seen) != 1 || !strings.Contains(seen[0].Summary, "reveal secret/s") || seen[0].Actor != "carol" {
 		t.Errorf("history of the reveal: %v", seen)
 	}
 }

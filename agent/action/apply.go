@@ -29,6 +29,7 @@ const (
 	resultUnknown    = "unknown"
 	resultStale      = "stale"
 	resultRefused    = "refused"
+	resultAwaiting   = "awaiting-approval"
 	resultFailed     = "failed"
 )
 
@@ -45,9 +46,11 @@ const (
 )
 
 // Apply carries out a plan and returns what came of it, whatever that is.
-// progress may be nil. A cancelled context stops it between two objects; what
+// progress may be nil. A plan that needs approvals goes on waiting where they
+// are missing or not enough. A cancelled context stops it between two objects; what
 // was written by then is recorded.
-func (e *Engine) Apply(ctx context.Context, who trust.Identity, id, sha string, progress func(*halliganv1.Progress)) *halliganv1.Result {
+func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.ApplyRequest, progress func(*halliganv1.Progress)) *halliganv1.Result {
+	id, sha := req.PlanId, req.PlanSha256
 	result := &halliganv1.Result{Action: id, Result: resultFailed, Via: "etcd", TimingsMs: map[string]float64{}}
 	refuse := func(err error) *halliganv1.Result {
 		result.Error = api.ErrorOf(err)
@@ -56,25 +59,43 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, id, sha string, 
 			result.Result = resultStale
 		case fault.Refused:
 			result.Result = resultRefused
+		case fault.AwaitingApproval:
+			result.Result = resultAwaiting
 		}
 		return result
 	}
-	ready := func(p *prepared) error {
-		r, err := authorize(who, p.plan.Action)
-		if err != nil {
-			return err
+	var access journal.Access
+	ready := func(p *prepared) (int, error) {
+		policy := e.policy()
+		if policy.Version != p.plan.PolicyVersion {
+			return 0, fault.New(fault.Stale, "plan again", "policy %d is in force since plan %s was made under policy %d", policy.Version, id, p.plan.PolicyVersion)
 		}
-		if r.approvals > 0 {
-			return fault.New(fault.AwaitingApproval, "this build cannot take approvals", "%s needs %d approvals of others", r.name, r.approvals)
+		// Everything is decided again: the credential may be another one now, and
+		// the bundle may have grown stale.
+		request := p.request
+		request.Stale = !e.fresh()
+		v, err := decide(policy, who, request, p.steps)
+		if err != nil {
+			return 0, err
+		}
+		if v.approvals > int(p.plan.ApprovalsNeeded) {
+			return 0, fault.New(fault.Stale, "plan again, for a plan that can be approved", "plan %s needs approvals by now: %s", id, v.why)
+		}
+		if access, err = e.leave(policy, who, p.plan, req); err != nil {
+			return 0, err
+		}
+		most := policy.Caps().ObjectsPerHour
+		if access.Alone {
+			most = policy.AloneCaps().ObjectsPerHour
 		}
 		cluster, err := e.clusterID(ctx)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		if cluster != p.plan.Cluster {
-			return fault.New(fault.Stale, "plan again", "etcd is not the cluster that the plan was made for")
+			return 0, fault.New(fault.Stale, "plan again", "etcd is not the cluster that the plan was made for")
 		}
-		return e.journal.Check(0)
+		return most, e.journal.Check(0)
 	}
 	p, err := e.take(who, id, sha, ready)
 	if err != nil {
@@ -98,7 +119,7 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, id, sha string, 
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	e.mu.Lock()
-	e.running[id] = running{actor: who.Person, stop: stop}
+	e.running[id] = running{action: p.plan.Action, actor: who.Person, stop: stop}
 	e.mu.Unlock()
 	defer func() {
 		e.mu.Lock()
@@ -106,11 +127,18 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, id, sha string, 
 		delete(e.running, id)
 	}()
 
-	run := &application{engine: e, plan: p, result: result, outcomes: make([]outcome, len(p.steps)), progress: progress, began: time.Now()}
+	if access.Alone {
+		e.tellAlone(who, p.plan) // before the effect: nobody may be left to tell of it after
+	}
+	run := &application{engine: e, plan: p, access: access, result: result, outcomes: make([]outcome, len(p.steps)), progress: progress, began: time.Now()}
+	if len(access.ApprovedBy) > 0 {
+		run.again = func() error { _, err := e.leave(e.policy(), who, p.plan, req); return err }
+	}
 	err = run.all(ctx)
 	result.TimingsMs["plan"] = ms(p.took)
 	result.TimingsMs["total"] = ms(time.Since(run.began))
 	line := e.log.Info().Str("action", id).Str("verb", p.plan.Action).Str("actor", who.Person).Str("result", result.Result).
+		Str("door", access.Door).Str("source", access.Source).Bool("alone", access.Alone).Int("approvals", len(access.ApprovedBy)).
 		Int("objects", len(p.steps)).Dur("took", time.Since(run.began))
 	if err != nil {
 		line = line.Str("problem", neutral.Line(err.Error()))
@@ -130,8 +158,11 @@ type outcome struct {
 
 // application is one plan being applied.
 type application struct {
-	engine   *Engine
-	plan     *prepared
+	engine *Engine
+	plan   *prepared
+	access journal.Access
+	// again, where others approved, looks whether their word still holds.
+	again    func() error
 	result   *halliganv1.Result
 	progress func(*halliganv1.Progress)
 	began    time.Time
@@ -611,7 +642,12 @@ func (a *application) begin() (*journal.Action, error) {
 	for _, s := range a.plan.steps {
 		bytes += int64(s.size)
 	}
-	if a.record, a.refuse = a.engine.journal.Begin(journal.Access{}, a.plan.plan, bytes); a.refuse != nil {
+	if a.again != nil {
+		if a.refuse = a.again(); a.refuse != nil {
+			return nil, a.refuse
+		}
+	}
+	if a.record, a.refuse = a.engine.journal.Begin(a.access, a.plan.plan, bytes); a.refuse != nil {
 		return nil, a.refuse
 	}
 	for i, out := range a.outcomes {
@@ -732,6 +768,8 @@ func (a *application) finish() error {
 		a.result.Result = resultPartial
 	case count[outcomeStale] > 0 && count[outcomeFailed] == 0:
 		a.result.Result = resultStale
+	case fault.Is(a.refuse, fault.Refused) && !touched:
+		a.result.Result = resultRefused
 	default:
 		a.result.Result = resultFailed
 	}
@@ -770,8 +808,8 @@ func (a *application) close(touched bool, first error) error {
 	switch {
 	case a.record == nil:
 		return nil
-	case !touched:
-		return a.record.Abandon()
+	case !touched && len(a.access.ApprovedBy) == 0 && !a.access.Alone:
+		return a.record.Abandon() // else it stays: approvals are used up
 	case a.result.Result == resultUnknown || a.unrecorded:
 		a.record.Release()
 		return nil

@@ -81,7 +81,7 @@ func BenchmarkScale(b *testing.B) {
 			b.Fatal(err)
 		}
 		planned := time.Now()
-		res := l.engine.Apply(ctx, responder, p.Id, p.Sha256, nil)
+		res := l.engine.Apply(ctx, responder, toApply(p), nil)
 		if res.Result != resultApplied {
 			b.Fatal(res.Error)
 		}
@@ -160,7 +160,7 @@ func BenchmarkDelete(b *testing.B) {
 		b.Fatal(err)
 	}
 	planned := time.Since(began)
-	res := l.engine.Apply(context.Background(), responder, p.Id, p.Sha256, nil)
+	res := l.engine.Apply(context.Background(), responder, toApply(p), nil)
 	if res.Result != resultApplied {
 		b.Fatal(res.Error)
 	}

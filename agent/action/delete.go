@@ -86,7 +86,7 @@ func planDelete(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	if err := scope(kind, par.Namespace, par.AllNamespaces); err != nil {
 		return err
 	}
-	most := p.engine.policy().Caps().ObjectsPerAction
+	most := p.policy.Caps().ObjectsPerAction
 	var odd int
 	managed := map[string]int{}
 	_, err = p.walk(ctx, kind, par.Namespace, func(obj *object, problem error) error {

@@ -23,6 +23,7 @@ import (
 	"github.com/halligan-io/halligan/agent/storage"
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 )
@@ -42,9 +43,24 @@ type Options struct {
 	Journal    *journal.Journal
 	// Policy returns the policy in force, which changes with the bundle.
 	Policy func() *trust.Policy
-	Log    zerolog.Logger
-	// PlanTTL is how long a plan may be applied; default 10 min.
-	PlanTTL time.Duration
+	// Cluster is the name that the bundle has for this cluster; empty without a
+	// bundle.
+	Cluster string
+	// Fresh reports whether the bundle is recent enough for mutations without an
+	// approval; nil: always.
+	Fresh func() bool
+	// Approvals verifies approvals; nil: nobody can approve.
+	Approvals Approvals
+	// Alarm is told of every action that is applied alone, before its effect;
+	// it never blocks. Refusals are the doors' to tell. May be nil.
+	Alarm func(alarm.Event)
+	// Now is the time that plans and records are dated with, and that decides
+	// how old they are; default time.Now. It never goes backwards.
+	Now func() time.Time
+	Log zerolog.Logger
+	// PlanTTL is how long a plan may be applied; default 10 min. One that needs
+	// approvals waits ApprovalTTL, default 1 h.
+	PlanTTL, ApprovalTTL time.Duration
 	// SettleAfter is how long after a crash a write that is not seen in etcd
 	// counts as never made; default 16 s, which is more than etcd lets a
 	// request live: 5 s and two election timeouts (server/config/config.go,
@@ -68,9 +84,15 @@ type Engine struct {
 	encryption *storage.Transformers
 	journal    *journal.Journal
 	policy     func() *trust.Policy
+	name       string // of the cluster
+	fresh      func() bool
+	approvals  Approvals
+	alarm      func(alarm.Event)
+	now        func() time.Time
 	log        zerolog.Logger
 	kinds      catalogue
 	planTTL    time.Duration
+	approveTTL time.Duration
 	settle     time.Duration
 	pace       Pace
 	steps      func(string)
@@ -88,16 +110,20 @@ type Engine struct {
 
 // running is an action under way.
 type running struct {
-	actor string
-	stop  context.CancelCauseFunc
+	action, actor string
+	stop          context.CancelCauseFunc
 }
 
 // prepared is a plan that waits to be applied.
 type prepared struct {
-	plan  *halliganv1.Plan
-	steps []*step
-	took  time.Duration
+	plan    *halliganv1.Plan
+	request trust.Request
+	steps   []*step
+	took    time.Duration
 }
+
+// stamp is how a time is told to people.
+const stamp = time.RFC3339
 
 // Plans are kept in memory only: bounded for each person in number and in
 // objects, the oldest go first.
@@ -115,6 +141,18 @@ func New(o Options) *Engine {
 	if o.PlanTTL == 0 {
 		o.PlanTTL = 10 * time.Minute
 	}
+	if o.ApprovalTTL == 0 {
+		o.ApprovalTTL = time.Hour
+	}
+	if o.Fresh == nil {
+		o.Fresh = func() bool { return true }
+	}
+	if o.Alarm == nil {
+		o.Alarm = func(alarm.Event) {}
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
 	if o.SettleAfter == 0 {
 		o.SettleAfter = 16 * time.Second
 	}
@@ -122,7 +160,8 @@ func New(o Options) *Engine {
 		o.Steps = func(string) {}
 	}
 	return &Engine{node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, elsewhere: o.Elsewhere, encryption: o.Encryption,
-		journal: o.Journal, policy: o.Policy, log: o.Log, planTTL: o.PlanTTL, settle: o.SettleAfter, pace: o.Pace, steps: o.Steps,
+		journal: o.Journal, policy: o.Policy, name: o.Cluster, fresh: o.Fresh, approvals: o.Approvals, alarm: o.Alarm, now: o.Now,
+		log: o.Log, planTTL: o.PlanTTL, approveTTL: o.ApprovalTTL, settle: o.SettleAfter, pace: o.Pace, steps: o.Steps,
 		kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]int{}, running: map[string]running{}}
 }
 
@@ -132,7 +171,7 @@ func (e *Engine) Describe() []*halliganv1.Action { return Describe() }
 // Plan computes what an action would do. It writes nothing anywhere.
 func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.PlanRequest) (*halliganv1.Plan, error) {
 	began := time.Now()
-	r, err := authorize(who, req.Action)
+	r, err := e.authorize(who, req.Action)
 	if err != nil {
 		return nil, err
 	}
@@ -151,11 +190,13 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	if err != nil {
 		return nil, err
 	}
-	p := &planner{engine: e, who: who, plan: &halliganv1.Plan{
-		Id: newID(began), Action: r.name, Parameters: req.Parameters, Actor: who.Person, Role: who.Role.String(), Reason: req.Reason, Incident: req.Incident,
+	created := e.now()
+	p := &planner{engine: e, who: who, policy: e.policy(), request: e.request(r), plan: &halliganv1.Plan{
+		Id: newID(created), Action: r.name, Parameters: req.Parameters, Actor: who.Person, Role: who.Role.String(), Reason: req.Reason, Incident: req.Incident,
 		Node: e.node, Cluster: cluster, Via: "etcd", ViaReason: "the only way that this agent has",
-		Created: timestamppb.New(began), Expires: timestamppb.New(began.Add(e.planTTL)),
+		Created: timestamppb.New(created), Nonce: newNonce(), ClusterName: e.name,
 	}}
+	p.plan.PolicyVersion = p.policy.Version
 	err = r.plan(ctx, p, req.Parameters)
 	if p.around != nil {
 		if err != nil {
@@ -176,20 +217,20 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	if p.expired > 0 {
 		p.warn("%d objects are left out: their lease ran out, so that they would be gone by now anyway", p.expired)
 	}
+	v, err := decide(p.policy, who, p.request, p.steps)
+	if err != nil {
+		return nil, err
+	}
+	ttl := e.planTTL
+	if v.approvals > 0 {
+		ttl = e.approveTTL
+	}
+	p.plan.Expires = timestamppb.New(created.Add(ttl))
+	p.plan.ApprovalsNeeded, p.plan.ApprovalReason, p.plan.AddsAuthority = uint32(v.approvals), v.why, p.request.AddsAuthority
+	p.plan.AloneAllowed = v.alone && len(p.steps) <= p.policy.AloneCaps().ObjectsPerAction
 	final := 0
 	for _, s := range p.steps {
-		err := e.policy().Protected(r.name, s.kind.Resource(), s.namespace, s.name)
-		if s.op == opDelete && err == nil { // a deletion is one whatever its verb
-			err = e.policy().Protected(deleteName, s.kind.Resource(), s.namespace, s.name)
-		}
-		if err != nil && len(p.steps) > 1 && r.name == deleteName {
-			f := fault.Of(err)
-			err = fault.New(f.Code, "narrow the selector (-l) or the namespace (-n)", "one of %d objects: %s", len(p.steps), f.Message)
-		}
-		if err != nil {
-			return nil, err
-		}
-		if s.op == opDelete && (s.blind || e.policy().Protected(undoName, s.kind.Resource(), s.namespace, s.name) != nil) {
+		if s.op == opDelete && (s.blind || p.policy.Protected(undoName, s.kind.Resource(), s.namespace, s.name) != nil) {
 			final++
 		}
 	}
@@ -202,11 +243,11 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 			return nil, fault.New(fault.Encrypted, f.Next, "objects can only be deleted now: %s", f.Message)
 		}
 	}
-	if most := e.policy().Caps().ObjectsPerAction; len(p.steps) > most {
+	if most := p.policy.Caps().ObjectsPerAction; len(p.steps) > most {
 		return nil, fault.New(fault.Refused, "take fewer objects at a time", "%d objects are more than the %d that policy lets one action change", len(p.steps), most)
 	}
 	e.mu.Lock()
-	err = e.hourly(who, p.plan)
+	err = e.hourly(who, p.plan, p.policy.Caps().ObjectsPerHour)
 	e.mu.Unlock()
 	if err != nil {
 		return nil, err
@@ -214,7 +255,7 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	if p.plan.Sha256, err = api.PlanSHA256(p.plan); err != nil {
 		return nil, err
 	}
-	e.keep(&prepared{plan: p.plan, steps: p.steps, took: time.Since(began)})
+	e.keep(&prepared{plan: p.plan, request: p.request, steps: p.steps, took: time.Since(began)})
 	return proto.CloneOf(p.plan), nil
 }
 
@@ -239,13 +280,13 @@ func (e *Engine) clusterID(ctx context.Context) (string, error) {
 // hourly refuses what would take a person over the hourly cap; e.mu is held.
 // Actions count by their objects, done or still under way, and for an hour after
 // they began. Taking something back never counts: the cap bounds harm.
-func (e *Engine) hourly(who trust.Identity, plan *halliganv1.Plan) error {
+func (e *Engine) hourly(who trust.Identity, plan *halliganv1.Plan, most int) error {
 	objects := len(plan.Objects)
 	if plan.Undoes != "" {
 		return nil
 	}
 	sum := e.doing[who.Person]
-	since := time.Now().Add(-time.Hour - e.planTTL) // Time is that of the plan
+	since := e.now().Add(-time.Hour - max(e.planTTL, e.approveTTL)) // Time is that of the plan
 	for _, j := range e.journal.Entries() {
 		if j.Time.Before(since) {
 			break
@@ -258,7 +299,7 @@ func (e *Engine) hourly(who trust.Identity, plan *halliganv1.Plan) error {
 			sum += j.Applied
 		}
 	}
-	if most := e.policy().Caps().ObjectsPerHour; sum+objects > most {
+	if sum+objects > most {
 		return fault.New(fault.Refused, "wait, or ask another person", "%s changed %d objects within the hour; with %d more it would pass the cap of %d",
 			who.Person, sum, objects, most)
 	}
@@ -281,7 +322,7 @@ func (e *Engine) keep(p *prepared) {
 	defer e.mu.Unlock()
 	e.plans = append(e.plans, p)
 	plans, objects := map[string]int{}, map[string]int{}
-	now := time.Now()
+	now := e.now()
 	kept := make([]*prepared, 0, len(e.plans))
 	for _, q := range slices.Backward(e.plans) {
 		who := q.plan.Actor
@@ -297,8 +338,8 @@ func (e *Engine) keep(p *prepared) {
 }
 
 // take hands out a plan once, with its objects reserved of the hourly cap, if
-// ready agrees. The plan comes with an error where there is one.
-func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared) error) (*prepared, error) {
+// ready agrees and says what that cap is. The plan comes with an error where there is one.
+func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared) (most int, err error)) (*prepared, error) {
 	e.mu.Lock()
 	i := slices.IndexFunc(e.plans, func(p *prepared) bool { return p.plan.Id == id })
 	var p *prepared
@@ -317,12 +358,13 @@ func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared) 
 		return nil, fault.New(fault.Refused, "make a plan of your own", "plan %s was made by %s as %s", id, p.plan.Actor, p.plan.Role)
 	case p.plan.Sha256 != sha:
 		return nil, fault.New(fault.Stale, "plan again", "plan %s is not the one with the hash %.16q", id, sha)
-	case time.Now().After(p.plan.Expires.AsTime()):
-		return p, fault.New(fault.Stale, "plan again", "plan %s expired at %s", id, p.plan.Expires.AsTime().Format(time.RFC3339))
+	case e.now().After(p.plan.Expires.AsTime()):
+		return p, fault.New(fault.Stale, "plan again", "plan %s expired at %s", id, p.plan.Expires.AsTime().Format(stamp))
 	case !strings.ContainsFunc(p.plan.Reason, func(r rune) bool { return unicode.IsLetter(r) || unicode.IsDigit(r) }):
 		return p, fault.New(fault.Usage, "plan again with a reason (--reason TEXT)", "plan %s has no reason, which the record needs", id)
 	}
-	if err := ready(p); err != nil {
+	most, err := ready(p)
+	if err != nil {
 		return p, err
 	}
 	e.mu.Lock()
@@ -330,7 +372,7 @@ func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared) 
 	if i = slices.Index(e.plans, p); i < 0 {
 		return p, fault.New(fault.Stale, "see: halligan history "+id, "plan %s was applied already", id)
 	}
-	if err := e.hourly(who, p.plan); err != nil {
+	if err := e.hourly(who, p.plan, most); err != nil {
 		return p, err
 	}
 	e.plans = slices.Delete(e.plans, i, i+1)
@@ -342,19 +384,23 @@ func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared) 
 var errStopped = fault.New(fault.Cancelled, "what was changed can be undone, the rest planned again", "stopped by hand")
 
 // Stop ends an action under way between two objects. Who began it may, and a
-// commander.
+// commander. A credential that is narrowed to some actions stops those only.
 func (e *Engine) Stop(who trust.Identity, id string) error {
-	if !who.May(trust.Responder) {
-		return fault.New(fault.Refused, "ask a responder", "stopping an action needs the role responder; %s came as %s", who.Person, who.Role)
-	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	r, ok := e.running[id]
-	switch {
-	case !ok:
+	request := trust.Request{Action: trust.ActionStop, Rung: trust.Responder, Mutates: true, Node: e.node}
+	if ok {
+		request.Action = r.action
+	}
+	if ok && r.actor != who.Person {
+		request.Floor = trust.Commander
+	}
+	if err := e.policy().Decide(who, request); err != nil {
+		return err
+	}
+	if !ok {
 		return fault.New(fault.NotFound, "see: halligan history", "no action %.64q is under way", id)
-	case r.actor != who.Person && !who.May(trust.Commander):
-		return fault.New(fault.Refused, "ask "+r.actor+" or a commander", "action %s is %s's", id, r.actor)
 	}
 	r.stop(errStopped)
 	return nil
@@ -362,12 +408,12 @@ func (e *Engine) Stop(who trust.Identity, id string) error {
 
 // Status tells what works now. It never fails because something is broken.
 func (e *Engine) Status(ctx context.Context, who trust.Identity) (*halliganv1.StatusResponse, error) {
-	if !who.May(trust.Observer) {
-		return nil, fault.New(fault.Refused, "take a role", "status needs the role observer")
+	if err := e.policy().Decide(who, trust.Request{Action: trust.ActionStatus, Rung: trust.Observer, Node: e.node}); err != nil {
+		return nil, err
 	}
 	st := e.etcd.Status(ctx)
 	out := &halliganv1.StatusResponse{
-		Node: e.node, Version: e.version, Time: timestamppb.Now(), Actor: who.Person, Role: who.Role.String(), Distribution: e.distribution,
+		Node: e.node, Version: e.version, Time: timestamppb.New(e.now()), Cluster: e.name, Actor: who.Person, Role: who.Role.String(), Distribution: e.distribution,
 		Encryption: e.encryption.Providers(),
 		Etcd: &halliganv1.EtcdStatus{Endpoint: st.Endpoint, Version: st.Version, MemberId: hexID(st.MemberID), LeaderId: hexID(st.LeaderID),
 			Revision: st.Revision, DbSizeBytes: st.DBSize, DbQuotaBytes: st.DBQuota, Alarms: st.Alarms, Quorum: st.Quorum,
@@ -410,14 +456,14 @@ func (e *Engine) recordReveal(ctx context.Context, who trust.Identity, par getPa
 	if err != nil {
 		return err
 	}
-	now := time.Now()
-	plan := &halliganv1.Plan{Id: newID(now), Action: getRow.name, Actor: who.Person, Role: who.Role.String(), Node: e.node, Cluster: cluster,
+	now := e.now()
+	plan := &halliganv1.Plan{Id: newID(now), Action: getRow.name, ClusterName: e.name, Actor: who.Person, Role: who.Role.String(), Node: e.node, Cluster: cluster,
 		Summary: fmt.Sprintf("reveal %s in namespace %s", par.Target, par.Namespace), Created: timestamppb.New(now)}
 	plan.Parameters, err = structpb.NewStruct(map[string]any{"target": par.Target, "namespace": par.Namespace, "reveal": true})
 	if err != nil {
 		return fault.New(fault.Usage, "see the action's help", "parameters: %w", err)
 	}
-	a, err := e.journal.Begin(journal.Access{}, plan, 0)
+	a, err := e.journal.Begin(accessOf(who), plan, 0)
 	if err != nil {
 		return err
 	}

@@ -49,7 +49,7 @@ func TestNoSpace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil)
+	r := l.engine.Apply(l.ctx(), responder, toApply(p), nil)
 	if r.Result != resultFailed || r.Error.Code != string(fault.NoSpace) || r.Error.Next == "" || !bytes.Equal(before, l.value(key)) || l.records() != 0 {
 		t.Fatalf("scale without space: %v, %d records", r, l.records())
 	}
@@ -69,7 +69,7 @@ func TestQuorumLost(t *testing.T) {
 	}
 	l.cluster.Stop(1)
 	l.cluster.Stop(2)
-	r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil)
+	r := l.engine.Apply(l.ctx(), responder, toApply(p), nil)
 	if r.Result != resultFailed || r.Error.Code != string(fault.NoQuorum) {
 		t.Fatalf("a write without quorum: %v", r)
 	}
@@ -103,7 +103,7 @@ func TestQuorumLost(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	if r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil); r.Result != resultApplied || !bytes.Contains(l.value(key), []byte(storage.StopLabel)) {
+	if r := l.engine.Apply(l.ctx(), responder, toApply(p), nil); r.Result != resultApplied || !bytes.Contains(l.value(key), []byte(storage.StopLabel)) {
 		t.Errorf("after the quorum is back: %v", r)
 	}
 }
@@ -127,7 +127,7 @@ func TestLeaderLostMidAction(t *testing.T) {
 		time.Sleep(500 * time.Millisecond)
 		l.cluster.Stop(l.cluster.Leader())
 	}()
-	r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil)
+	r := l.engine.Apply(l.ctx(), responder, toApply(p), nil)
 	<-stopped
 	applied, unknown := 0, 0
 	for _, o := range r.Objects {
@@ -197,7 +197,7 @@ func TestQuorumLostMidAction(t *testing.T) {
 	}
 	last := int64(0)
 	began := time.Now()
-	r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, func(g *halliganv1.Progress) { last = g.Done })
+	r := l.engine.Apply(l.ctx(), responder, toApply(p), func(g *halliganv1.Progress) { last = g.Done })
 	t.Logf("it took %s", time.Since(began))
 	<-stopped
 	if r.Result == resultApplied || r.Error == nil || last != many {
@@ -238,7 +238,7 @@ func TestStateFolder(t *testing.T) {
 		if err != nil {
 			t.Fatal(err) // a plan writes nothing, so it works
 		}
-		r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil)
+		r := l.engine.Apply(l.ctx(), responder, toApply(p), nil)
 		if r.Error.GetCode() != string(code) || bytes.Contains(l.value(key), []byte(storage.StopLabel)) {
 			t.Errorf("%v, want %s", r, code)
 		}
@@ -363,7 +363,7 @@ func TestEncryptionAtRest(t *testing.T) {
 		t.Fatal(err)
 	}
 	rewrite(config(both))
-	if r = l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil); r.Result != resultApplied || !bytes.HasPrefix(l.value(key), []byte("k8s:enc:secretbox:v1:two:")) {
+	if r = l.engine.Apply(l.ctx(), responder, toApply(p), nil); r.Result != resultApplied || !bytes.HasPrefix(l.value(key), []byte("k8s:enc:secretbox:v1:two:")) {
 		t.Errorf("%s, %v: written as %.30q by an agent that started before the rotation", r.Result, r.Error, l.value(key))
 	}
 	before := l.value(key)
@@ -601,7 +601,7 @@ func runChild(spec []string) error {
 	if err != nil {
 		return err
 	}
-	if r := engine.Apply(context.Background(), responder, p.Id, p.Sha256, nil); r.Result != resultApplied {
+	if r := engine.Apply(context.Background(), responder, toApply(p), nil); r.Result != resultApplied {
 		return fmt.Errorf("%s: %v", r.Result, r.Error)
 	}
 	return nil

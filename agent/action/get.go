@@ -40,7 +40,7 @@ type getParameters struct {
 // revision. Values of Secrets are replaced unless a commander asked to reveal
 // one by name.
 func (e *Engine) Get(ctx context.Context, who trust.Identity, raw *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
-	r, err := authorize(who, getRow.name)
+	r, err := e.authorize(who, getRow.name)
 	if err != nil {
 		return nil, err
 	}
@@ -53,18 +53,21 @@ func (e *Engine) Get(ctx context.Context, who trust.Identity, raw *structpb.Stru
 	if err != nil {
 		return nil, err
 	}
-	p := &planner{engine: e, who: who, plan: &halliganv1.Plan{}}
+	p := &planner{engine: e, who: who, policy: e.policy(), request: e.request(r), plan: &halliganv1.Plan{}}
 	kind, name, err := p.target(ctx, par.Target)
 	if err != nil {
 		return nil, err
 	}
+	if par.Reveal && (!isSecret(kind) || name == "") {
+		return nil, fault.New(fault.Usage, "name one: secret/NAME", "--reveal takes one Secret by name")
+	}
 	if par.Reveal {
-		switch {
-		case kind.Kind != "Secret" || kind.Group != "" || name == "":
-			return nil, fault.New(fault.Usage, "name one: secret/NAME", "--reveal takes one Secret by name")
-		case !who.May(trust.Commander):
-			return nil, fault.New(fault.Refused, "ask a commander", "--reveal needs the role commander; %s came as %s", who.Person, who.Role)
-		}
+		p.request.Floor = trust.Commander
+	}
+	if err := p.allow(kind, par.Namespace, name); err != nil {
+		return nil, err
+	}
+	if par.Reveal {
 		// Seeing a Secret is a deed: no value leaves before it is on record.
 		if err := e.recordReveal(ctx, who, par); err != nil {
 			return nil, err

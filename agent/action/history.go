@@ -30,7 +30,7 @@ const (
 
 // History sends recorded actions, newest first.
 func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv1.HistoryRequest, send func(*halliganv1.HistoryEntry) error) error {
-	r, err := authorize(who, historyRow.name)
+	r, err := e.authorize(who, historyRow.name)
 	if err != nil {
 		return err
 	}
@@ -51,6 +51,9 @@ func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv
 		if err != nil {
 			return err
 		}
+		if !mayRecall(who, entry) {
+			return fault.New(fault.Refused, "ask somebody with the whole role", "the credential of %s is narrowed, and action %s was %s's", who.Person, entry.ID, entry.Actor)
+		}
 		out := e.historyEntry(entry)
 		out.Plan = record.Plan
 		out.Results = objectResults(record)
@@ -61,6 +64,9 @@ func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv
 		limit = defaultHistory
 	}
 	for _, entry := range e.journal.Entries() {
+		if !mayRecall(who, entry) {
+			continue
+		}
 		if limit--; limit < 0 || ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -71,12 +77,23 @@ func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv
 	return nil
 }
 
+// mayRecall reports whether somebody may see what was done: records show objects
+// of every namespace, so that a narrowed credential shows one's own only.
+func mayRecall(who trust.Identity, j journal.Entry) bool {
+	return j.Actor == who.Person || len(who.Scope.Namespaces) == 0 && !who.Scope.Drill
+}
+
 func (e *Engine) historyEntry(j journal.Entry) *halliganv1.HistoryEntry {
 	result := j.Result
 	if result == "" {
 		result = "unfinished"
 	}
+	var approvedBy []string
+	for _, a := range j.ApprovedBy {
+		approvedBy = append(approvedBy, a.Person)
+	}
 	return &halliganv1.HistoryEntry{
+		ApprovedBy: approvedBy, Alone: j.Alone, Door: j.Door, Source: j.Source, Credential: j.Credential,
 		ActionId: j.ID, Action: j.Action, Actor: j.Actor, Reason: j.Reason, Incident: j.Incident, Time: timestamppb.New(j.Time),
 		Summary: j.Summary, Result: result, Objects: int64(j.Objects), Applied: int64(j.Applied), Undoes: j.Undoes, UndoneBy: e.journal.UndoneBy(j.ID),
 	}

@@ -30,7 +30,15 @@ import (
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
-var responder = trust.Identity{Person: "console/1000", Role: trust.Responder, Door: trust.SSH, Kind: trust.Person}
+var responder = by("alice", trust.Responder)
+
+func by(person string, role trust.Role) trust.Identity {
+	return trust.Identity{Person: person, Role: role, Door: trust.SSH, Kind: trust.Person, Fingerprint: "SHA256:" + person, Serial: "7", Source: "192.0.2.7:4242"}
+}
+
+func toApply(p *halliganv1.Plan) *halliganv1.ApplyRequest {
+	return &halliganv1.ApplyRequest{PlanId: p.Id, PlanSha256: p.Sha256}
+}
 
 // lab is an engine on a real etcd.
 type lab struct {
@@ -192,7 +200,7 @@ func (l *lab) do(want, verb string, parameters map[string]any) *halliganv1.Resul
 	if err != nil {
 		l.t.Fatalf("plan %s %v: %v", verb, parameters, err)
 	}
-	r := l.engine.Apply(l.ctx(), responder, p.Id, p.Sha256, nil)
+	r := l.engine.Apply(l.ctx(), responder, toApply(p), nil)
 	if r.Result != want {
 		l.t.Fatalf("%s %v: %s, want %s: %v", verb, parameters, r.Result, want, r.Error)
 	}

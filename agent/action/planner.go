@@ -90,6 +90,10 @@ func (o *object) subjects() ([]rbacv1.Subject, error) {
 type planner struct {
 	engine *Engine
 	who    trust.Identity
+	// policy is one and the same for the whole plan, and request is what it is
+	// asked about, without an object.
+	policy  *trust.Policy
+	request trust.Request
 	// mu guards plan's warnings and revision, and stale, while fights looks
 	// several ways at once.
 	mu    sync.Mutex
@@ -168,7 +172,7 @@ func (p *planner) target(ctx context.Context, text string) (*storage.Kind, strin
 // allow asks the policy about an object that was named, before it is looked for,
 // so that a protected name gets the reason and not "no such object".
 func (p *planner) allow(kind *storage.Kind, namespace, name string) error {
-	return p.engine.policy().Protected(p.plan.Action, kind.Resource(), namespace, name)
+	return p.policy.Decide(p.who, on(p.request, kind, namespace, name))
 }
 
 // load reads one object, decrypted and checked against its key.

@@ -127,7 +127,9 @@ func planRevoke(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	if err != nil {
 		return err
 	}
-	if err := p.engine.policy().Decide(p.who, trust.Request{Action: p.plan.Action, Rung: trust.Responder, Mutates: true, Subject: who.text}); err != nil {
+	request := p.request
+	request.Subject = who.text
+	if err := p.policy.Decide(p.who, request); err != nil {
 		return err
 	}
 	if par.Hard && who.name == "" {
@@ -167,7 +169,7 @@ func planRevoke(ctx context.Context, p *planner, raw *structpb.Struct) error {
 				return nil
 			}
 			// A binding that nobody may delete stays, without subjects.
-			protected := p.engine.policy().Protected(deleteName, kind.Resource(), obj.namespace, obj.name) != nil
+			protected := p.policy.Protected(deleteName, kind.Resource(), obj.namespace, obj.name) != nil
 			if len(hit) == len(subjects) && !protected {
 				p.remove(obj)
 				return nil

@@ -17,14 +17,16 @@ import (
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
-// undoAuthority is how long a person may put back authority that the same
-// person took away, without anybody's approval.
-const undoAuthority = 24 * time.Hour
+// undoOwn is how long a person may take the own action back without anybody's
+// approval. All other undoing counts as adding authority: who puts back what
+// somebody else took away gives something to somebody.
+const undoOwn = 24 * time.Hour
 
 var undoRow = row{
 	name:    undoName,
 	summary: "Put back what an action changed",
 	description: "Plans the reversal of an action: fields get the value that they had, deleted objects are stored again as they were. " +
+		"Whoever did it takes it back within 24 h; later, or for anybody else, it needs a commander and an approval. " +
 		"A field that somebody changed since is left alone (exit 3). What the garbage collector removed in the meantime does not come back by itself, and Secrets cannot be put back through etcd at all.",
 	role: trust.Responder, effect: mutate, timeout: 30 * time.Minute,
 	parameters: []*halliganv1.Parameter{
@@ -50,8 +52,10 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	switch {
 	case entry.Result == "":
 		return fault.New(fault.Stale, "look again in a moment: halligan history "+entry.ID, "action %s is still unfinished", entry.ID)
-	case entry.Actor != p.who.Person && !p.who.May(trust.Commander):
-		return fault.New(fault.Refused, "ask "+entry.Actor+" or a commander", "a responder undoes only own actions; %s was %s's", entry.ID, entry.Actor)
+	case entry.Actor != p.who.Person || p.engine.now().Sub(entry.Time) > undoOwn:
+		if err := p.addAuthority(fmt.Sprintf("taking back %s, which %s did %s,", entry.ID, entry.Actor, entry.Time.Format(stamp))); err != nil {
+			return err
+		}
 	}
 	if by := p.engine.journal.UndoneBy(entry.ID); by != "" {
 		return fault.New(fault.Stale, "see: halligan history "+by, "action %s was taken back already, by %s", entry.ID, by)
@@ -128,17 +132,10 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 	if err != nil {
 		return err
 	}
-	// Putting rights, or pods, back adds authority, which one person alone may do
-	// only to the own, recent, unchanged deed.
 	authority := kind.Authority
-	if authority || ref.Delete && kind.PodTemplate {
-		switch {
-		case entry.Actor != p.who.Person || time.Since(entry.Time) > undoAuthority:
-			return fault.New(fault.Refused, "have a commander do it through the API server",
-				"putting back %s/%s adds authority: only who took it away may, within 24 h", kind.Resource(), name)
-		case authority && wrote.Settled:
-			return fault.New(fault.Refused, "have a commander look at it and do it through the API server",
-				"putting back %s/%s adds authority, and after an interruption it is not certain that %s took it away", kind.Resource(), name, entry.ID)
+	if authority && wrote.Settled {
+		if err := p.addAuthority(fmt.Sprintf("after an interruption it is not certain that %s took %s/%s away; putting it back", entry.ID, kind.Resource(), name)); err != nil {
+			return err
 		}
 	}
 	changedSince := func(how string) error {
@@ -187,7 +184,7 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 		p.remove(obj)
 		return nil
 	}
-	if kind.Authority && kv.ModRevision != wrote.Revision {
+	if kind.Authority && kv.ModRevision != wrote.Revision && !p.request.AddsAuthority {
 		if _, left, err := kind.Revert(obj.Plain(), ref.Changes); err == nil && len(left) == 0 {
 			return nil
 		}
@@ -195,6 +192,17 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 	}
 	if err := p.revert(obj, ref.Changes); err != nil {
 		return fmt.Errorf("%s: %w", obj.title(), err)
+	}
+	return nil
+}
+
+// addAuthority makes the plan one that gives rights to somebody, or refuses it
+// to whoever may not do that even with approvals.
+func (p *planner) addAuthority(why string) error {
+	p.request.AddsAuthority = true
+	if err := p.policy.Decide(p.who, p.request); err != nil {
+		f := fault.Of(err)
+		return fault.New(f.Code, "ask whoever did it, or a commander; or change the object by a plan of your own", "%s adds authority: %s", why, f.Message)
 	}
 	return nil
 }

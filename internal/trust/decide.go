@@ -43,6 +43,8 @@ type Request struct {
 	AddsAuthority bool
 	// Deletes: the object is removed, whatever the action is called.
 	Deletes bool
+	// Stale: the bundle is older than it may be without a second thought.
+	Stale bool
 	// Node is this agent's.
 	Node string
 	// Resource is the plural with its group, such as deployments.apps; with a
@@ -159,11 +161,6 @@ func (s Scope) decide(who Identity, r Request) error {
 	return nil
 }
 
-// Narrow reports whether the scope leaves anything out.
-func (s Scope) Narrow() bool {
-	return s.Drill || len(s.Actions)+len(s.Namespaces)+len(s.Nodes) > 0
-}
-
 // String says what is left, in one line.
 func (s Scope) String() string {
 	var parts []string
@@ -218,6 +215,9 @@ func (p *Policy) Approvals(who Identity, r Request, objects int) (count int, alo
 	}
 	if r.AddsAuthority {
 		demand(1, false, "it adds authority")
+	}
+	if r.Stale {
+		demand(1, true, "the agent's bundle is stale, so that a revocation may be missing")
 	}
 	for _, rule := range p.rules.Approvals {
 		if objects > rule.OverObjects && matches(rule.Actions, r.Action) && matches(rule.Resources, r.Resource) && matches(rule.Namespaces, r.Namespace) {
