@@ -89,7 +89,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer stop()
 	log.Info().Str("version", version.String()).Str("distribution", distribution).Str("socket", c.Socket).
 		Strs("etcd", c.Etcd.Endpoints).Int("unfinished", len(records.Unfinished())).Msg("agent starts")
-	return serve(ctx, c, oneSigner{engine}, log)
+	return serve(ctx, c, engine, log)
 }
 
 // mended waits until the state folder can be opened, or the context ends.
