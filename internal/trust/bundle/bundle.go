@@ -11,8 +11,8 @@
 // "-- NAME --" begins an entry, all up to the next such line belongs to it),
 // without text before the first entry. Entries, in this order, each at most once:
 //
-//	policy.N.yaml       an earlier policy, ascending N (only where roots were
-//	policy.N.yaml.sig   rotated; lets who missed one walk over it)
+//	policy.N.yaml       an earlier policy, ascending N, under which roots were
+//	policy.N.yaml.sig   rotated, for who has missed it to walk over
 //	policy.yaml         who may do what
 //	policy.yaml.sig
 //	inventory.yaml      where clusters, nodes and bastions are
@@ -98,7 +98,8 @@
 // commander: that takes the threshold of the roots, so nobody alone can lock all
 // others out. Roots and delegates cannot be listed at all; a new policy drops
 // them. What no root signs may leave out nothing that the one in force lists,
-// except what is past its "until": a delegate cannot give trust back.
+// except what is 48 h past its "until", nor set that earlier: a delegate cannot
+// give trust back.
 //
 //	policyVersion: 4
 //	serials: [{serial: 17, ca: "SHA256:…", until: 2026-02-07T00:00:00Z}]  # SSH; without ca: of any

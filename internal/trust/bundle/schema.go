@@ -635,28 +635,44 @@ func decodeRevocations(data []byte) (*Revocations, error) {
 		if s.CA != "" && !isFingerprint(s.CA) {
 			return nil, fmt.Errorf("serials[%d]: ca %.64q is not SHA256:...", i, s.CA)
 		}
-		r.all[serialEntry(s.CA, s.Serial)] = s.Until
+		if err := r.add(serialEntry(s.CA, s.Serial), s.Until); err != nil {
+			return nil, err
+		}
 	}
 	for i, id := range r.KeyIDs {
 		if !personForm.MatchString(id) {
 			return nil, fmt.Errorf("keyIDs[%d]: %.64q is not a name of a-z, 0-9 and . _ @ -", i, id)
 		}
-		r.all[idEntry(id)] = time.Time{}
+		if err := r.add(idEntry(id), time.Time{}); err != nil {
+			return nil, err
+		}
 	}
 	for i, k := range r.Keys {
 		if !isFingerprint(k) {
 			return nil, fmt.Errorf("keys[%d]: %.64q is not a fingerprint SHA256:...", i, k)
 		}
-		r.all[keyEntry(k)] = time.Time{}
+		if err := r.add(keyEntry(k), time.Time{}); err != nil {
+			return nil, err
+		}
 	}
 	for i, s := range r.X509Serials {
 		n := s.Number()
 		if n == nil || n.Sign() == 0 {
 			return nil, fmt.Errorf("x509Serials[%d]: %.64q is no number in decimal, or in hex after 0x", i, s.Serial)
 		}
-		r.all[x509Entry(n)] = s.Until
+		if err := r.add(x509Entry(n), s.Until); err != nil {
+			return nil, err
+		}
 	}
 	return r, nil
+}
+
+func (r *Revocations) add(entry string, until time.Time) error {
+	if _, ok := r.all[entry]; ok {
+		return fmt.Errorf("%s is listed twice", entry)
+	}
+	r.all[entry] = until
+	return nil
 }
 
 func isFingerprint(s string) bool {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -37,7 +38,9 @@ type Options struct {
 	// there is survived only as long as the process runs.
 	State  string
 	Anchor *Anchor
-	// Now is the clock that a new part is held against; nil: time.Now.
+	// Now is the wall clock, against which the signing time of a new part is
+	// held; nil: time.Now. A clock that the bundle moves could be moved further
+	// by every new part.
 	Now func() time.Time
 	// Log is told, in one line, what is in force; Alarm what somebody must look
 	// at: a fork, a bad file, a stale bundle. Either may be nil. They must not
@@ -48,9 +51,9 @@ type Options struct {
 	Poll time.Duration
 }
 
-// Store holds the bundle in force. What it takes over is durable before it is
-// announced; where the disk refuses, it is in force all the same, and Watch
-// tries again. All methods may be used concurrently.
+// Store holds the bundle in force. What is offered is in force, and then
+// durable, before Offer returns; where the disk refuses, it is in force all the
+// same, and Watch tries again. All methods may be used concurrently.
 type Store struct {
 	o       Options
 	current atomic.Pointer[Bundle]
@@ -60,8 +63,7 @@ type Store struct {
 	offering sync.Mutex
 	unsaved  bool
 
-	last look // at the file at Path; Watch's own
-
+	last string // what lookAt saw at Path; Watch's own
 
 	// mu guards subscribers.
 	mu          sync.Mutex
@@ -95,11 +97,16 @@ func Open(o Options) (*Store, error) {
 	case s.Current() == nil:
 		var b *Bundle
 		if b, err = open(data, o.Anchor); err == nil {
-			err = s.install(b)
+			s.current.Store(b)
+			if o.State != "" { // else it was read from where it would be written
+				_ = s.keep(b) // it has alarmed
+			}
 		}
 	default:
-		if _, err = s.offer(data, false); errors.Is(err, ErrOlder) {
-			err = nil // others have pushed newer ones since it was copied
+		changed, oerr := s.offer(data, false)
+		// It may be older: others have pushed newer ones since it was copied.
+		if !changed && !errors.Is(oerr, ErrOlder) && !errors.Is(oerr, ErrForked) {
+			err = oerr
 		}
 	}
 	if s.Current() == nil {
@@ -182,25 +189,26 @@ func (s *Store) offer(data []byte, durably bool) (changed bool, err error) {
 	if next == now {
 		return false, nil
 	}
-	if durably || s.o.State != "" {
-		err = s.install(next)
-	} else {
-		s.current.Store(next)
-	}
+	// In force first: a disk that hangs must not hold up a revocation.
+	s.current.Store(next)
 	s.announce()
 	s.o.Log(next.String())
+	if durably || s.o.State != "" {
+		err = s.keep(next)
+	}
 	return true, err
 }
 
-// ahead refuses new parts that are signed in the future.
+// ahead refuses new parts that are signed in the future. Where the wall clock
+// has fallen back, it goes by what the roots last signed.
 func (s *Store) ahead(now, next *Bundle) error {
-	old, most := now.File().headers(), s.o.Now().Add(maxAhead)
+	old, most := now.File().headers(), s.o.Now()
+	if now.Policy.Signed.After(most) {
+		most = now.Policy.Signed
+	}
+	most = most.Add(maxAhead)
 	for _, h := range next.File().headers() {
-		known := false
-		for _, o := range old {
-			known = known || o == h
-		}
-		if !known && h.Signed.After(most) {
+		if !slices.Contains(old, h) && h.Signed.After(most) {
 			return fmt.Errorf("%s %d was signed at %s, which is over %v ahead of this machine's clock; one of the two clocks is wrong",
 				h.Part, h.Version, h.Signed.UTC().Format(time.RFC3339), maxAhead)
 		}
@@ -208,21 +216,12 @@ func (s *Store) ahead(now, next *Bundle) error {
 	return nil
 }
 
-// install puts the bundle in force, durable first where the disk does not
-// refuse.
-func (s *Store) install(b *Bundle) error {
-	path := s.o.State
-	if path == "" {
-		path = s.o.Path
-	}
-	var err error
-	if s.Current() != nil || s.o.State != "" { // else it was read from that very path
-		err = durable.Write(path, b.Raw())
-	}
+// keep makes the bundle in force durable.
+func (s *Store) keep(b *Bundle) error {
+	err := durable.Write(s.kept(), b.Raw())
 	s.unsaved = err != nil
-	s.current.Store(b)
 	if err != nil {
-		err = fault.New(fault.NoSpace, "it is in force until a restart; make room on the disk, it is tried again", "the bundle could not be kept: %w", err)
+		err = fault.New(fault.Failed, "it is in force until a restart; make room on the disk, it is tried again", "the bundle could not be kept: %w", err)
 		s.o.Alarm(err)
 	}
 	return err
@@ -260,8 +259,8 @@ func (s *Store) announce() {
 func (s *Store) Watch(ctx context.Context) {
 	t := time.NewTicker(s.o.Poll)
 	defer t.Stop()
-	stale, bad := false, look{}
-	var badFor error
+	stale := false
+	var bad error // why the file, as it was last seen, is not in force
 	for {
 		select {
 		case <-ctx.Done():
@@ -276,17 +275,13 @@ func (s *Store) Watch(ctx context.Context) {
 			s.o.Alarm(fault.New(fault.Stale, "have the revocations signed anew and pushed; nobody is locked out",
 				"the bundle is stale: its revocations were signed at %s", b.Revocations.Signed.UTC().Format(time.RFC3339)))
 		}
-		now := lookAt(s.o.Path)
-		switch {
-		case now == s.last && badFor == nil:
-		case now == s.last && now == bad: // seen twice: not being copied any more
-			s.o.Alarm(badFor)
-			badFor = nil
-		default:
+		switch now := lookAt(s.o.Path); {
+		case now != s.last:
 			s.last = now
-			if badFor = s.reread(); badFor != nil {
-				bad = now
-			}
+			bad = s.reread()
+		case bad != nil: // seen twice: it is not being copied any more
+			s.o.Alarm(bad)
+			bad = nil
 		}
 	}
 }
@@ -296,10 +291,11 @@ func (s *Store) reread() error {
 	if errors.Is(err, fs.ErrNotExist) && s.o.State != "" {
 		return nil
 	}
+	changed := false
 	if err == nil {
-		_, err = s.offer(data, false)
+		changed, err = s.offer(data, false)
 	}
-	if errors.Is(err, ErrForked) || fault.Is(err, fault.NoSpace) {
+	if changed || errors.Is(err, ErrForked) {
 		return nil // alarmed already
 	}
 	return err
@@ -312,34 +308,37 @@ func (s *Store) retry() {
 	if !s.unsaved {
 		return
 	}
-	path := s.o.State
-	if path == "" {
-		path = s.o.Path
-	}
-	if durable.Write(path, s.Raw()) == nil {
+	if durable.Write(s.kept(), s.Raw()) == nil {
 		s.unsaved = false
 		s.o.Log("kept after all: " + s.Current().String())
 	}
 }
 
-// look is what a change of a file changes.
-type look struct {
-	modified, changed    syscall.Timespec
-	size                 int64
-	inode, device        uint64
-	mode, uid            uint32
-	folderMode, folderOf uint32
+// kept is the path of the store's own copy.
+func (s *Store) kept() string {
+	if s.o.State != "" {
+		return s.o.State
+	}
+	return s.o.Path
 }
 
-func lookAt(path string) (l look) {
-	var st, dir syscall.Stat_t
-	if syscall.Lstat(path, &st) == nil {
-		l = look{modified: st.Mtim, changed: st.Ctim, size: st.Size, inode: st.Ino, device: st.Dev, mode: st.Mode, uid: st.Uid}
+// lookAt returns what a change of the file, or of who may change it, changes.
+func lookAt(path string) string {
+	var all string
+	for _, p := range []string{path, filepath.Dir(path)} {
+		st, err := os.Lstat(p)
+		if err != nil {
+			continue
+		}
+		all += fmt.Sprint(p, st.Mode())
+		if o, ok := st.Sys().(*syscall.Stat_t); ok {
+			all += fmt.Sprint(" ", o.Uid, " ", o.Ino)
+		}
+		if p == path {
+			all += fmt.Sprint(" ", st.Size(), " ", st.ModTime().UnixNano(), " ")
+		}
 	}
-	if syscall.Stat(filepath.Dir(path), &dir) == nil {
-		l.folderMode, l.folderOf = dir.Mode, dir.Uid
-	}
-	return l
+	return all
 }
 
 // read reads the file at Path, if nobody else can have written it.

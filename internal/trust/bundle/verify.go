@@ -369,14 +369,18 @@ func newest[P part](now, offered P, verify func(P) error, successor func(old, ne
 }
 
 // keeps demands of revocations that no root has signed that they leave out
-// nothing that is not past its time.
+// nothing that may still be of use, nor say of anything that it is of less.
 func (r *Revocations) keeps(old *Revocations, p *Policy) error {
 	if n, err := r.signers(p.Roots.Keys); err != nil || n > 0 {
 		return err
 	}
 	for entry, until := range old.all {
-		if _, kept := r.all[entry]; !kept && (until.IsZero() || r.Signed.Before(until)) {
-			return fmt.Errorf("revocations %d leave out %s of revocations %d; only a root can take that back", r.Version, entry, old.Version)
+		// Who signs may be a day ahead, and people are admitted for a while after.
+		if !until.IsZero() && r.Signed.After(until.Add(maxAhead+maxGrace)) {
+			continue
+		}
+		if now, kept := r.all[entry]; !kept || !now.IsZero() && (until.IsZero() || now.Before(until)) {
+			return fmt.Errorf("revocations %d leave out or shorten %s of revocations %d; only a root can take that back", r.Version, entry, old.Version)
 		}
 	}
 	return nil
