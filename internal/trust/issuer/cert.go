@@ -20,6 +20,7 @@ import (
 
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/credential"
 )
 
 // How long certificates last. A person's is over within a week whatever the
@@ -27,9 +28,9 @@ import (
 // long outage of whoever renews it.
 const (
 	DefaultLife     = 24 * time.Hour
-	MaxLife         = 7 * 24 * time.Hour
+	MaxLife         = credential.MaxClient
 	DefaultNodeLife = 90 * 24 * time.Hour
-	MaxNodeLife     = 400 * 24 * time.Hour
+	MaxNodeLife     = credential.MaxServer
 	// caLife is how long an X.509 authority's own certificate lasts; the policy
 	// that names it is what gives and takes its authority.
 	caLife = 10 * 365 * 24 * time.Hour
@@ -38,7 +39,6 @@ const (
 )
 
 var (
-	personForm  = regexp.MustCompile(`^[a-z0-9._@-]{1,64}$`)
 	clusterForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 	nodeForm    = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,120}[a-z0-9])?$`)
 )
@@ -61,6 +61,22 @@ func From(now time.Time, life, most time.Duration) (Validity, error) {
 	return Validity{begin, end}, nil
 }
 
+// Life is how long a certificate of this validity was asked for.
+func (v Validity) Life() time.Duration {
+	if d := v.NotAfter.Sub(v.NotBefore); d != MaxLife && d != MaxNodeLife {
+		return max(d-skew, time.Minute)
+	} else {
+		return d
+	}
+}
+
+// Of returns the validity of an SSH certificate. One that never ends ends
+// beyond every life.
+func Of(cert *ssh.Certificate) Validity {
+	const end = 1 << 40
+	return Validity{time.Unix(int64(min(cert.ValidAfter, end)), 0), time.Unix(int64(min(cert.ValidBefore, end)), 0)} // #nosec G115 -- bounded
+}
+
 // Holder is whom a certificate of a person or of automation is for, and what it
 // is good for.
 type Holder struct {
@@ -80,7 +96,7 @@ type Holder struct {
 // Check refuses what no agent would accept, or what cannot be meant.
 func (h Holder) Check() error {
 	switch {
-	case !personForm.MatchString(h.Person):
+	case !credential.ValidPerson(h.Person):
 		return mistake("take 1 to 64 of a-z 0-9 . _ @ -, and always the same for one person", "%q is not a person's name here", h.Person)
 	case len(h.Roles) == 0:
 		return mistake("give --role, one of observer, responder, commander, approver", "a certificate without a role opens nothing")
@@ -125,7 +141,7 @@ func (k *Key) User(key ssh.PublicKey, h Holder, serial uint64, v Validity) (*ssh
 	if v.NotAfter.Sub(v.NotBefore) > MaxLife {
 		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %v", MaxLife)
 	}
-	critical := map[string]string{"clusters@halligan.io": strings.Join(h.Clusters, ",")}
+	critical := map[string]string{credential.OptionClusters: strings.Join(h.Clusters, ",")}
 	if len(h.SourceAddresses) > 0 {
 		critical["source-address"] = strings.Join(h.SourceAddresses, ",")
 	}
@@ -133,16 +149,16 @@ func (k *Key) User(key ssh.PublicKey, h Holder, serial uint64, v Validity) (*ssh
 		critical["verify-required"] = ""
 	}
 	extensions := map[string]string{"permit-pty": ""}
-	for name, list := range map[string][]string{"actions": h.Scope.Actions, "namespaces": h.Scope.Namespaces, "nodes": h.Scope.Nodes} {
+	for name, list := range map[string][]string{credential.ExtensionActions: h.Scope.Actions, credential.ExtensionNamespaces: h.Scope.Namespaces, credential.ExtensionNodes: h.Scope.Nodes} {
 		if len(list) > 0 {
-			extensions[name+"@halligan.io"] = strings.Join(list, ",")
+			extensions[name] = strings.Join(list, ",")
 		}
 	}
 	if h.Scope.Drill {
-		extensions["drill@halligan.io"] = ""
+		extensions[credential.ExtensionDrill] = ""
 	}
 	if h.Automation {
-		extensions["automation@halligan.io"] = ""
+		extensions[credential.ExtensionAutomation] = ""
 	}
 	roles := make([]string, len(h.Roles))
 	for i, r := range h.Roles {
@@ -180,7 +196,7 @@ func (k *Key) CheckSSH(cert *ssh.Certificate) error {
 	if ssh.FingerprintSHA256(cert.SignatureKey) != ssh.FingerprintSHA256(k.Public()) {
 		return mistake("name the key that signed it", "the certificate was signed by another key, %s", ssh.FingerprintSHA256(cert.SignatureKey))
 	}
-	checker := ssh.CertChecker{SupportedCriticalOptions: []string{"clusters@halligan.io", "verify-required"},
+	checker := ssh.CertChecker{SupportedCriticalOptions: []string{credential.OptionClusters, "verify-required"},
 		Clock: func() time.Time { return time.Unix(int64(cert.ValidAfter), 0) }} // #nosec G115 -- only a moment within its validity
 	if len(cert.ValidPrincipals) == 0 {
 		return mistake("issue a new one", "the certificate names nobody, so it would stand for everybody")
@@ -199,8 +215,11 @@ func (k *Key) certify(cert *ssh.Certificate, v Validity) (*ssh.Certificate, erro
 	case nil, *ssh.Certificate:
 		return nil, mistake("give the .pub file of the key itself", "a certificate cannot be certified again")
 	}
-	if cert.Key.Type() == "ssh-dss" || slices.Equal(cert.Key.Marshal(), k.Public().Marshal()) {
-		return nil, mistake("make another with ssh-keygen -t ed25519", "the key %s must not have a certificate of this authority", ssh.FingerprintSHA256(cert.Key))
+	if err := credential.CheckKey(cert.Key); err != nil {
+		return nil, mistake("make one with ssh-keygen -t ed25519", "%w", err)
+	}
+	if slices.Equal(cert.Key.Marshal(), k.Public().Marshal()) {
+		return nil, mistake("make one with ssh-keygen -t ed25519", "%s is the authority's own key", ssh.FingerprintSHA256(cert.Key))
 	}
 	if !v.NotBefore.Before(v.NotAfter) || v.NotBefore.Unix() < 0 {
 		return nil, mistake("look at this machine's clock", "a certificate from %v to %v is never valid", v.NotBefore, v.NotAfter)
@@ -287,24 +306,11 @@ func (a *Authority) Client(key crypto.PublicKey, h Holder, serial uint64, v Vali
 	case v.NotAfter.Sub(v.NotBefore) > MaxLife:
 		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %v", MaxLife)
 	}
-	return a.sign(&x509.Certificate{Subject: pkix.Name{CommonName: h.Person}, URIs: []*url.URL{h.uri()}}, key, serial, v)
-}
-
-// uri writes halligan://CLUSTER[,CLUSTER]/ROLE?actions=..&namespaces=..&nodes=..[&drill].
-func (h Holder) uri() *url.URL {
-	var query []string
-	for _, part := range []struct {
-		name string
-		list []string
-	}{{"actions", h.Scope.Actions}, {"namespaces", h.Scope.Namespaces}, {"nodes", h.Scope.Nodes}} {
-		if len(part.list) > 0 {
-			query = append(query, part.name+"="+url.QueryEscape(strings.Join(part.list, ",")))
-		}
+	uri, err := credential.ClientURI(h.Clusters, h.Roles[0], h.Scope)
+	if err != nil {
+		return nil, mistake("", "%w", err)
 	}
-	if h.Scope.Drill {
-		query = append(query, "drill")
-	}
-	return &url.URL{Scheme: "halligan", Host: strings.Join(h.Clusters, ","), Path: "/" + h.Roles[0].String(), RawQuery: strings.Join(query, "&")}
+	return a.sign(&x509.Certificate{Subject: pkix.Name{CommonName: h.Person}, URIs: []*url.URL{uri}}, key, serial, v)
 }
 
 // Server signs the TLS certificate of a server, whose name is NODE.CLUSTER.

@@ -77,7 +77,7 @@ func Generate(file, comment string, passphrase []byte) (*Key, error) {
 // passphrase; nil refuses it.
 func Load(file string, ask Passphrase) (*Key, error) {
 	if err := durable.CheckPrivate(file); err != nil {
-		return nil, fault.New(fault.Usage, "name a private key of your own with --key, or one in the ssh-agent with --agent", "key: %w", err)
+		return nil, fault.New(fault.Usage, "name a private key of your own with --signer, or the .pub file of one in the ssh-agent", "key: %w", err)
 	}
 	data, err := os.ReadFile(file)
 	if err != nil {

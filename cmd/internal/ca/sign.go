@@ -1,0 +1,399 @@
+package ca
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/halligan-io/halligan/internal/durable"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
+)
+
+// parts of a bundle, in their order.
+var parts = []string{bundle.PolicyPart, bundle.InventoryPart, bundle.RevocationsPart}
+
+// bundleFile is the signed bundle in the folder: what agents and people get.
+const bundleFile = "bundle"
+
+var fleetForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+func (t *tool) bundle() *cobra.Command {
+	c := &cobra.Command{
+		Use: "bundle", Short: "Sign and verify the bundle that every agent and person has", Args: cobra.ArbitraryArgs, RunE: group,
+		Long: "A bundle has three parts: policy, inventory and revocations. To change one: edit DIR/PART.yaml, run bundle next\n" +
+			"PART, and have it signed: a policy by as many roots as it and the one before demand, the others by a delegate. With\n" +
+			"the last signature it is put into DIR/bundle, which is the file to hand out.",
+	}
+	c.AddCommand(t.next(), t.sign(), t.verify())
+	return c
+}
+
+// draft is a part as it lies in a file, with its signatures beside it.
+type draft struct {
+	bundle.Header
+	file string
+	data []byte
+	sigs [][]byte // armored, each of these very bytes
+}
+
+func namespace(part string) string { return part + "@halligan.io" }
+
+// readDraft reads a part that is named, in the folder, or the file of one.
+func (f *Folder) readDraft(name string) (*draft, error) {
+	d := &draft{file: f.path(name + ".yaml")}
+	if !slices.Contains(parts, name) {
+		if !strings.ContainsAny(name, "/.") {
+			return nil, fault.New(fault.Usage, "name policy, inventory, revocations, or the file of one of them", "there is no part %q", name)
+		}
+		d.file = name
+	}
+	var err error
+	if d.data, err = os.ReadFile(d.file); err != nil {
+		return nil, fault.New(fault.Usage, "name the folder with --dir, or the part's file", "%w", err)
+	}
+	if d.Header, err = bundle.ReadHeader(d.data); err == nil && slices.Contains(parts, name) && d.Part != name {
+		err = fmt.Errorf("says that it is part %s", d.Part)
+	}
+	if err != nil {
+		return nil, d.malformed(err)
+	}
+	old, err := os.ReadFile(d.file + ".sig")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, armored := range split(old) {
+		// One of other bytes is of an earlier draft.
+		if _, err := bundle.VerifySignature(d.data, namespace(d.Part), armored); err == nil {
+			d.sigs = append(d.sigs, armored)
+		}
+	}
+	return d, nil
+}
+
+func (d *draft) malformed(err error) error {
+	return fault.New(fault.Usage, "mend the file", "%s: %s", d.file, strings.Join(strings.Fields(err.Error()), " "))
+}
+
+// typed reads the draft as agents do. What reads a part wants it signed, so
+// somebody signs it who counts for nothing.
+func (d *draft) typed() (*bundle.File, error) {
+	_, nobody, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	signer, err := ssh.NewSignerFromKey(nobody)
+	if err != nil {
+		return nil, err
+	}
+	sig, err := bundle.Sign(d.data, namespace(d.Part), signer)
+	if err != nil {
+		return nil, err
+	}
+	f := &bundle.File{}
+	if err := f.Add(d.data, sig); err != nil {
+		return nil, d.malformed(errors.New(strings.TrimPrefix(fault.Of(err).Message, d.Part+": ")))
+	}
+	return f, nil
+}
+
+const armorEnd = "-----END SSH SIGNATURE-----"
+
+// split cuts a file of concatenated signatures.
+func split(data []byte) (armored [][]byte) {
+	for {
+		i := bytes.Index(data, []byte(armorEnd))
+		if i < 0 {
+			return armored
+		}
+		i += len(armorEnd)
+		armored = append(armored, append(bytes.TrimSpace(data[:i:i]), '\n'))
+		data = data[i:]
+	}
+}
+
+// signedBy reports whether the key is one of those that signed.
+func (d *draft) signedBy(key ssh.PublicKey) bool {
+	return slices.ContainsFunc(d.sigs, func(armored []byte) bool {
+		by, err := bundle.VerifySignature(d.data, namespace(d.Part), armored)
+		return err == nil && same(by, key)
+	})
+}
+
+func hash(data []byte) string {
+	sum := sha256.Sum256(data)
+	return hex.EncodeToString(sum[:])
+}
+
+func same(a, b ssh.PublicKey) bool { return bytes.Equal(a.Marshal(), b.Marshal()) }
+
+func (t *tool) sign() *cobra.Command {
+	var signer string
+	c := &cobra.Command{
+		Use: "sign PART", Short: "Add the signature of one key to a part", Args: words(1, "policy, inventory, revocations, or the file of one of them"),
+		Long: "Adds one signature to PART.yaml.sig. Where several keys have to sign, each holder does this on a machine of\n" +
+			"their own, with the two files PART.yaml and PART.yaml.sig, which are then handed on. What is signed are the bytes of\n" +
+			"the file: read it first. With the last signature DIR/bundle is written. Signing again with a key that has\n" +
+			"signed changes nothing, but puts what was signed elsewhere into the bundle.",
+		RunE: func(cmd *cobra.Command, args []string) error { return t.anyFolder().sign(args[0], signer) },
+	}
+	c.Flags().StringVar(&signer, "signer", "", "`file` of the key that signs; a .pub file means the one in the ssh-agent (default for all but the policy: the delegate's)")
+	return c
+}
+
+func (f *Folder) sign(name, signer string) error {
+	d, err := f.readDraft(name)
+	if err != nil {
+		return err
+	}
+	if _, err := d.typed(); err != nil {
+		return err
+	}
+	home := filepath.Clean(filepath.Dir(d.file)) == filepath.Clean(f.dir)
+	current := &bundle.File{}
+	if home {
+		if current, err = f.current(); err != nil {
+			return err
+		}
+		if err := d.follows(current); err != nil {
+			return err
+		}
+	}
+	if signer == "" {
+		if d.Part == bundle.PolicyPart {
+			return fault.New(fault.Usage, "name the root key with --signer FILE", "a policy is signed by a root key")
+		}
+		signer = f.path(delegate)
+		if _, err := os.Lstat(signer); errors.Is(err, fs.ErrNotExist) {
+			signer += ".pub"
+		}
+	}
+	k, err := loadKey(signer, f.ask, f.socket)
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	if err := f.maySign(k.Public(), d, current); err != nil {
+		return err
+	}
+	print := ssh.FingerprintSHA256(k.Public())
+	if d.signedBy(k.Public()) {
+		f.say("%s: %s has signed it before", d.file, print)
+	} else {
+		sig, err := bundle.Sign(d.data, namespace(d.Part), k.SSH())
+		if err != nil {
+			return err
+		}
+		d.sigs = append(d.sigs, sig)
+		if err := durable.Write(d.file+".sig", bytes.Join(d.sigs, nil)); err != nil {
+			return err
+		}
+		f.say("%s: signed by %s", d.file, print)
+	}
+	f.say("  %s %d of fleet %s, sha256 %s, signatures: %d", d.Part, d.Version, d.Fleet, hash(d.data), len(d.sigs))
+	if !home {
+		f.say("next: hand on %s and %s.sig", d.file, d.file)
+		return nil
+	}
+	return f.pack(d, current)
+}
+
+// current is the bundle in the folder; an empty one: there is none yet.
+func (f *Folder) current() (*bundle.File, error) {
+	data, err := os.ReadFile(f.path(bundleFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return &bundle.File{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return bundle.Parse(data)
+}
+
+// header returns that of the bundle's part, nil where it has none.
+func header(b *bundle.File, part string) *bundle.Header {
+	switch {
+	case part == bundle.PolicyPart && b.Policy != nil:
+		return &b.Policy.Header
+	case part == bundle.InventoryPart && b.Inventory != nil:
+		return &b.Inventory.Header
+	case part == bundle.RevocationsPart && b.Revocations != nil:
+		return &b.Revocations.Header
+	}
+	return nil
+}
+
+// follows refuses a draft that is neither the bundle's own part nor the next.
+func (d *draft) follows(current *bundle.File) error {
+	was := header(current, d.Part)
+	next := "run: halligan ca bundle next " + d.Part
+	switch {
+	case was == nil && d.Version != 1:
+		return fault.New(fault.Usage, "bring the bundle that has the version before it, as the file bundle beside it", "%s has version %d, and there is no bundle here", d.file, d.Version)
+	case was == nil || bytes.Equal(was.Bytes(), d.data):
+		return nil
+	case d.Version == was.Version:
+		return fault.New(fault.Refused, next, "%s was changed after its version %d was signed", d.file, was.Version)
+	case d.Version != was.Version+1 || d.Previous != was.Hash():
+		return fault.New(fault.Refused, next, "%s does not follow version %d, which is in the bundle", d.file, was.Version)
+	}
+	return nil
+}
+
+// maySign refuses a key whose signature would count for nothing, as far as the
+// policy that says so is here.
+func (f *Folder) maySign(key ssh.PublicKey, d *draft, current *bundle.File) error {
+	var keys []bundle.Key
+	if d.Part == bundle.PolicyPart {
+		own, err := d.typed()
+		if err != nil {
+			return err
+		}
+		keys = own.Policy.Roots.Keys
+		if current.Policy != nil {
+			keys = append(keys, current.Policy.Roots.Keys...)
+		}
+	} else {
+		p := current.Policy
+		if p == nil {
+			first, err := f.readDraft(bundle.PolicyPart)
+			if err != nil {
+				return nil // another machine than the authority's
+			}
+			own, err := first.typed()
+			if err != nil {
+				return err
+			}
+			p = own.Policy
+		}
+		keys = append(append(keys, p.Delegates...), p.Roots.Keys...)
+	}
+	if !slices.ContainsFunc(keys, func(k bundle.Key) bool { return same(k, key) }) {
+		who := map[bool]string{true: "root of this or of the policy in force", false: "delegate and no root"}[d.Part == bundle.PolicyPart]
+		return fault.New(fault.Refused, "sign with one that is; see the .pub files", "%s is no %s, so its signature would count for nothing", ssh.FingerprintSHA256(key), who)
+	}
+	return nil
+}
+
+// pack puts the part into the bundle once enough have signed, which is when
+// agents would take it.
+func (f *Folder) pack(d *draft, current *bundle.File) error {
+	next := *current
+	if err := next.Add(d.data, bytes.Join(d.sigs, nil)); err != nil {
+		return err
+	}
+	for _, part := range parts {
+		if header(&next, part) != nil {
+			continue
+		}
+		other, err := f.readDraft(part)
+		if err != nil {
+			return err
+		}
+		if len(other.sigs) == 0 {
+			return f.missing(part)
+		}
+		if err := next.Add(other.data, bytes.Join(other.sigs, nil)); err != nil {
+			return err
+		}
+	}
+	// Who has the bundle of before must be able to go on to this one.
+	anchor := &bundle.Anchor{}
+	if current.Policy != nil {
+		anchor.Roots = current.Policy.Roots
+	}
+	made, err := bundle.Verify(&next, anchor)
+	if err != nil {
+		f.say("not in the bundle yet: %s", strings.TrimPrefix(fault.Of(err).Message, "bundle: "))
+		return f.missing(d.Part)
+	}
+	if err := durable.Write(f.Bundle(), made.Raw()); err != nil {
+		return err
+	}
+	f.say("%s: complete, to be handed out: policy %d, inventory %d, revocations %d", f.Bundle(), made.Policy.Version, made.Inventory.Version, made.Revocations.Version)
+	return nil
+}
+
+// missing says what the bundle waits for.
+func (f *Folder) missing(part string) error {
+	by := ""
+	if part == bundle.PolicyPart {
+		by = " --signer ROOT-KEY, on the machine of another root"
+	}
+	f.say("next: halligan ca --dir %s bundle sign %s%s", f.dir, part, by)
+	return nil
+}
+
+func (t *tool) next() *cobra.Command {
+	return &cobra.Command{
+		Use: "next PART", Short: "Give an edited part the next version, ready to be signed", Args: words(1, "policy, inventory or revocations"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if !slices.Contains(parts, args[0]) {
+				return usage(cmd, "there is no part %q", args[0])
+			}
+			f, err := t.folder()
+			if err != nil {
+				return err
+			}
+			d, err := f.readDraft(args[0])
+			if err != nil {
+				return err
+			}
+			if err := f.advance(d); err != nil {
+				return err
+			}
+			t.say("%s: version %d", d.file, d.Version)
+			return f.missing(d.Part)
+		},
+	}
+}
+
+var (
+	versionLine  = regexp.MustCompile(`(?m)^version:.*\n`)
+	previousLine = regexp.MustCompile(`(?m)^previous:.*\n`)
+	signedLine   = regexp.MustCompile(`(?m)^signed:.*\n`)
+)
+
+// advance writes the heading of the version that follows the bundle's. All else
+// in the file stays as it is, comments too; signatures of an earlier draft go.
+func (f *Folder) advance(d *draft) error {
+	current, err := f.current()
+	if err != nil {
+		return err
+	}
+	h := bundle.First(d.Part, d.Fleet, f.now())
+	if was := header(current, d.Part); was != nil {
+		h = was.Next(f.now())
+	}
+	if len(versionLine.FindAll(d.data, -1)) != 1 || len(signedLine.FindAll(d.data, -1)) != 1 {
+		return fault.New(fault.Usage, "write both as lines of their own at the top", "%s has no line version: or no line signed:", d.file)
+	}
+	previous := ""
+	if h.Previous != "" {
+		previous = "previous: " + h.Previous + "\n"
+	}
+	data := previousLine.ReplaceAllLiteral(d.data, nil)
+	data = versionLine.ReplaceAllLiteral(data, fmt.Appendf(nil, "version: %d\n%s", h.Version, previous))
+	d.data, d.sigs, d.Header = signedLine.ReplaceAllLiteral(data, fmt.Appendf(nil, "signed: %s\n", h.Signed.Format(time.RFC3339))), nil, h
+	if _, err := d.typed(); err != nil {
+		return err
+	}
+	if err := os.Remove(d.file + ".sig"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return durable.Write(d.file, d.data)
+}
