@@ -436,24 +436,17 @@ func TestHeld(t *testing.T) {
 	}
 }
 
-// TestAloneIsToldBeforehand: nobody may be left to tell of it afterwards.
-func TestAloneIsToldBeforehand(t *testing.T) {
-	var h *heard
-	var server *Server
-	told := -1
-	server, h = open(t, &scripted{apply: func(context.Context, func(*halliganv1.Progress)) *halliganv1.Result {
-		told = len(h.of(alarm.Alone))
+// TestRefusedAction: a refusal in the result is told like one of a call.
+func TestRefusedAction(t *testing.T) {
+	server, h := open(t, &scripted{apply: func(context.Context, func(*halliganv1.Progress)) *halliganv1.Result {
 		return &halliganv1.Result{Result: "refused", Error: &halliganv1.Error{Code: "refused", Message: "no"}}
 	}})
-	apply, err := dial(t, server, alice, t.Context()).Apply(t.Context(), &halliganv1.ApplyRequest{PlanId: "p", Alone: true})
+	apply, err := dial(t, server, alice, t.Context()).Apply(t.Context(), &halliganv1.ApplyRequest{PlanId: "p"})
 	if err == nil {
 		_, err = apply.Recv()
 	}
-	if err != nil || told != 1 {
-		t.Errorf("%d told before the action; %v", told, err)
-	}
-	if got := h.of(alarm.Refusal); len(got) != 1 || got[0] != "alice: applying p: no" {
-		t.Errorf("refusals told: %q", got)
+	if got := h.of(alarm.Refusal); err != nil || len(got) != 1 || got[0] != "alice: applying p: no" {
+		t.Errorf("refusals told: %q; %v", got, err)
 	}
 }
 

@@ -11,7 +11,6 @@ import (
 
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
-	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/version"
 )
@@ -143,10 +142,6 @@ func (s *Server) apply(info authInfo, req *halliganv1.ApplyRequest, progress fun
 			cancel(context.Cause(info.held))
 		}
 	})()
-	if req.GetAlone() {
-		// Before the effect, since nobody may be left to tell of it after.
-		s.alarms.Raise(alarm.Of(alarm.Alone, info.who, "applies "+req.GetPlanId()+" alone, without the approvals of others"))
-	}
 	return s.engine.Apply(ctx, info.who, req, progress)
 }
 
