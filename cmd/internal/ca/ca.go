@@ -25,9 +25,9 @@ import (
 
 // Surroundings are what a command is run in.
 type Surroundings struct {
-	Out, Err io.Writer
-	Env      func(string) string
-	Now      func() time.Time
+	Out io.Writer
+	Env func(string) string
+	Now func() time.Time
 }
 
 // tool is one run of a command below ca.

@@ -14,11 +14,13 @@ import (
 	"time"
 
 	"github.com/mattn/go-isatty"
+	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/api/verb"
+	"github.com/halligan-io/halligan/cmd/internal/ca"
 )
 
 // settle is how long to ask what became of an application whose connection
@@ -52,6 +54,9 @@ func run(ctx context.Context, args []string, t verb.Terminal) int {
 	a := &app{env: t.Env}
 	return verb.New(t, verb.Options{
 		Connect: a.connect, Flags: a.flags, ReadFile: os.ReadFile,
+		Commands: func(v *verb.Verbs) []*cobra.Command {
+			return []*cobra.Command{ca.Command(ca.Surroundings{Out: v.Out, Env: v.Env, Now: v.Now})}
+		},
 		Again: func(ctx context.Context) (context.Context, context.CancelFunc) {
 			return signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 		},
