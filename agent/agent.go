@@ -23,9 +23,9 @@ import (
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/agent/storage"
+	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
-	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/version"
 )
 
@@ -43,16 +43,21 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	local, err := trust.ReadLocal(c.PolicyFile)
+	alarms, err := alarm.Open(alarm.Options{Node: c.Node, Cluster: c.Cluster, Sinks: c.Alarms, Log: log})
 	if err != nil {
 		return err
 	}
-	rules := trust.Default().Tighten(local)
+	defer alarms.Close()
 	records, err := journal.Open(c.StateDir, journal.Options{MaxBytes: c.JournalMaxBytes})
 	if err != nil {
 		return err
 	}
 	defer records.Close()
+	clock := newClock(records)
+	believed, err := newTrusted(c, clock, alarms, log)
+	if err != nil {
+		return err
+	}
 	encryption := storage.OpenEncryption(c.EncryptionConfig)
 	defer encryption.Close()
 	if err := encryption.Usable(ctx); err != nil {
@@ -67,9 +72,10 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer client.Close()
 
 	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
-		Encryption: encryption, Journal: records, Policy: func() *trust.Policy { return rules }, Log: log})
+		Encryption: encryption, Journal: records, Policy: believed.Policy, Cluster: c.Cluster, Fresh: believed.Fresh, Approvals: believed, Alarm: alarms.Raise,
+		Now: clock.Now, Log: log})
 	// Ending, in this order: the doors close when every call has returned, then
-	// the settling of old actions, then what both stand on.
+	// the settling of old actions, then what both stand on, the alarms last.
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	var background sync.WaitGroup
@@ -89,7 +95,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer stop()
 	log.Info().Str("version", version.String()).Str("distribution", distribution).Str("socket", c.Socket).
 		Strs("etcd", c.Etcd.Endpoints).Int("unfinished", len(records.Unfinished())).Msg("agent starts")
-	return serve(ctx, c, engine, log)
+	return serve(ctx, c, engine, believed, alarms, log)
 }
 
 // mended waits until the state folder can be opened, or the context ends.

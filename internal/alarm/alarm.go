@@ -28,6 +28,7 @@ const (
 	Sealed  Kind = "sealed"  // a sealed credential was used
 	Late    Kind = "late"    // a credential was admitted past an edge of its validity
 	Bundle  Kind = "bundle"  // something is wrong with the bundle
+	Closed  Kind = "closed"  // a door of the daemon could not be opened
 )
 
 // Loud reports whether the event must come through even where others flood.
