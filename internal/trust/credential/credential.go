@@ -107,6 +107,17 @@ func (a *Authority) User(key gossh.PublicKey, user string, source net.Addr) (tru
 	return id, nil
 }
 
+// Offered says cheaply whether a key that somebody merely offers could be let
+// in: a certificate that names an authority of the policy, or a sealed key. It
+// proves nothing, and checks no signature.
+func (a *Authority) Offered(key gossh.PublicKey) bool {
+	r := a.rules()
+	if cert, ok := key.(*gossh.Certificate); ok {
+		return cert.CertType == gossh.UserCert && r.isUserCA(gossh.FingerprintSHA256(cert.SignatureKey))
+	}
+	return IsSecurityKey(key) && slices.ContainsFunc(r.sealed, func(s sealedKey) bool { return s.fingerprint == gossh.FingerprintSHA256(key) })
+}
+
 // admit applies the clock rule, and says whether the identity is late.
 func (r *rules) admit(id trust.Identity, now time.Time) (late bool, err *fault.Error) {
 	early, over := now.Before(id.NotBefore), !now.Before(id.NotAfter)
@@ -256,12 +267,12 @@ func (a *Authority) Hold(ctx context.Context, id trust.Identity) (context.Contex
 // enforce refuses. needsPIN says that the signature must prove that the key has
 // verified its user.
 func (a *Authority) Approver(cert *gossh.Certificate) (who trust.Identity, needsPIN bool, err error) {
-	if _, bound := cert.CriticalOptions[optionSourceAddress]; bound {
-		return trust.Identity{}, false, refuse("an approver's certificate cannot be bound to an address, since the approval is carried by another")
-	}
 	id, err := a.vouched(cert, trust.Approver, true)
 	if err != nil {
 		return trust.Identity{}, false, err
+	}
+	if _, bound := cert.CriticalOptions[optionSourceAddress]; bound {
+		return trust.Identity{}, false, refuse("an approver's certificate cannot be bound to an address, since the approval is carried by another")
 	}
 	if id.Kind != trust.Person || id.Scope.Drill {
 		return trust.Identity{}, false, refuse("%s is not a person who approves", id.Person)
