@@ -492,18 +492,18 @@ func (v *Verbs) you(s *halliganv1.StatusResponse) string {
 		text += " through " + line(s.GetDoor())
 	}
 	if s.GetCredentialExpires() != nil {
-		text += ", " + v.ends(s.GetCredentialExpires())
+		text += ", " + Ends(s.GetCredentialExpires().AsTime(), v.Now())
 	}
 	return text
 }
 
-// ends says when a credential does.
-func (v *Verbs) ends(at *timestamppb.Timestamp) string {
-	left := at.AsTime().Sub(v.Now())
-	if left <= 0 {
-		return fmt.Sprintf("credential ended %s ago, at %s", age(-left), moment(at))
+// Ends says when a credential does, in words.
+func Ends(at, now time.Time) string {
+	when := at.UTC().Format(time.RFC3339)
+	if left := at.Sub(now); left > 0 {
+		return fmt.Sprintf("credential ends in %s, at %s", age(left), when)
 	}
-	return fmt.Sprintf("credential ends in %s, at %s", age(left), moment(at))
+	return fmt.Sprintf("credential ended %s ago, at %s", age(now.Sub(at)), when)
 }
 
 // showBundle shows which signed bundle is in force.
@@ -522,7 +522,7 @@ func (v *Verbs) showWhoami(s *halliganv1.StatusResponse) {
 	row(&b, "door", line(s.GetDoor()))
 	row(&b, "agent", aside(line(s.GetNode()), line(s.GetCluster())))
 	if s.GetCredentialExpires() != nil {
-		row(&b, "until", v.ends(s.GetCredentialExpires()))
+		row(&b, "until", Ends(s.GetCredentialExpires().AsTime(), v.Now()))
 	}
 	_, _ = b.WriteTo(v.Out)
 }

@@ -1,0 +1,266 @@
+// Package sshd is what people get who come to an agent with ssh: the verbs of
+// the command halligan as an exec line and as an interactive shell, and the
+// subsystem halligan-grpc, which is the agent's API inside an SSH channel.
+//
+// It is a door and nothing more: every verb goes through agent/door as the
+// identity that internal/sshserver has authenticated. It must never start a
+// process, read or write a file, expand anything in a line, or decide what
+// somebody may do. It stands on floor 4.
+package sshd
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+
+	"github.com/halligan-io/halligan/agent/door"
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/api/verb"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/sshserver"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+// Subsystem is the name under which the agent's API is offered.
+const Subsystem = "halligan-grpc"
+
+// Door is the agent's API: a *door.Server.
+type Door interface {
+	// Dial returns a client that is taken for who, as long as held lasts.
+	Dial(who trust.Identity, held context.Context) (*grpc.ClientConn, error)
+	// Hand serves a connection. After an error it is closed.
+	Hand(door.Conn) error
+}
+
+// Options say what is behind the SSH server, and what the prompt calls it.
+type Options struct {
+	Door Door
+	// Name is the agent's, NODE.CLUSTER.
+	Name string
+	// Now is the agent's clock.
+	Now func() time.Time
+	Log zerolog.Logger
+}
+
+// Handlers are what an SSH server offers to those it has let in.
+func Handlers(o Options) sshserver.Handlers {
+	h := &handler{o}
+	return sshserver.Handlers{
+		Session:    func(s *sshserver.Session) { h.session(s) },
+		Subsystems: map[string]func(*sshserver.Session){Subsystem: func(s *sshserver.Session) { h.subsystem(s) }},
+	}
+}
+
+type handler struct{ Options }
+
+// session is what this package needs of a *sshserver.Session, whose comments
+// hold.
+type session interface {
+	io.ReadWriteCloser
+	Stderr() io.Writer
+	Identity() trust.Identity
+	Held() context.Context
+	Context() context.Context
+	Command() string
+	Pty() (sshserver.Pty, bool)
+	Windows() <-chan sshserver.Window
+	Env() map[string]string
+	LocalAddr() net.Addr
+	RemoteAddr() net.Addr
+	Exit(status int) error
+}
+
+// settle is how long to ask what became of an application whose connection
+// broke. Inside the agent that is when the agent or the login ends.
+const settle = 2 * time.Second
+
+// session runs a line, or a shell until it ends.
+func (h *handler) session(s session) {
+	sh := &shell{handler: h, session: s, variables: s.Env()}
+	status := 0
+	pty, onTerminal := s.Pty()
+	if onTerminal {
+		sh.sit(pty.Window)
+		defer sh.keyboard.wait() // for the session to be closed
+	}
+	switch {
+	case s.Command() != "":
+		status = sh.line(s.Command())
+	case onTerminal:
+		status = sh.interact()
+	default:
+		status = sh.script()
+	}
+	_ = s.Exit(status) // who is gone needs no status
+}
+
+// subsystem hands the session to the API and returns when it has ended.
+func (h *handler) subsystem(s session) {
+	c := &channel{session: s, closed: make(chan struct{})}
+	c.close = sync.OnceValue(func() error { defer close(c.closed); return s.Close() })
+	if err := h.Door.Hand(c); err != nil {
+		_, _ = fmt.Fprintf(s.Stderr(), "halligan: %s\n", neutral.Line(fault.Of(err).Error()))
+	}
+	<-c.closed
+}
+
+// channel is a session as a connection of the API.
+type channel struct {
+	session
+	closed chan struct{}
+	close  func() error
+
+	mu    sync.Mutex // guards timer
+	timer *time.Timer
+}
+
+func (c *channel) Identity() (trust.Identity, error) { return c.session.Identity(), nil }
+
+func (c *channel) Close() error {
+	_ = c.SetDeadline(time.Time{})
+	return c.close()
+}
+
+// SetDeadline closes the channel at that time, which is what gRPC, its only
+// user, would do next.
+func (c *channel) SetDeadline(at time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.timer != nil {
+		c.timer.Stop()
+		c.timer = nil
+	}
+	if !at.IsZero() {
+		c.timer = time.AfterFunc(time.Until(at), func() { _ = c.close() })
+	}
+	return nil
+}
+
+func (c *channel) SetReadDeadline(at time.Time) error  { return c.SetDeadline(at) }
+func (c *channel) SetWriteDeadline(at time.Time) error { return c.SetDeadline(at) }
+
+// agent is a connection to the API that ends with a verb.
+type agent struct {
+	halliganv1.AgentClient
+	io.Closer
+}
+
+// shell is one session of verbs, on a terminal or not.
+type shell struct {
+	*handler
+	session
+	// variables are what the client has sent, and what was set since.
+	variables map[string]string
+	keyboard  *keyboard // nil where there is no terminal
+	editor    *editor   // as keyboard
+	left      bool      // by exit
+}
+
+func (sh *shell) connect(context.Context) (verb.Agent, error) {
+	conn, err := sh.Door.Dial(sh.Identity(), sh.Held())
+	if err != nil {
+		return nil, err
+	}
+	return agent{halliganv1.NewAgentClient(conn), conn}, nil
+}
+
+// verbs returns a command line.
+func (sh *shell) verbs() *verb.Verbs {
+	t := verb.Terminal{In: strings.NewReader(""), Out: sh.session, Err: sh.Stderr(),
+		Env: func(name string) string { return sh.variables[name] }, Now: sh.Now, Settle: settle, Reprobe: 100 * time.Millisecond}
+	o := verb.Options{Connect: sh.connect, Within: true}
+	if sh.keyboard != nil {
+		t.Out, t.Err, t.InTTY, t.OutTTY, t.ErrTTY = sh.editor, sh.editor, true, true, true
+		t.Ask, o.Again = sh.editor.ask, sh.keyboard.again
+	}
+	if sh.Command() == "" {
+		o.Commands = sh.own
+	}
+	return verb.New(t, o)
+}
+
+// line runs one line and returns its exit status.
+func (sh *shell) line(text string) int {
+	words, err := Words(text)
+	if err != nil {
+		sh.say("halligan: %s", fault.Of(err).Error())
+		return fault.CodeOf(err).Exit()
+	}
+	// What is copied from a README or a plan runs as it is.
+	if len(words) > 0 && words[0] == "halligan" {
+		words = words[1:]
+	} else if len(words) == 0 {
+		return 0
+	}
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(sh.Context()))
+	defer cancel(nil)
+	defer context.AfterFunc(sh.Context(), func() { cancel(verb.ErrGone) })()
+	if sh.keyboard != nil {
+		defer sh.keyboard.interrupts(func() { cancel(context.Canceled) })()
+	}
+	status := sh.verbs().Run(ctx, words)
+	if len(words) > 0 {
+		sh.Log.Info().Str("person", neutral.Line(sh.Identity().Person)).Str("source", sh.RemoteAddr().String()).
+			Str("verb", neutral.LineMax(words[0], 40)).Int("status", status).Msg("a line came in by SSH")
+	}
+	return status
+}
+
+// say tells the person something that is no verb's.
+func (sh *shell) say(text string, args ...any) {
+	w := sh.Stderr()
+	if sh.keyboard != nil {
+		w = sh.editor
+	}
+	_, _ = fmt.Fprintln(w, neutral.LineMax(fmt.Sprintf(text, args...), 1024))
+}
+
+// script runs the lines of a client without a terminal, all of them, and returns
+// the status of the first that failed.
+func (sh *shell) script() (status int) {
+	lines := bufio.NewScanner(sh.session)
+	lines.Buffer(nil, maxLine+2)
+	for !sh.left && sh.Context().Err() == nil && lines.Scan() {
+		if s := sh.line(lines.Text()); status == 0 {
+			status = s
+		}
+	}
+	if errors.Is(lines.Err(), bufio.ErrTooLong) {
+		sh.say("halligan: %s", malformed("a line has more than %d bytes", maxLine).Error())
+		return fault.Usage.Exit()
+	}
+	return status
+}
+
+// own are the verbs that only a shell has.
+func (sh *shell) own(*verb.Verbs) []*cobra.Command {
+	set := func(name, variable, what string) *cobra.Command {
+		return &cobra.Command{
+			Use: name + " [TEXT...]", Short: "Set the " + what + " for the rest of this shell, or show it", Args: cobra.ArbitraryArgs,
+			RunE: func(cmd *cobra.Command, args []string) error {
+				if len(args) > 0 {
+					sh.variables[variable] = strings.Join(args, " ")
+				}
+				_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s: %s\n", name, neutral.Line(sh.variables[variable]))
+				return err
+			},
+		}
+	}
+	return []*cobra.Command{
+		set("reason", "HALLIGAN_REASON", "reason of what is done"),
+		set("incident", "HALLIGAN_INCIDENT", "incident that things are done for"),
+		{Use: "exit", Aliases: []string{"quit", "logout"}, Short: "Leave this shell", Args: verb.NoArguments,
+			RunE: func(*cobra.Command, []string) error { sh.left = true; return nil }},
+	}
+}
