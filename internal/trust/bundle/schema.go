@@ -250,6 +250,9 @@ func (k *Key) UnmarshalJSON(data []byte) error {
 func (k Key) MarshalJSON() ([]byte, error) { return json.Marshal(k.Line()) }
 
 func cryptoKey(pub ssh.PublicKey) any {
+	if k, ok := pub.(Key); ok {
+		pub = k.PublicKey
+	}
 	if c, ok := pub.(ssh.CryptoPublicKey); ok {
 		return c.CryptoPublicKey()
 	}
