@@ -165,8 +165,14 @@ func New(o Options) *Engine {
 		kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]int{}, running: map[string]running{}}
 }
 
-// Describe returns the actions.
-func (e *Engine) Describe() []*halliganv1.Action { return Describe() }
+// Describe returns the actions, with the roles that the policy in force asks for.
+func (e *Engine) Describe() []*halliganv1.Action {
+	all, policy := Describe(), e.policy()
+	for i := range table {
+		all[i].Role = policy.Rung(e.request(&table[i])).String()
+	}
+	return all
+}
 
 // Plan computes what an action would do. It writes nothing anywhere.
 func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.PlanRequest) (*halliganv1.Plan, error) {

@@ -314,6 +314,11 @@ func TestDecidedAgain(t *testing.T) {
 	l.apply(responder, p, resultStale, "policy 8 is in force", false)
 	l.under(7, trust.Rules{Actions: map[string]trust.ActionRule{"scale": {Role: "commander"}}})
 	l.apply(responder, p, resultRefused, "needs the role commander", false)
+	for _, a := range l.engine.Describe() {
+		if want := map[string]string{"scale": "commander", "delete": "responder", "get": "observer"}[a.Name]; want != "" && a.Role != want {
+			t.Errorf("%s is described for the role %s", a.Name, a.Role)
+		}
+	}
 	l.under(7, trust.Rules{})
 	r := l.apply(responder, p, resultApplied, "", false)
 
@@ -365,7 +370,7 @@ func TestUndoAddsAuthority(t *testing.T) {
 			now = now.Add(undoOwn + time.Minute)
 			refused(responder, "one's own, a day later")
 			p, err := l.planAs(carol, "undo", undo)
-			if err != nil || !p.AddsAuthority || p.ApprovalsNeeded != 1 || p.AloneAllowed {
+			if err != nil || !p.AddsAuthority || p.ApprovalsNeeded != 1 || p.AloneAllowed || !strings.Contains(strings.Join(p.Warnings, "\n"), "which alice did") {
 				t.Fatalf("a commander: %v, %v", p, err)
 			}
 			l.apply(carol, p, resultAwaiting, "adds authority", false)

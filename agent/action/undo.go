@@ -204,6 +204,7 @@ func (p *planner) addAuthority(why string) error {
 		f := fault.Of(err)
 		return fault.New(f.Code, "ask whoever did it, or a commander; or change the object by a plan of your own", "%s adds authority: %s", why, f.Message)
 	}
+	p.warn("%s adds authority", why)
 	return nil
 }
 

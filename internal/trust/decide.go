@@ -97,8 +97,8 @@ func (p *Policy) Decide(who Identity, r Request) error {
 	return nil
 }
 
-// rung returns the least role that may do what is asked.
-func (p *Policy) rung(r Request) Role {
+// Rung returns the least role that may do what is asked.
+func (p *Policy) Rung(r Request) Role {
 	rung := r.Rung
 	if moved, ok := p.actions[r.Action]; ok {
 		rung = moved
@@ -119,7 +119,7 @@ func (p *Policy) role(who Identity, r Request) error {
 		return fault.New(fault.Refused, "come through a door of this agent", "nobody is not somebody")
 	case !slices.Contains([]Door{Console, SSH, GRPC}, who.Door):
 		return fault.New(fault.Refused, "come through a door of this agent", "%.64q is not a door of this agent", string(who.Door))
-	case who.Door == Console && who.Role > Responder:
+	case (who.Door == Console || who.Kind == Local) && who.Role > Responder:
 		// Whoever is root at the node is not known to be anybody else than the
 		// one who asks.
 		return fault.New(fault.Refused, "come with a certificate, by SSH", "at the console nobody is more than a responder")
@@ -129,7 +129,7 @@ func (p *Policy) role(who Identity, r Request) error {
 		}
 		return fault.New(fault.Refused, "take another role: observer, responder or commander", "%s is not for an approver, who reads plans and signs", r.Action)
 	}
-	if rung := p.rung(r); !who.Role.Has(rung) {
+	if rung := p.Rung(r); !who.Role.Has(rung) {
 		what := r.Action
 		if r.AddsAuthority {
 			what += ", which adds authority here,"
