@@ -82,15 +82,19 @@ func (e Event) Line() string {
 	if e.Loud {
 		b.WriteString("ALARM ")
 	}
-	b.WriteString(string(e.Kind) + ":")
+	b.WriteString(string(e.Kind))
+	var who []string
 	if e.Person != "" {
-		fmt.Fprintf(&b, " %s (%s)", e.Person, cmp.Or(e.Role, "no role"))
+		who = append(who, fmt.Sprintf("%s (%s)", e.Person, cmp.Or(e.Role, "no role")))
 	}
 	if e.Door != "" {
-		b.WriteString(" at " + e.Door)
+		who = append(who, "at "+e.Door)
 	}
 	if e.Source != "" {
-		b.WriteString(" from " + e.Source)
+		who = append(who, "from "+e.Source)
+	}
+	if len(who) > 0 {
+		b.WriteString(": " + strings.Join(who, " "))
 	}
 	b.WriteString(": " + e.Text)
 	if e.Unsaid > 0 {
