@@ -337,7 +337,9 @@ func TestFlood(t *testing.T) {
 func TestCertificate(t *testing.T) {
 	f := testfleet.New(t)
 	certFile, keyFile := f.ServerFiles(testfleet.Server, testfleet.Now())
-	load := func(name string) (func() (*tls.Certificate, error), error) { return mtls.Load(certFile, keyFile, name, zerolog.Nop()) }
+	load := func(name string) (func() (*tls.Certificate, error), error) {
+		return mtls.Load(certFile, keyFile, name, zerolog.Nop())
+	}
 	certificate, err := load(testfleet.Server)
 	if err != nil {
 		t.Fatal(err)
