@@ -184,16 +184,18 @@ func (s Scope) String() string {
 // Protected refuses an action on a protected object, whoever asks. Decide calls
 // it; others may ask what would be refused.
 func (p *Policy) Protected(action, resource, namespace, name string) error {
-	for _, r := range p.rules.Protect {
-		if matches(r.Actions, action) && matches(r.Resources, resource) &&
-			(len(r.Except) == 0 || !matches(r.Except, resource)) &&
-			matches(r.Namespaces, namespace) && matches(r.Names, name) {
+	hit := func(r Rule) bool {
+		return matches(r.Actions, action) && matches(r.Resources, resource) && (len(r.Except) == 0 || !matches(r.Except, resource)) &&
+			matches(r.Namespaces, namespace) && matches(r.Names, name)
+	}
+	for _, rules := range [...][]Rule{fixedRules, p.rules.Protect} {
+		if i := slices.IndexFunc(rules, hit); i >= 0 {
 			next := "no role can override this rule here; choose another target"
 			if action == "undo" {
 				next = "no role can override this rule here; only the API server can put it back"
 			}
 			return fault.New(fault.Refused, next, "policy protects %s against %s: %s",
-				Request{Resource: resource, Namespace: namespace, Name: name}.object(), action, r.Why)
+				Request{Resource: resource, Namespace: namespace, Name: name}.object(), action, rules[i].Why)
 		}
 	}
 	return nil

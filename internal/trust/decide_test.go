@@ -236,6 +236,9 @@ func TestRules(t *testing.T) {
 	if err := p.Protected("delete", "namespaces", "", "x"); err != nil {
 		t.Errorf("a table that was replaced still holds: %v", err)
 	}
+	if p.Protected("undo", "secrets", "shop", "s") == nil {
+		t.Error("a bundle lets Secrets be created through etcd")
+	}
 	if subject(p, "system:masters") == nil {
 		t.Error("a table that was not replaced does not hold")
 	}

@@ -89,7 +89,12 @@ var defaultRules = []Rule{
 		Actions: []string{"delete"}, Resources: []string{"services", "endpoints", "endpointslices.discovery.k8s.io"},
 		Namespaces: []string{"default"}, Names: []string{"kubernetes", "kubernetes-*"},
 		Why: "every pod finds the API server through it",
-	}, {
+	},
+}
+
+// fixedRules hold beside those of every policy: no bundle can replace them.
+var fixedRules = []Rule{
+	{
 		Actions: []string{"undo"}, Resources: []string{"secrets", "certificatesigningrequests.certificates.k8s.io",
 			"podcertificaterequests.certificates.k8s.io", "clustertrustbundles.certificates.k8s.io"},
 		Why: "Secrets and signing requests are never created through etcd; put it back through the API server",

@@ -16,6 +16,10 @@ import (
 // is the shipped table. Protect, KeepSubjects and Approvals replace the shipped
 // ones where they are there, be it as empty lists; a cap that is 0 stays the
 // shipped one.
+//
+// What no bundle can change is in the code: adding authority needs a commander
+// and an approval, an approver does nothing but approve, and Secrets and signing
+// requests are never created through etcd.
 type Rules struct {
 	// Actions changes the least role by the name of an action. A mutation never
 	// gets below responder, and what adds authority never below commander.
