@@ -22,6 +22,7 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/halligan-io/halligan/agent/door"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
@@ -46,8 +47,8 @@ type Door interface {
 // Options say what is behind the SSH server, and what the prompt calls it.
 type Options struct {
 	Door Door
-	// Name is the agent's, NODE.CLUSTER.
-	Name string
+	// Node and Cluster are the agent's names in the bundle.
+	Node, Cluster string
 	// Now is the agent's clock.
 	Now func() time.Time
 	Log zerolog.Logger
@@ -67,7 +68,7 @@ type handler struct{ Options }
 // session is what this package needs of a *sshserver.Session, whose comments
 // hold.
 type session interface {
-	io.ReadWriteCloser
+	io.ReadWriter
 	Stderr() io.Writer
 	Identity() trust.Identity
 	Held() context.Context
@@ -99,6 +100,9 @@ func (h *handler) session(s session) {
 		status = sh.line(s.Command())
 	case onTerminal:
 		status = sh.interact()
+		if s.Held().Err() != nil {
+			sh.keyboard.wait() // for the server to say why, and to hang up
+		}
 	default:
 		status = sh.script()
 	}
@@ -107,8 +111,7 @@ func (h *handler) session(s session) {
 
 // subsystem hands the session to the API and returns when it has ended.
 func (h *handler) subsystem(s session) {
-	c := &channel{session: s, closed: make(chan struct{})}
-	c.close = sync.OnceValue(func() error { defer close(c.closed); return s.Close() })
+	c := newChannel(s)
 	if err := h.Door.Hand(c); err != nil {
 		_, _ = fmt.Fprintf(s.Stderr(), "halligan: %s\n", neutral.Line(fault.Of(err).Error()))
 	}
@@ -123,6 +126,12 @@ type channel struct {
 
 	mu    sync.Mutex // guards timer
 	timer *time.Timer
+}
+
+func newChannel(s session) *channel {
+	c := &channel{session: s, closed: make(chan struct{})}
+	c.close = sync.OnceValue(func() error { defer close(c.closed); return s.Exit(0) })
+	return c
 }
 
 func (c *channel) Identity() (trust.Identity, error) { return c.session.Identity(), nil }
@@ -179,7 +188,7 @@ func (sh *shell) connect(context.Context) (verb.Agent, error) {
 func (sh *shell) verbs() *verb.Verbs {
 	t := verb.Terminal{In: strings.NewReader(""), Out: sh.session, Err: sh.Stderr(),
 		Env: func(name string) string { return sh.variables[name] }, Now: sh.Now, Settle: settle, Reprobe: 100 * time.Millisecond}
-	o := verb.Options{Connect: sh.connect, Within: true}
+	o := verb.Options{Connect: sh.connect, Within: true, Self: sh.self}
 	if sh.keyboard != nil {
 		t.Out, t.Err, t.InTTY, t.OutTTY, t.ErrTTY = sh.editor, sh.editor, true, true, true
 		t.Ask, o.Again = sh.editor.ask, sh.keyboard.again
@@ -188,6 +197,15 @@ func (sh *shell) verbs() *verb.Verbs {
 		o.Commands = sh.own
 	}
 	return verb.New(t, o)
+}
+
+func (sh *shell) self() *halliganv1.StatusResponse {
+	who := sh.Identity()
+	s := &halliganv1.StatusResponse{Node: sh.Node, Cluster: sh.Cluster, Actor: who.Person, Role: who.Role.String(), Door: string(who.Door)}
+	if !who.NotAfter.IsZero() {
+		s.CredentialExpires = timestamppb.New(who.NotAfter)
+	}
+	return s
 }
 
 // line runs one line and returns its exit status.

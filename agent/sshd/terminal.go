@@ -18,6 +18,7 @@ import (
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/sshserver"
+	"github.com/halligan-io/halligan/internal/trust"
 )
 
 const (
@@ -193,7 +194,7 @@ type editor struct {
 // sit gives the shell a terminal.
 func (sh *shell) sit(size sshserver.Window) {
 	sh.keyboard = newKeyboard(sh.session)
-	e := &editor{keys: sh.keyboard, prompt: fmt.Sprintf("halligan %s@%s> ", sh.Identity().Role, sh.Name)}
+	e := &editor{keys: sh.keyboard, prompt: fmt.Sprintf("halligan %s@%s.%s> ", sh.Identity().Role, sh.Node, sh.Cluster)}
 	e.Terminal = term.NewTerminal(struct {
 		io.Reader
 		io.Writer
@@ -270,11 +271,14 @@ func (sh *shell) interact() (status int) {
 // greet says who is where, and what to know about that.
 func (sh *shell) greet() {
 	who := sh.Identity()
-	text := fmt.Sprintf("%s as %s at %s", who.Person, who.Role, sh.Name)
+	text := fmt.Sprintf("%s as %s at %s.%s", who.Person, who.Role, sh.Node, sh.Cluster)
 	if !who.NotAfter.IsZero() {
 		text += ", " + verb.Ends(who.NotAfter, sh.Now())
 	}
 	sh.say("%s; help lists the verbs", text)
+	if !who.May(trust.Observer) {
+		return // and may not ask
+	}
 	ctx, cancel := context.WithTimeout(sh.Context(), greeting)
 	defer cancel()
 	conn, err := sh.connect(ctx)

@@ -57,8 +57,11 @@ func (v *Verbs) whoamiCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "whoami", Short: "Show whom the agent takes you for", Args: NoArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := v.fetchStatus(cmd.Context())
-			if err != nil {
+			var s *halliganv1.StatusResponse
+			var err error
+			if v.with.Self != nil {
+				s = v.with.Self()
+			} else if s, err = v.fetchStatus(cmd.Context()); err != nil {
 				return err
 			}
 			you := &halliganv1.StatusResponse{Node: s.GetNode(), Cluster: s.GetCluster(), Actor: s.GetActor(), Role: s.GetRole(),

@@ -84,6 +84,9 @@ type Options struct {
 	// Within is set where the command line is inside the agent: there is no
 	// shell to complete in, and no agent that knows more verbs.
 	Within bool
+	// Self, if set, says whom the agent takes the caller for, so that whoami need
+	// not ask.
+	Self func() *halliganv1.StatusResponse
 	// Where returns the flags that lead back to the agent of a plan, for the
 	// lines that are to be typed later.
 	Where func(*halliganv1.Plan) []string
