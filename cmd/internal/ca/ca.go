@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -146,8 +145,17 @@ func (t *tool) newPassphrase() ([]byte, error) {
 // say prints a line of a command's answer.
 func (t *tool) say(format string, args ...any) { fmt.Fprintf(t.Out, format+"\n", args...) }
 
-// hours writes a time as people say it, without zero minutes and seconds.
+// hours writes a time as people say it: 90 days, 168h, 1h30m, 40m.
 func hours(d time.Duration) string {
-	s := d.Round(time.Second).String()
-	return strings.TrimSuffix(strings.TrimSuffix(s, "0s"), "h0m") + map[bool]string{true: "h"}[strings.HasSuffix(s, "h0m0s")]
+	d = d.Round(time.Minute)
+	h, m := int(d.Hours()), int(d.Minutes())%60
+	switch {
+	case h > 14*24:
+		return fmt.Sprintf("%d days", h/24)
+	case m == 0:
+		return fmt.Sprintf("%dh", h)
+	case h == 0:
+		return fmt.Sprintf("%dm", m)
+	}
+	return fmt.Sprintf("%dh%dm", h, m)
 }

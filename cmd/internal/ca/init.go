@@ -1,7 +1,9 @@
 package ca
 
 import (
+	"bytes"
 	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,8 +13,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	yaml "go.yaml.in/yaml/v3"
 	"golang.org/x/crypto/ssh"
-	"sigs.k8s.io/yaml"
 
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -211,7 +213,7 @@ func (o *InitOptions) fill(dir string) error {
 			return err
 		}
 	}
-	authorities := map[string]any{"user": []string{lines[userCA]}, "host": []string{lines[hostCA]}}
+	authorities := map[string]any{"user": []string{lines[userCA]}, "host": []string{lines[hostCA]}} // written in the order of names
 	for name, a := range map[string]struct {
 		key   string
 		usage issuer.Usage
@@ -265,7 +267,7 @@ func (o *InitOptions) policy(roots []string, delegated string, authorities map[s
 	b.WriteString("# Who may do what in this fleet. Read all of it before you sign it.\n")
 	b.WriteString(o.heading("policy"))
 	add := func(comment string, v any) error {
-		text, err := yaml.Marshal(v)
+		text, err := plainYAML(v)
 		fmt.Fprintf(&b, "\n# %s\n%s", strings.ReplaceAll(comment, "\n", "\n# "), text)
 		return err
 	}
@@ -279,7 +281,7 @@ func (o *InitOptions) policy(roots []string, delegated string, authorities map[s
 		add("So many of these keys sign the next policy.", map[string]any{"roots": map[string]any{"threshold": o.Threshold, "keys": roots}}),
 		add("These sign inventories and revocations.", map[string]any{"delegates": []string{delegated}}),
 		add("What signs certificates of people, of servers, and of TLS clients and servers. No key is in two places.", map[string]any{"authorities": authorities}),
-		add("After this long without a new bundle, mutations need an approval or --alone. Nobody is locked out.", map[string]any{"freshFor": "168h"}),
+		add("When the revocations were signed longer ago, mutations need an approval or --alone. Nobody is locked out.", map[string]any{"freshFor": "168h"}),
 		add("People whose certificate ended, or begins, within this time are let in with an alarm.", map[string]any{"grace": "2h"}),
 		add("Longer certificates of people and automation are refused.", map[string]any{"maxCertificate": "168h"}),
 		add("What no action may touch, whoever asks; every list holds shell patterns, an empty one stands for everything.\nThis is the whole shipped table: what is struck here is no longer protected.", map[string]any{"protect": rules.Protect}),
@@ -313,6 +315,41 @@ keyIDs: []
 keys: []
 x509Serials: []
 `
+
+const maxLine = 110
+
+// plainYAML writes a value with its JSON names in their order, and no line folded:
+// a key is one line.
+func plainYAML(v any) ([]byte, error) {
+	text, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	var node yaml.Node
+	if err := yaml.Unmarshal(text, &node); err != nil {
+		return nil, err
+	}
+	var block func(*yaml.Node)
+	block = func(n *yaml.Node) {
+		n.Style = 0 // not JSON's
+		width := 0
+		for _, c := range n.Content {
+			block(c)
+			if width += len(c.Value) + 2; c.Kind != yaml.ScalarNode {
+				width = maxLine
+			}
+		}
+		if n.Kind == yaml.SequenceNode && width < maxLine {
+			n.Style = yaml.FlowStyle // a short list on one line
+		}
+	}
+	block(&node)
+	var out bytes.Buffer
+	enc := yaml.NewEncoder(&out)
+	enc.SetIndent(2)
+	err = enc.Encode(&node)
+	return out.Bytes(), err
+}
 
 // plain leaves of a comment what a line of YAML and a terminal can take.
 func plain(comment string) string {

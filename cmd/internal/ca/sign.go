@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/sha256"
@@ -46,9 +47,10 @@ func (t *tool) bundle() *cobra.Command {
 // draft is a part as it lies in a file, with its signatures beside it.
 type draft struct {
 	bundle.Header
-	file string
-	data []byte
-	sigs [][]byte // armored, each of these very bytes
+	file  string
+	data  []byte
+	sigs  [][]byte // armored, each of these very bytes
+	stale int      // how many others there were
 }
 
 func namespace(part string) string { return part + "@halligan.io" }
@@ -80,6 +82,8 @@ func (f *Folder) readDraft(name string) (*draft, error) {
 		// One of other bytes is of an earlier draft.
 		if _, err := bundle.VerifySignature(d.data, namespace(d.Part), armored); err == nil {
 			d.sigs = append(d.sigs, armored)
+		} else {
+			d.stale++
 		}
 	}
 	return d, nil
@@ -146,9 +150,9 @@ func (t *tool) sign() *cobra.Command {
 	c := &cobra.Command{
 		Use: "sign PART", Short: "Add the signature of one key to a part", Args: words(1, "policy, inventory, revocations, or the file of one of them"),
 		Long: "Adds one signature to PART.yaml.sig. Where several keys have to sign, each holder does this on a machine of\n" +
-			"their own, with the two files PART.yaml and PART.yaml.sig, which are then handed on. What is signed are the bytes of\n" +
-			"the file: read it first. With the last signature DIR/bundle is written. Signing again with a key that has\n" +
-			"signed changes nothing, but puts what was signed elsewhere into the bundle.",
+			"their own, with the two files PART.yaml and PART.yaml.sig, which are then handed on; several .sig files can also be\n" +
+			"joined with cat. What is signed are the bytes of the file: read it first. With the last signature DIR/bundle is\n" +
+			"written; where others have signed it all, run this in DIR without --signer.",
 		RunE: func(cmd *cobra.Command, args []string) error { return t.anyFolder().sign(args[0], signer) },
 	}
 	c.Flags().StringVar(&signer, "signer", "", "`file` of the key that signs; a .pub file means the one in the ssh-agent (default for all but the policy: the delegate's)")
@@ -163,7 +167,9 @@ func (f *Folder) sign(name, signer string) error {
 	if _, err := d.typed(); err != nil {
 		return err
 	}
-	home := filepath.Clean(filepath.Dir(d.file)) == filepath.Clean(f.dir)
+	// A root's holder has the part's two files, and no authority.
+	_, err = os.Lstat(f.path("serial"))
+	home := err == nil && filepath.Clean(filepath.Dir(d.file)) == filepath.Clean(f.dir)
 	current := &bundle.File{}
 	if home {
 		if current, err = f.current(); err != nil {
@@ -173,15 +179,48 @@ func (f *Folder) sign(name, signer string) error {
 			return err
 		}
 	}
-	if signer == "" {
-		if d.Part == bundle.PolicyPart {
-			return fault.New(fault.Usage, "name the root key with --signer FILE", "a policy is signed by a root key")
-		}
-		signer = f.path(delegate)
-		if _, err := os.Lstat(signer); errors.Is(err, fs.ErrNotExist) {
-			signer += ".pub"
+	if d.stale > 0 {
+		f.say("%s: %d signature(s) of another version of it are left out", d.file, d.stale)
+	}
+	if signer, err = f.defaultSigner(d, signer); err != nil {
+		return err
+	}
+	if signer != "" {
+		if err := f.addSignature(d, signer, current); err != nil {
+			return err
 		}
 	}
+	f.say("  %s %d of fleet %s, sha256 %s, signatures: %d", d.Part, d.Version, d.Fleet, hash(d.data), len(d.sigs))
+	if !home {
+		f.say("next: hand on %s and %s.sig", d.file, d.file)
+		return nil
+	}
+	return f.pack(d, current)
+}
+
+// defaultSigner is the delegate's key, where it may sign. "": nobody signs here,
+// since others have done it.
+func (f *Folder) defaultSigner(d *draft, signer string) (string, error) {
+	if signer != "" {
+		return signer, nil
+	}
+	if d.Part != bundle.PolicyPart {
+		for _, file := range []string{f.path(delegate), f.path(delegate + ".pub")} {
+			if _, err := os.Lstat(file); err == nil {
+				return file, nil
+			}
+		}
+	}
+	if len(d.sigs) > 0 {
+		return "", nil
+	}
+	if d.Part == bundle.PolicyPart {
+		return "", fault.New(fault.Usage, "name the root key with --signer FILE", "a policy is signed by root keys")
+	}
+	return "", fault.New(fault.Usage, "name the delegate's key with --signer FILE", "there is no key of a delegate here")
+}
+
+func (f *Folder) addSignature(d *draft, signer string, current *bundle.File) error {
 	k, err := loadKey(signer, f.ask, f.socket)
 	if err != nil {
 		return err
@@ -193,23 +232,18 @@ func (f *Folder) sign(name, signer string) error {
 	print := ssh.FingerprintSHA256(k.Public())
 	if d.signedBy(k.Public()) {
 		f.say("%s: %s has signed it before", d.file, print)
-	} else {
-		sig, err := bundle.Sign(d.data, namespace(d.Part), k.SSH())
-		if err != nil {
-			return err
-		}
-		d.sigs = append(d.sigs, sig)
-		if err := durable.Write(d.file+".sig", bytes.Join(d.sigs, nil)); err != nil {
-			return err
-		}
-		f.say("%s: signed by %s", d.file, print)
-	}
-	f.say("  %s %d of fleet %s, sha256 %s, signatures: %d", d.Part, d.Version, d.Fleet, hash(d.data), len(d.sigs))
-	if !home {
-		f.say("next: hand on %s and %s.sig", d.file, d.file)
 		return nil
 	}
-	return f.pack(d, current)
+	sig, err := bundle.Sign(d.data, namespace(d.Part), k.SSH())
+	if err != nil {
+		return err
+	}
+	d.sigs = append(d.sigs, sig)
+	if err := durable.Write(d.file+".sig", bytes.Join(d.sigs, nil)); err != nil {
+		return err
+	}
+	f.say("%s: signed by %s", d.file, print)
+	return nil
 }
 
 // current is the bundle in the folder; an empty one: there is none yet.
@@ -290,14 +324,47 @@ func (f *Folder) maySign(key ssh.PublicKey, d *draft, current *bundle.File) erro
 }
 
 // pack puts the part into the bundle once enough have signed, which is when
-// agents would take it.
+// agents would take it: it is offered to the bundle here as it would be to theirs.
 func (f *Folder) pack(d *draft, current *bundle.File) error {
-	next := *current
+	next := &bundle.File{}
 	if err := next.Add(d.data, bytes.Join(d.sigs, nil)); err != nil {
 		return err
 	}
+	if current.Policy == nil {
+		return f.first(d, next)
+	}
+	store, err := bundle.Open(bundle.Options{Path: f.Bundle(), Now: f.now})
+	if err != nil {
+		return err
+	}
+	changed, err := store.Offer(next.Format())
+	switch {
+	case changed:
+		return cmp.Or(err, f.complete(store.Current()))
+	case err != nil:
+		f.say("not in the bundle: %s", strings.TrimPrefix(fault.Of(err).Message, "bundle: "))
+		return f.missing(d.Part)
+	}
+	f.say("%s: has it already", f.Bundle())
+	return nil
+}
+
+// first makes the first bundle, once every part is signed.
+func (f *Folder) first(d *draft, next *bundle.File) error {
+	if p := next.Policy; p != nil {
+		n := 0
+		for _, k := range p.Roots.Keys {
+			if d.signedBy(k) {
+				n++
+			}
+		}
+		if n < p.Roots.Threshold {
+			f.say("  %d of %d roots have signed, %d have to", n, len(p.Roots.Keys), p.Roots.Threshold)
+			return f.missing(d.Part)
+		}
+	}
 	for _, part := range parts {
-		if header(&next, part) != nil {
+		if part == d.Part {
 			continue
 		}
 		other, err := f.readDraft(part)
@@ -311,20 +378,19 @@ func (f *Folder) pack(d *draft, current *bundle.File) error {
 			return err
 		}
 	}
-	// Who has the bundle of before must be able to go on to this one.
-	anchor := &bundle.Anchor{}
-	if current.Policy != nil {
-		anchor.Roots = current.Policy.Roots
-	}
-	made, err := bundle.Verify(&next, anchor)
+	b, err := bundle.Verify(next, nil)
 	if err != nil {
-		f.say("not in the bundle yet: %s", strings.TrimPrefix(fault.Of(err).Message, "bundle: "))
-		return f.missing(d.Part)
+		f.say("no bundle yet: %s", strings.TrimPrefix(fault.Of(err).Message, "bundle: "))
+		return f.missing(bundle.PolicyPart)
 	}
-	if err := durable.Write(f.Bundle(), made.Raw()); err != nil {
+	if err := durable.Write(f.Bundle(), b.Raw()); err != nil {
 		return err
 	}
-	f.say("%s: complete, to be handed out: policy %d, inventory %d, revocations %d", f.Bundle(), made.Policy.Version, made.Inventory.Version, made.Revocations.Version)
+	return f.complete(b)
+}
+
+func (f *Folder) complete(b *bundle.Bundle) error {
+	f.say("%s: complete, to be handed out: policy %d, inventory %d, revocations %d", f.Bundle(), b.Policy.Version, b.Inventory.Version, b.Revocations.Version)
 	return nil
 }
 

@@ -78,7 +78,7 @@ func (t *tool) show(b *bundle.Bundle, anchored bool) {
 	p := b.Policy
 	t.say("fleet %s, verified", p.Fleet)
 	for _, h := range []*bundle.Header{&p.Header, &b.Inventory.Header, &b.Revocations.Header} {
-		t.say("  %-11s %d, %s old, signed by", h.Part, h.Version, hours(t.Now().Sub(h.Signed).Round(time.Minute)))
+		t.say("%s %d, %s, signed by", h.Part, h.Version, h.Signed.UTC().Format(time.RFC3339))
 		for _, armored := range split(h.Signatures()) {
 			key, err := bundle.VerifySignature(h.Bytes(), namespace(h.Part), armored)
 			if err != nil {

@@ -50,7 +50,7 @@ type Validity struct{ NotBefore, NotAfter time.Time }
 // unless that would make it longer than most.
 func From(now time.Time, life, most time.Duration) (Validity, error) {
 	if life < time.Minute || life > most {
-		return Validity{}, fault.New(fault.Usage, "give --for a time within that", "a certificate for %v is outside 1m to %v", life, most)
+		return Validity{}, fault.New(fault.Usage, "give --for a time within that", "a certificate for %s is outside 1m to %s", short(life), short(most))
 	}
 	now = now.Truncate(time.Second)
 	end := now.Add(life)
@@ -59,6 +59,18 @@ func From(now time.Time, life, most time.Duration) (Validity, error) {
 		begin = earliest
 	}
 	return Validity{begin, end}, nil
+}
+
+// short writes a time without zero minutes and seconds.
+func short(d time.Duration) string {
+	s := d.String()
+	if cut, ok := strings.CutSuffix(s, "m0s"); ok {
+		s = cut + "m"
+	}
+	if cut, ok := strings.CutSuffix(s, "h0m"); ok {
+		s = cut + "h"
+	}
+	return s
 }
 
 // Life is how long a certificate of this validity was asked for.
@@ -99,9 +111,9 @@ func (h Holder) Check() error {
 	case !credential.ValidPerson(h.Person):
 		return mistake("take 1 to 64 of a-z 0-9 . _ @ -, and always the same for one person", "%q is not a person's name here", h.Person)
 	case len(h.Roles) == 0:
-		return mistake("give --role, one of observer, responder, commander, approver", "a certificate without a role opens nothing")
+		return mistake("give --roles, some of observer, responder, commander, approver", "a certificate without a role opens nothing")
 	case len(h.Clusters) == 0:
-		return mistake("give --cluster NAME, one for each cluster", "a certificate without a cluster opens nothing")
+		return mistake("give --clusters, the name of each", "a certificate without a cluster opens nothing")
 	}
 	for i, r := range h.Roles {
 		if !slices.Contains(trust.Roles(), r) || slices.Contains(h.Roles[:i], r) {
@@ -196,7 +208,7 @@ func (k *Key) CheckSSH(cert *ssh.Certificate) error {
 	if ssh.FingerprintSHA256(cert.SignatureKey) != ssh.FingerprintSHA256(k.Public()) {
 		return mistake("name the key that signed it", "the certificate was signed by another key, %s", ssh.FingerprintSHA256(cert.SignatureKey))
 	}
-	checker := ssh.CertChecker{SupportedCriticalOptions: []string{credential.OptionClusters, "verify-required"},
+	checker := ssh.CertChecker{SupportedCriticalOptions: []string{credential.OptionClusters, "source-address", "verify-required"},
 		Clock: func() time.Time { return time.Unix(int64(cert.ValidAfter), 0) }} // #nosec G115 -- only a moment within its validity
 	if len(cert.ValidPrincipals) == 0 {
 		return mistake("issue a new one", "the certificate names nobody, so it would stand for everybody")

@@ -123,11 +123,29 @@ func FromAgent(socket string, public ssh.PublicKey) (*Key, error) {
 	}
 	for _, s := range signers {
 		if bytes.Equal(s.PublicKey().Marshal(), public.Marshal()) {
-			return &Key{Where: "ssh-agent", signer: s, agent: conn}, nil
+			return &Key{Where: "ssh-agent", signer: known{s, public}, agent: conn}, nil
 		}
 	}
 	conn.Close()
 	return nil, fault.New(fault.NotFound, "add it: ssh-add KEY; see what is there: ssh-add -l", "the ssh-agent does not have the key %s", ssh.FingerprintSHA256(public))
+}
+
+// known is a signer whose public key is more than bytes, which is all that an
+// ssh-agent tells. An agent's signers can all choose the algorithm, which RSA
+// needs.
+type known struct {
+	ssh.Signer
+	public ssh.PublicKey
+}
+
+func (k known) PublicKey() ssh.PublicKey { return k.public }
+
+func (k known) SignWithAlgorithm(random io.Reader, data []byte, algorithm string) (*ssh.Signature, error) {
+	s, ok := k.Signer.(ssh.AlgorithmSigner)
+	if !ok {
+		return nil, fmt.Errorf("the ssh-agent's key does not sign by %s", algorithm)
+	}
+	return s.SignWithAlgorithm(random, data, algorithm)
 }
 
 // Close lets go of the ssh-agent, if the key is there.
