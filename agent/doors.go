@@ -3,20 +3,26 @@ package agent
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
+	"golang.org/x/crypto/ssh"
 
 	"github.com/halligan-io/halligan/agent/console"
 	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/agent/mtls"
+	"github.com/halligan-io/halligan/agent/sshd"
 	"github.com/halligan-io/halligan/internal/alarm"
+	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/sshserver"
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
@@ -37,6 +43,8 @@ type doors struct {
 	mu          sync.Mutex // guards all below
 	closed      map[string]string
 	certificate func() (*tls.Certificate, error) // of gRPC, once it is loaded
+	sshServer   *sshserver.Server                // once its key is loaded
+	host        *ssh.Certificate                 // as sshServer
 }
 
 // serve opens the doors and serves until the context ends, then stops
@@ -91,6 +99,11 @@ func (d *doors) outside(ctx context.Context) {
 		var inside sync.WaitGroup
 		defer inside.Wait()
 		inside.Go(func() { d.trusted.watch(ctx) })
+		if c := d.config.SSH; c != nil {
+			for _, address := range c.Listen {
+				inside.Go(func() { d.keep(ctx, "ssh "+address, func() error { return d.ssh(ctx, address) }) })
+			}
+		}
 		if g := d.config.GRPC; g != nil {
 			for _, address := range g.Listen {
 				inside.Go(func() { d.keep(ctx, "grpc "+address, func() error { return d.grpc(ctx, address) }) })
@@ -166,6 +179,82 @@ func (d *doors) load() (func() (*tls.Certificate, error), error) {
 	return d.certificate, nil
 }
 
+// ssh serves SSH at one address until the context ends.
+func (d *doors) ssh(ctx context.Context, address string) error {
+	server, err := d.newSSH()
+	if err != nil {
+		return err
+	}
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+	if err != nil {
+		return err
+	}
+	d.opened("ssh " + address)
+	return server.Serve(ctx, l)
+}
+
+// newSSH returns the SSH server, which all addresses share.
+func (d *doors) newSSH() (*sshserver.Server, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.sshServer != nil {
+		return d.sshServer, nil
+	}
+	c := d.config
+	signers, cert, err := hostKey(c.SSH.HostKey, c.SSH.HostCertificate, c.Node+"."+c.Cluster)
+	if err != nil {
+		return nil, err
+	}
+	authority := d.trusted.opened.Load().authority
+	server, err := sshserver.New(sshserver.Options{HostSigners: signers, Authenticate: authority.User, Offer: authority.Offered, Hold: authority.Hold,
+		Handlers: sshd.Handlers(sshd.Options{Door: d.server, Node: c.Node, Cluster: c.Cluster, Now: d.trusted.clock.Now, Log: d.log}),
+		Relay:    d.trusted.relay, Log: d.log, Alarm: d.alarms.Raise})
+	if err != nil {
+		return nil, err
+	}
+	d.sshServer, d.host = server, cert
+	return server, nil
+}
+
+// hostKey reads the host's key and its certificate, which must be for the name.
+// A key without a certificate would be no proof of who answers, so it is not
+// shown alone to who could trust it at first use.
+func hostKey(keyFile, certFile, name string) ([]ssh.Signer, *ssh.Certificate, error) {
+	mend := func(file string, err error) error {
+		return fault.New(fault.Usage, "make both with halligan ca issue", "the SSH host's %s: %w", file, err)
+	}
+	if err := durable.CheckPrivate(keyFile); err != nil {
+		return nil, nil, mend(keyFile, err)
+	}
+	data, err := os.ReadFile(keyFile)
+	if err != nil {
+		return nil, nil, mend(keyFile, err)
+	}
+	key, err := ssh.ParsePrivateKey(data)
+	if err != nil {
+		return nil, nil, mend(keyFile, err)
+	}
+	if data, err = os.ReadFile(certFile); err != nil {
+		return nil, nil, mend(certFile, err)
+	}
+	public, _, _, _, err := ssh.ParseAuthorizedKey(data)
+	if err != nil {
+		return nil, nil, mend(certFile, err)
+	}
+	cert, ok := public.(*ssh.Certificate)
+	switch {
+	case !ok || cert.CertType != ssh.HostCert:
+		return nil, nil, mend(certFile, errors.New("it is no host certificate"))
+	case !slices.Equal(cert.ValidPrincipals, []string{name}):
+		return nil, nil, mend(certFile, fmt.Errorf("it is for %q, and this is %s", cert.ValidPrincipals, name))
+	}
+	signer, err := ssh.NewCertSigner(cert, key)
+	if err != nil {
+		return nil, nil, mend(certFile, err)
+	}
+	return []ssh.Signer{signer, key}, cert, nil
+}
+
 // warnings tells what is degraded, each in one line.
 func (d *doors) warnings() []string {
 	all := d.trusted.warnings()
@@ -176,7 +265,7 @@ func (d *doors) warnings() []string {
 			shut = append(shut, name+" is not open: "+why)
 		}
 	}
-	certificate := d.certificate
+	certificate, host := d.certificate, d.host
 	d.mu.Unlock()
 	slices.Sort(shut)
 	all = append(all, shut...)
@@ -184,6 +273,9 @@ func (d *doors) warnings() []string {
 		if cert, err := certificate(); err == nil {
 			all = append(all, d.trusted.certificateWarnings(cert)...)
 		}
+	}
+	if host != nil {
+		all = append(all, d.trusted.hostWarnings(host)...)
 	}
 	if n := d.alarms.Dropped(); n > 0 {
 		all = append(all, fmt.Sprintf("%d alarms were dropped since the agent started: see its log", n))

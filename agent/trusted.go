@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"golang.org/x/crypto/ssh"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/halligan-io/halligan/agent/action"
@@ -295,18 +296,37 @@ func (t *trusted) warnings() (all []string) {
 	return all
 }
 
-// certificateWarnings tells what clients will find wrong with the certificate
-// that the agent shows them.
-func (t *trusted) certificateWarnings(cert *tls.Certificate) (all []string) {
-	now, left := t.clock.Now(), cert.Leaf.NotAfter.Sub(t.clock.Now())
-	switch {
+// ending warns of a certificate that the agent shows and that ends soon.
+func (t *trusted) ending(what string, at time.Time) []string {
+	switch left := at.Sub(t.clock.Now()); {
 	case left <= 0:
-		all = append(all, fmt.Sprintf("the agent's gRPC certificate ended at %s: replace it", cert.Leaf.NotAfter.Format(time.RFC3339)))
+		return []string{fmt.Sprintf("the agent's %s ended at %s: replace it", what, at.UTC().Format(time.RFC3339))}
 	case left < certificateWarning:
-		all = append(all, fmt.Sprintf("the agent's gRPC certificate ends in %v: replace it", left.Round(time.Minute)))
+		return []string{fmt.Sprintf("the agent's %s ends in %v: replace it", what, left.Round(time.Minute))}
 	}
+	return nil
+}
+
+// hostWarnings tells what clients will find wrong with the SSH host's
+// certificate.
+func (t *trusted) hostWarnings(cert *ssh.Certificate) (all []string) {
+	if cert.ValidBefore < 1<<40 {
+		all = t.ending("SSH host certificate", time.Unix(int64(cert.ValidBefore), 0)) // #nosec G115 -- bounded
+	}
+	if o := t.opened.Load(); o != nil && !slices.ContainsFunc(o.store.Current().Policy.Authorities.Host, func(k bundle.Key) bool {
+		return k.Fingerprint() == ssh.FingerprintSHA256(cert.SignatureKey)
+	}) {
+		all = append(all, "the agent's SSH host certificate is none that the bundle's host authority vouches for: replace it")
+	}
+	return all
+}
+
+// certificateWarnings tells what clients will find wrong with the gRPC
+// certificate.
+func (t *trusted) certificateWarnings(cert *tls.Certificate) []string {
+	all, now := t.ending("gRPC certificate", cert.Leaf.NotAfter), t.clock.Now()
 	o := t.opened.Load()
-	if o == nil || left <= 0 {
+	if o == nil || now.After(cert.Leaf.NotAfter) {
 		return all
 	}
 	between := x509.NewCertPool()

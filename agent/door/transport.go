@@ -53,12 +53,11 @@ func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	open, end := context.WithCancel(info.held)
 	a := &admitted{Conn: c, release: sync.OnceFunc(func() { end(); release() })}
 	context.AfterFunc(open, func() {
-		err := context.Cause(info.held)
-		if err == nil { // the peer went away
+		if info.held.Err() == nil { // the peer went away
 			return
 		}
-		if fault.Is(err, fault.Unauthenticated) {
-			t.server.refused(info.who, err)
+		if revoked(info.held) {
+			t.server.refused(info.who, context.Cause(info.held))
 		}
 		time.AfterFunc(farewell, func() { a.Close() })
 	})
