@@ -377,6 +377,12 @@ func TestSignWithCertificate(t *testing.T) {
 	}
 	_, err = VerifySignature([]byte("x"), PolicyNamespace, join(sig, sig))
 	wantError(t, err, "2 signatures")
+	for _, k := range []any{must(rsa.GenerateKey(rand.Reader, minRSA)), tlsKeys()[0]} {
+		s := must(ssh.NewSignerFromKey(k))
+		if _, err := Sign([]byte("x"), PolicyNamespace, s); err != nil {
+			t.Error(s.PublicKey().Type(), err)
+		}
+	}
 	_, err = Sign([]byte("x"), "", signer("root-1"))
 	wantError(t, err, "namespace")
 }

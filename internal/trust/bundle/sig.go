@@ -2,10 +2,10 @@ package bundle
 
 import (
 	"bytes"
+	"encoding/pem"
 	"errors"
 	"fmt"
-
-	"encoding/pem"
+	"io"
 
 	"github.com/hiddeco/sshsig"
 	"golang.org/x/crypto/ssh"
@@ -34,14 +34,27 @@ func Sign(part []byte, namespace string, signer ssh.Signer) ([]byte, error) {
 	return armored, nil
 }
 
-// plainSigner signs as the key of a certificate, not as the certificate.
+// plainSigner signs as the key of a certificate, not as the certificate. What
+// an agent calls its keys is read anew, since it does not tell the two apart.
 type plainSigner struct{ ssh.Signer }
 
 func (s plainSigner) PublicKey() ssh.PublicKey {
-	if c, ok := s.Signer.PublicKey().(*ssh.Certificate); ok {
+	pub, err := ssh.ParsePublicKey(s.Signer.PublicKey().Marshal())
+	if err != nil {
+		return s.Signer.PublicKey()
+	}
+	if c, ok := pub.(*ssh.Certificate); ok {
 		return c.Key
 	}
-	return s.Signer.PublicKey()
+	return pub
+}
+
+// SignWithAlgorithm is what RSA keys need, which have several.
+func (s plainSigner) SignWithAlgorithm(random io.Reader, data []byte, algorithm string) (*ssh.Signature, error) {
+	if a, ok := s.Signer.(ssh.AlgorithmSigner); ok {
+		return a.SignWithAlgorithm(random, data, algorithm)
+	}
+	return nil, fmt.Errorf("this signer cannot choose %s", algorithm)
 }
 
 // VerifySignature checks one armored signature over the bytes, in the

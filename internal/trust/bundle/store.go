@@ -38,10 +38,12 @@ type Options struct {
 	// there is survived only as long as the process runs.
 	State  string
 	Anchor *Anchor
-	// Now is the wall clock, against which the signing time of a new part is
-	// held; nil: time.Now. A clock that the bundle moves could be moved further
-	// by every new part.
+	// Now is the clock that freshness goes by; nil: time.Now.
 	Now func() time.Time
+	// Wall is the clock that the signing time of a new part is held against;
+	// nil: time.Now. It must not be one that bundles move, or each could move it
+	// a little further.
+	Wall func() time.Time
 	// Log is told, in one line, what is in force; Alarm what somebody must look
 	// at: a fork, a bad file, a stale bundle. Either may be nil. They must not
 	// block.
@@ -76,6 +78,9 @@ type Store struct {
 func Open(o Options) (*Store, error) {
 	if o.Now == nil {
 		o.Now = time.Now
+	}
+	if o.Wall == nil {
+		o.Wall = time.Now
 	}
 	if o.Log == nil {
 		o.Log = func(string) {}
@@ -202,7 +207,7 @@ func (s *Store) offer(data []byte, durably bool) (changed bool, err error) {
 // ahead refuses new parts that are signed in the future. Where the wall clock
 // has fallen back, it goes by what the roots last signed.
 func (s *Store) ahead(now, next *Bundle) error {
-	old, most := now.File().headers(), s.o.Now()
+	old, most := now.File().headers(), s.o.Wall()
 	if now.Policy.Signed.After(most) {
 		most = now.Policy.Signed
 	}
