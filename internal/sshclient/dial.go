@@ -218,7 +218,7 @@ func (h *hello) failed(ctx context.Context, login Login, err error) error {
 	switch {
 	case h.host != nil:
 		return fault.New(fault.Unauthenticated, "do not go on: another machine answers at this address, or its host certificate must be renewed; try another node with --node",
-			"%s is not who answers at %s: %w", t.Name, t.Address, h.host)
+			"%s is not who answers at %s: %s", t.Name, t.Address, fault.Of(h.host).Message)
 	case errors.As(err, &negotiation) && strings.Contains(negotiation.What, "host key"):
 		return fault.New(fault.Unauthenticated, "do not go on: another machine answers at this address, or the agent there has no host certificate",
 			"what answers at %s shows no host certificate, so it may not be %s", t.Address, t.Name)

@@ -22,10 +22,13 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/halligan-io/halligan/agent/console"
+	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/testfleet"
 )
 
 func TestMain(m *testing.M) {
@@ -90,61 +93,76 @@ func exits(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// stage is a console with a playing engine, behind a relay that can be cut.
+// stage is a playing engine behind doors, which stand behind relays that can be
+// cut.
 type stage struct {
+	node   string
 	socket string
 	begun  chan struct{} // told of each blocking application
 	halt   chan struct{} // closed when the application that can be stopped is
 	stop   func()
+	// approvers verifies approvals; nil: none is asked for.
+	approvers func(tokens []string, p *halliganv1.Plan, who trust.Identity) error
 
-	mu      sync.Mutex // guards all below
-	live    map[net.Conn]bool
-	plans   map[string]*halliganv1.Plan
-	entries []*halliganv1.HistoryEntry
-	applied int
+	mu         sync.Mutex // guards all below
+	live       map[net.Conn]bool
+	plans      map[string]*halliganv1.Plan
+	entries    []*halliganv1.HistoryEntry
+	applied    int
+	leaderless bool
 }
 
+func newStage(node string) *stage {
+	return &stage{node: node, begun: make(chan struct{}, 1), halt: make(chan struct{}), live: map[net.Conn]bool{}, plans: map[string]*halliganv1.Plan{}}
+}
+
+// deaf hears no alarm.
+type deaf struct{}
+
+func (deaf) Raise(alarm.Event) {}
+
+// startStage opens a console.
 func startStage() (*stage, error) {
 	dir, err := os.MkdirTemp("", "cli")
 	if err != nil {
 		return nil, err
 	}
-	s := &stage{socket: filepath.Join(dir, "relay.sock"), begun: make(chan struct{}, 1), halt: make(chan struct{}), live: map[net.Conn]bool{}, plans: map[string]*halliganv1.Plan{}}
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
+	s := newStage("cp-1")
+	s.socket = filepath.Join(dir, "relay.sock")
 	inner := filepath.Join(dir, "agent", "agent.sock")
-	served := make(chan error, 1)
-	running.Go(func() { served <- console.Serve(ctx, inner, s, zerolog.Nop()) })
-	relay, err := net.Listen("unix", s.socket)
+	l, err := console.Listen(inner)
 	if err != nil {
-		cancel()
 		return nil, err
 	}
-	running.Go(func() { s.relay(relay, inner) })
+	server, err := door.New(door.Options{Engine: s, Alarms: deaf{}, Log: zerolog.Nop()})
+	if err != nil {
+		return nil, err
+	}
+	var running sync.WaitGroup
+	running.Go(func() { _ = server.Serve(l) })
+	relay, err := net.Listen("unix", s.socket)
+	if err != nil {
+		server.Shutdown()
+		return nil, err
+	}
+	running.Go(func() { s.relay(relay, "unix", inner) })
 	s.stop = sync.OnceFunc(func() {
-		cancel()
+		server.Shutdown()
 		relay.Close()
 		s.cut()
 		running.Wait()
 		os.RemoveAll(dir)
 	})
-	for range 500 {
-		if c, err := net.Dial("unix", inner); err == nil {
-			return s, c.Close()
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	s.stop()
-	return nil, fmt.Errorf("the console did not open: %v", <-served)
+	return s, nil
 }
 
-func (s *stage) relay(l net.Listener, inner string) {
+func (s *stage) relay(l net.Listener, network, inner string) {
 	for {
 		near, err := l.Accept()
 		if err != nil {
 			return
 		}
-		far, err := net.Dial("unix", inner)
+		far, err := net.Dial(network, inner)
 		if err != nil {
 			near.Close()
 			continue
@@ -185,7 +203,17 @@ func (s *stage) Describe() []*halliganv1.Action {
 }
 
 func (s *stage) Status(_ context.Context, who trust.Identity) (*halliganv1.StatusResponse, error) {
-	return &halliganv1.StatusResponse{Node: "cp-1", Version: "v0.1.0", Time: timestamppb.New(moment0), Actor: "console/1000", Role: who.Role.String(),
+	actor, now := "console/1000", moment0
+	if who.Door != trust.Console {
+		actor, now = who.Person, time.Now()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.leaderless {
+		return &halliganv1.StatusResponse{Node: s.node, Version: "v0.1.0", Time: timestamppb.New(now), Actor: actor, Role: who.Role.String(), ReadOnly: "etcd has no leader",
+			Etcd: &halliganv1.EtcdStatus{Endpoint: "https://127.0.0.1:2379", Version: "3.7.3", MemberId: "ab", Error: "no leader"}}, nil
+	}
+	return &halliganv1.StatusResponse{Node: s.node, Version: "v0.1.0", Time: timestamppb.New(now), Actor: actor, Role: who.Role.String(),
 		Distribution: "kubeadm", StateFreeBytes: 5 << 30, StateUsedBytes: 1500, Encryption: map[string]string{"secrets": "aesgcm"},
 		Etcd: &halliganv1.EtcdStatus{Endpoint: "https://127.0.0.1:2379", Version: "3.7.3", MemberId: "ab", LeaderId: "cd", Revision: 42,
 			DbSizeBytes: 25 << 20, DbQuotaBytes: 2 << 30, Quorum: true, LatencyMs: 0.5}}, nil
@@ -193,7 +221,7 @@ func (s *stage) Status(_ context.Context, who trust.Identity) (*halliganv1.Statu
 
 var moment0 = time.Date(2026, 11, 23, 2, 3, 4, 0, time.UTC)
 
-func (s *stage) Plan(_ context.Context, _ trust.Identity, req *halliganv1.PlanRequest) (*halliganv1.Plan, error) {
+func (s *stage) Plan(_ context.Context, who trust.Identity, req *halliganv1.PlanRequest) (*halliganv1.Plan, error) {
 	target := req.GetParameters().GetFields()["target"].GetStringValue()
 	_, play, _ := strings.Cut(target, "/")
 	if play == "refused" {
@@ -202,8 +230,12 @@ func (s *stage) Plan(_ context.Context, _ trust.Identity, req *halliganv1.PlanRe
 	if play == "missing" {
 		return nil, fault.New(fault.NotFound, "see: halligan get deployments", "no deployment %s", play)
 	}
+	actor := "console/1000"
+	if who.Door != trust.Console {
+		actor = who.Person
+	}
 	p := &halliganv1.Plan{
-		Id: "id-" + play, Action: req.GetAction(), Parameters: req.GetParameters(), Actor: "console/1000", Role: "responder", Node: "cp-1", Cluster: "c0ffee",
+		Id: "id-" + play, Action: req.GetAction(), Parameters: req.GetParameters(), Actor: actor, Role: "responder", Node: s.node, Cluster: "c0ffee",
 		Reason: req.GetReason(), Incident: req.GetIncident(), Via: "etcd", ViaReason: "the only way that this agent has", Revision: 41,
 		Summary: req.GetAction() + " " + target, Created: timestamppb.New(moment0), Expires: timestamppb.New(moment0.Add(10 * time.Minute)),
 		Bypassed: []string{"admission"}, Needs: []string{"kube-controller-manager"},
@@ -224,6 +256,10 @@ func (s *stage) Plan(_ context.Context, _ trust.Identity, req *halliganv1.PlanRe
 		p.Summary, p.ViaReason, p.Warnings = evil, evil, []string{evil}
 		p.Objects[0].Name, p.Objects[0].Changes[0].After, p.Objects[0].Warnings = evil, evil, []string{evil}
 	}
+	if play == "guarded" {
+		p.ApprovalsNeeded, p.ApprovalReason, p.Nonce, p.ClusterName, p.PolicyVersion = 1, "it is guarded", "nonce", testfleet.Cluster, 1
+		p.Created, p.Expires = timestamppb.Now(), timestamppb.New(time.Now().Add(time.Hour))
+	}
 	sum, err := api.PlanSHA256(p)
 	if err != nil {
 		return nil, err
@@ -237,15 +273,31 @@ func (s *stage) Plan(_ context.Context, _ trust.Identity, req *halliganv1.PlanRe
 	return p, nil
 }
 
-func (s *stage) Apply(ctx context.Context, _ trust.Identity, id, sum string, progress func(*halliganv1.Progress)) *halliganv1.Result {
+func (s *stage) ShowPlan(_ context.Context, _ trust.Identity, id string) (*halliganv1.Plan, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p := s.plans[id]; p != nil {
+		return p, nil
+	}
+	return nil, fault.New(fault.NotFound, "plan again", "no plan %s waits", id)
+}
+
+func (s *stage) Apply(ctx context.Context, who trust.Identity, req *halliganv1.ApplyRequest, progress func(*halliganv1.Progress)) *halliganv1.Result {
+	id := req.GetPlanId()
 	s.mu.Lock()
 	p := s.plans[id]
 	s.applied++
 	s.mu.Unlock()
 	r := &halliganv1.Result{Action: id, Result: "applied", Via: "etcd", Plan: p, TimingsMs: map[string]float64{"plan": 1, "write": 2.5, "total": 4}}
-	if sum != p.GetSha256() {
+	if req.GetPlanSha256() != p.GetSha256() {
 		r.Result, r.Error = "stale", api.ErrorOf(fault.New(fault.Stale, "plan again", "another hash"))
 		return r
+	}
+	if p.GetApprovalsNeeded() > 0 {
+		if err := s.approvers(req.GetApprovals(), p, who); err != nil {
+			r.Result, r.Error = "refused", api.ErrorOf(err)
+			return r
+		}
 	}
 	for i, o := range p.GetObjects() {
 		r.Objects = append(r.Objects, &halliganv1.ObjectResult{Key: o.GetKey(), Uid: o.GetUid(), RevisionBefore: o.GetRevision(), RevisionAfter: int64(100 + i), Outcome: "applied"})

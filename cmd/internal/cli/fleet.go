@@ -1,0 +1,527 @@
+package cli
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	gossh "golang.org/x/crypto/ssh"
+	"golang.org/x/term"
+	"google.golang.org/grpc"
+
+	"github.com/halligan-io/halligan/api"
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/sshclient"
+	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
+	"github.com/halligan-io/halligan/internal/trust/credential"
+	"github.com/halligan-io/halligan/internal/version"
+)
+
+const (
+	// parallel is how many nodes are asked at a time.
+	parallel = 16
+	// patience is how long one node has for an answer, touched how long where
+	// its login waits for a person to touch a key.
+	patience = 5 * time.Second
+	touched  = 60 * time.Second
+	// carrying bounds the exchange of bundles at the end of a connection.
+	carrying = 2 * time.Second
+)
+
+// fleet is what the bundle says, and what to log in with.
+type fleet struct {
+	app     *app
+	bundles interface{ Current() *bundle.Bundle }
+	store   *bundle.Store // nil: nothing newer can be kept
+	clock   *trust.Clock
+	servers *credential.Servers
+	ring    *sshclient.Keyring
+	login   sshclient.Login
+	loose   sync.WaitGroup // connections that are being given up
+}
+
+// fixed is a bundle that nothing replaces.
+type fixed struct{ b *bundle.Bundle }
+
+func (f fixed) Current() *bundle.Bundle { return f.b }
+
+// bundleOf reads the bundle and the newer one that an agent has handed over
+// since, if there is one. The file that the person names is never written.
+func (a *app) bundleOf() (*fleet, error) {
+	const next = "name it with --bundle or HALLIGAN_BUNDLE"
+	path, err := filepath.EvalSymlinks(a.bundle)
+	if err != nil {
+		return nil, fault.New(fault.Usage, next, "the bundle cannot be read: %w", err)
+	}
+	data, err := readFile(path, bundle.MaxSize)
+	if err != nil {
+		return nil, fault.New(fault.Usage, next, "the bundle cannot be read: %w", err)
+	}
+	file, err := bundle.Parse(data)
+	if err != nil {
+		return nil, err
+	}
+	f := &fleet{app: a, clock: trust.NewClock(version.Built())}
+	if state := a.state(file); state != "" {
+		f.store, err = bundle.Open(bundle.Options{Path: path, State: state, Now: a.Now, Alarm: func(err error) { a.note("%s", fault.Of(err).Error()) }})
+		if err == nil {
+			f.bundles = f.store
+		}
+	}
+	if f.bundles == nil {
+		// A folder that cannot be written, or a copy that somebody else may have
+		// written, keeps nobody out.
+		b, verr := bundle.Verify(file, nil)
+		if verr != nil {
+			return nil, verr
+		}
+		if err != nil {
+			a.note("newer bundles cannot be kept: %s", fault.Of(err).Message)
+		}
+		f.store, f.bundles = nil, fixed{b}
+	}
+	f.clock.Raise(f.bundles.Current().Signed())
+	f.servers = &credential.Servers{Bundle: f.bundles, Clock: f.clock, Warn: func(text string) { a.note("%s", text) }}
+	return f, nil
+}
+
+// state returns where the newest bundle of a fleet is kept, "" without a home.
+// It goes by the roots too: another fleet of the same name is another fleet.
+func (a *app) state(file *bundle.File) string {
+	base := a.Env("XDG_STATE_HOME")
+	if !filepath.IsAbs(base) {
+		if base = a.Env("HOME"); base == "" {
+			return ""
+		}
+		base = filepath.Join(base, ".local", "state")
+	}
+	if file.Policy == nil {
+		return ""
+	}
+	var keys []string
+	for _, k := range file.Policy.Roots.Keys {
+		keys = append(keys, k.Fingerprint())
+	}
+	slices.Sort(keys)
+	sum := sha256.Sum256([]byte(fmt.Sprint(file.Policy.Roots.Threshold, keys)))
+	return filepath.Join(base, "halligan", file.Policy.Fleet+"-"+hex.EncodeToString(sum[:6]), "bundle")
+}
+
+// open reads the bundle and finds what to log in with, once.
+func (a *app) open() (*fleet, error) {
+	if a.fleet != nil {
+		return a.fleet, nil
+	}
+	f, err := a.bundleOf()
+	if err != nil {
+		return nil, err
+	}
+	if err := f.identify(); err != nil {
+		f.close()
+		return nil, err
+	}
+	a.fleet = f
+	return f, nil
+}
+
+func (f *fleet) close() {
+	if f != nil {
+		f.loose.Wait()
+		_ = f.ring.Close()
+	}
+}
+
+// identify chooses what to log in with, and in which cluster.
+func (f *fleet) identify() error {
+	a, b := f.app, f.bundles.Current()
+	role, err := a.role()
+	if err != nil {
+		return err
+	}
+	cluster := a.cluster
+	if a.node != "" {
+		host, err := f.find(a.node, a.cluster)
+		if err != nil {
+			return err
+		}
+		cluster = host.Cluster
+	}
+	if cluster != "" {
+		if _, known := b.Inventory.Cluster(cluster); !known {
+			return fault.New(fault.NotFound, "known are: "+strings.Join(clusters(b), ", "), "the bundle's inventory has no cluster %q", cluster)
+		}
+	}
+	if f.ring, err = sshclient.Open(sshclient.Sources{File: a.identity, Agent: a.Env("SSH_AUTH_SOCK"), Passphrase: passphrase}); err != nil {
+		return err
+	}
+	f.login, err = f.ring.Choose(sshclient.Want{
+		Role: role, Cluster: cluster, Now: f.clock.Now(), Grace: time.Duration(b.Policy.Grace),
+		Authority: func(k gossh.PublicKey) bool {
+			return slices.ContainsFunc(b.Policy.Authorities.User, func(ca bundle.Key) bool { return ca.Fingerprint() == gossh.FingerprintSHA256(k) })
+		},
+		Sealed: func(k gossh.PublicKey) (sshclient.Sealed, bool) {
+			for _, s := range b.Policy.Sealed {
+				if role, err := trust.ParseRole(s.Role); err == nil && s.Key.Fingerprint() == gossh.FingerprintSHA256(k) {
+					return sshclient.Sealed{Person: s.Person, Role: role, Clusters: s.Clusters, NotBefore: s.NotBefore, NotAfter: s.NotAfter}, true
+				}
+			}
+			return sshclient.Sealed{}, false
+		},
+	})
+	if err != nil {
+		return err
+	}
+	if f.login.Late {
+		a.note("%s is valid from %s to %s; agents admit it for %s beyond that; renew it now: %s", f.login.Name(), stamp(f.login.NotBefore), stamp(f.login.NotAfter), time.Duration(b.Policy.Grace), f.renewal())
+	}
+	return nil
+}
+
+// renewal is the command that renews the certificate.
+func (f *fleet) renewal() string {
+	file := "KEY"
+	if !strings.HasPrefix(f.login.From, "ssh-agent") {
+		file = f.login.From
+	}
+	return "halligan ca renew " + file + "-cert.pub"
+}
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+func clusters(b *bundle.Bundle) (names []string) {
+	for _, c := range b.Inventory.Clusters {
+		names = append(names, c.Name)
+	}
+	return names
+}
+
+func (f *fleet) find(node, cluster string) (bundle.Host, error) {
+	return f.bundles.Current().Inventory.Find(node, cluster)
+}
+
+// clusterOf returns the cluster that a line without --cluster means: the only
+// one of the bundle that the credential is good for.
+func (f *fleet) clusterOf() (string, error) {
+	if f.app.cluster != "" {
+		return f.app.cluster, nil
+	}
+	var may []string
+	for _, name := range clusters(f.bundles.Current()) {
+		if slices.Contains(f.login.Clusters, name) {
+			may = append(may, name)
+		}
+	}
+	switch len(may) {
+	case 0:
+		return "", fault.New(fault.Unauthenticated, "name another key with --identity, or take the fleet's bundle with --bundle",
+			"%s is for clusters %s, of which the bundle's inventory has none", f.login.Name(), strings.Join(f.login.Clusters, ", "))
+	case 1:
+		return may[0], nil
+	}
+	return "", fault.New(fault.Usage, "say which with --cluster: "+strings.Join(may, ", "), "%s is for %d clusters of the bundle", f.login.Name(), len(may))
+}
+
+// passphrase asks on the terminal of this process, wherever its streams lead.
+func passphrase(file string) ([]byte, error) {
+	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+	if err != nil {
+		return nil, errors.New("there is no terminal")
+	}
+	defer tty.Close()
+	fmt.Fprintf(tty, "Passphrase of %s: ", neutral.Line(file))
+	answer, err := term.ReadPassword(int(tty.Fd()))
+	fmt.Fprintln(tty)
+	return answer, err
+}
+
+// agent is a connection to one agent. What an agent says of its bundle in a
+// status decides whether the two are exchanged at the end.
+type agent struct {
+	halliganv1.AgentClient
+	conn io.Closer
+
+	// Over the network:
+	fleet *fleet
+	host  bundle.Host
+	ssh   *sshclient.Client
+
+	mu     sync.Mutex // guards status
+	status *halliganv1.StatusResponse
+}
+
+// Status asks the agent, and remembers the answer.
+func (a *agent) Status(ctx context.Context, in *halliganv1.StatusRequest, opts ...grpc.CallOption) (*halliganv1.StatusResponse, error) {
+	s, err := a.AgentClient.Status(ctx, in, opts...)
+	if err == nil {
+		a.mu.Lock()
+		a.status = s
+		a.mu.Unlock()
+	}
+	return s, err
+}
+
+// Close exchanges bundles where that is due, and ends the connection. All that
+// the caller wanted is answered by then.
+func (a *agent) Close() error {
+	if a.ssh == nil {
+		return a.conn.Close()
+	}
+	a.carry()
+	return errors.Join(a.conn.Close(), a.ssh.Close())
+}
+
+// dial logs in at a node.
+func (f *fleet) dial(ctx context.Context, host bundle.Host) (*agent, error) {
+	client, err := f.enter(ctx, host)
+	if err != nil {
+		return nil, err
+	}
+	stream, err := client.Agent()
+	if err != nil {
+		client.Close()
+		return nil, err
+	}
+	conn, err := overConn(stream, host.ID(), func(context.Context) (net.Conn, error) {
+		return nil, fmt.Errorf("the connection to %s is gone", host.ID())
+	})
+	if err != nil {
+		client.Close()
+		return nil, err
+	}
+	return &agent{AgentClient: halliganv1.NewAgentClient(conn), conn: conn, fleet: f, host: host, ssh: client}, nil
+}
+
+// enter opens the SSH door of a node.
+func (f *fleet) enter(ctx context.Context, host bundle.Host) (*sshclient.Client, error) {
+	if f.login.SecurityKey() && f.app.ErrTTY {
+		fmt.Fprintf(f.app.Err, "touch the key to log in at %s\n", host.ID())
+	}
+	return sshclient.Dial(ctx, sshclient.Target{Name: host.ID(), Address: host.SSH().String(), HostKey: f.servers.HostKey(host.ID())}, f.login)
+}
+
+// limits returns how many logins may run at a time, and how long each may take:
+// a key that is to be touched can be touched for one at a time.
+func (f *fleet) limits() (int, time.Duration) {
+	if f.login.SecurityKey() {
+		return 1, touched
+	}
+	return parallel, patience
+}
+
+// answer is what asking one node has brought.
+type answer struct {
+	host   bundle.Host
+	agent  *agent // nil when it could not be reached
+	status *halliganv1.StatusResponse
+	// begun and took say when the question was sent and how long the answer took.
+	begun time.Time
+	took  time.Duration
+	err   error
+}
+
+// healthy reports whether a mutation can be expected to work from there.
+func (a answer) healthy() bool {
+	e := a.status.GetEtcd()
+	return a.err == nil && e.GetQuorum() && e.GetLeaderId() != "" && a.status.GetReadOnly() == ""
+}
+
+// ask asks one node for its status.
+func (f *fleet) ask(ctx context.Context, host bundle.Host, limit time.Duration) (r answer) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	r.host = host
+	if r.agent, r.err = f.dial(ctx, host); r.err != nil {
+		return r
+	}
+	r.begun = f.app.Now()
+	if r.status, r.err = r.agent.Status(ctx, &halliganv1.StatusRequest{}); r.err != nil {
+		r.agent.abandon()
+		r.agent = nil
+	}
+	r.took = f.app.Now().Sub(r.begun)
+	return r
+}
+
+// askAll asks the nodes, some at a time, and hands on what each brings as it
+// comes. The channel is closed at the end; it must be read to that.
+func (f *fleet) askAll(ctx context.Context, hosts []bundle.Host, limit time.Duration) <-chan answer {
+	n, standard := f.limits()
+	if limit <= 0 {
+		limit = standard
+	}
+	out, turns := make(chan answer), make(chan struct{}, n)
+	var asking sync.WaitGroup
+	go func() {
+		for _, host := range hosts {
+			turns <- struct{}{}
+			asking.Go(func() {
+				defer func() { <-turns }()
+				if ctx.Err() != nil {
+					out <- answer{host: host, err: ctx.Err()}
+					return
+				}
+				out <- f.ask(ctx, host, limit)
+			})
+		}
+		asking.Wait()
+		close(out)
+	}()
+	return out
+}
+
+// first logs in at the first node of the cluster that answers and is healthy.
+// Where none is, one that answers serves: reads still work there, and it says
+// itself what does not.
+func (f *fleet) first(ctx context.Context) (*agent, error) {
+	cluster, err := f.clusterOf()
+	if err != nil {
+		return nil, err
+	}
+	hosts := f.bundles.Current().Inventory.Nodes(cluster)
+	switch len(hosts) {
+	case 0:
+		return nil, fault.New(fault.NotFound, "choose another with --cluster, or have the inventory completed", "the bundle's inventory has no nodes of cluster %s", cluster)
+	case 1:
+		return f.dial(ctx, hosts[0])
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var spare *agent
+	var failed []answer
+	// take returns the agent that is good enough to stop asking.
+	take := func(r answer) *agent {
+		switch {
+		case r.err != nil:
+			failed = append(failed, r)
+		case r.healthy():
+			spare.abandon()
+			return r.agent
+		case spare == nil:
+			spare = r.agent
+		default:
+			r.agent.abandon()
+		}
+		return nil
+	}
+	if n, limit := f.limits(); n == 1 {
+		for _, host := range hosts {
+			if won := take(f.ask(ctx, host, limit)); won != nil {
+				return won, nil
+			}
+		}
+	} else {
+		answers := f.askAll(ctx, hosts, 0)
+		for r := range answers {
+			if won := take(r); won != nil {
+				cancel()
+				f.loose.Go(func() {
+					for r := range answers {
+						r.agent.abandon()
+					}
+				})
+				return won, nil
+			}
+		}
+	}
+	if ctx.Err() != nil {
+		spare.abandon()
+		return nil, ctx.Err()
+	}
+	if spare != nil {
+		return spare, nil
+	}
+	return nil, allDead("no agent of cluster "+cluster+" can be reached", failed)
+}
+
+// maxReasons is how many nodes' errors are told in one line.
+const maxReasons = 3
+
+// allDead is the error of a cluster or fleet of which nobody answers.
+func allDead(text string, failed []answer) error {
+	slices.SortFunc(failed, func(x, y answer) int { return strings.Compare(x.host.ID(), y.host.ID()) })
+	code, next := fault.Unreachable, "try from another network, or at a node itself: halligan --socket "
+	var reasons []string
+	for _, r := range failed {
+		e := fault.Of(r.err)
+		if e.Code == fault.Unauthenticated {
+			code, next = e.Code, e.Next
+		}
+		if len(reasons) < maxReasons && !slices.Contains(reasons, e.Message) {
+			reasons = append(reasons, e.Message)
+		}
+	}
+	if code == fault.Unreachable {
+		next += api.DefaultSocket
+	}
+	if more := len(failed) - len(reasons); more > 0 && len(reasons) == maxReasons {
+		reasons = append(reasons, fmt.Sprintf("and %d more", more))
+	}
+	return fault.New(code, next, "%s: %s", text, strings.Join(reasons, "; "))
+}
+
+// abandon ends a connection that is not needed.
+func (a *agent) abandon() {
+	if a != nil {
+		_ = a.conn.Close()
+		_ = a.ssh.Close()
+	}
+}
+
+// carry shows the agent this machine's bundle and takes over the agent's, once
+// in a run and only where the two may differ: so no bastion can keep a
+// revocation from the agents. It is bounded, and nobody waits for its outcome.
+func (a *agent) carry() {
+	f, app := a.fleet, a.fleet.app
+	mine := f.bundles.Current()
+	a.mu.Lock()
+	theirs := a.status
+	a.mu.Unlock()
+	if theirs != nil && sameBundle(theirs.GetBundle(), mine) {
+		return
+	}
+	app.mu.Lock()
+	done := app.exchanged[a.host.ID()]
+	app.exchanged[a.host.ID()] = true
+	app.mu.Unlock()
+	select {
+	case <-a.ssh.Done():
+		return
+	default:
+	}
+	if done || app.ctx.Err() != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(app.ctx, carrying)
+	defer cancel()
+	got, err := a.ExchangeBundle(ctx, &halliganv1.ExchangeBundleRequest{Bundle: mine.Raw()})
+	if err != nil {
+		return // an agent that is older, or in trouble: the next one takes it
+	}
+	if e := got.GetRefused(); e != nil && e.GetCode() != string(fault.Stale) {
+		app.note("%s refuses this machine's bundle: %s", a.host.ID(), e.GetMessage())
+	}
+	if len(got.GetBundle()) == 0 || f.store == nil {
+		return
+	}
+	if _, err := f.store.Offer(got.GetBundle()); err != nil && !errors.Is(err, bundle.ErrOlder) && !errors.Is(err, bundle.ErrForked) {
+		app.note("the bundle of %s is not taken over: %s", a.host.ID(), fault.Of(err).Message)
+	}
+}
+
+func sameBundle(theirs *halliganv1.BundleStatus, mine *bundle.Bundle) bool {
+	return theirs.GetPolicyVersion() == mine.Policy.Version && theirs.GetInventoryVersion() == mine.Inventory.Version &&
+		theirs.GetRevocationsVersion() == mine.Revocations.Version
+}
