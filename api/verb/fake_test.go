@@ -68,6 +68,10 @@ func (f *fake) Stop(_ context.Context, req *halliganv1.StopRequest, _ ...grpc.Ca
 	return &halliganv1.StopResponse{}, nil
 }
 
+func (f *fake) Describe(context.Context, *halliganv1.DescribeRequest, ...grpc.CallOption) (*halliganv1.DescribeResponse, error) {
+	return &halliganv1.DescribeResponse{}, nil
+}
+
 func (f *fake) Status(context.Context, *halliganv1.StatusRequest, ...grpc.CallOption) (*halliganv1.StatusResponse, error) {
 	return f.status, nil
 }
@@ -307,5 +311,47 @@ func TestWithin(t *testing.T) {
 	}
 	if status, out, _ := s.run(t.Context()); status != 0 || !strings.Contains(out, "whoami") || strings.Contains(out, "completion") {
 		t.Errorf("%d, %s", status, out)
+	}
+}
+
+func TestHelp(t *testing.T) {
+	s := newStand()
+	for args, part := range map[string]string{"help": "whoami", "help scale": "scale KIND/NAME", "scale -h": "--alone", "help plan": "show", "plan --help": "PLAN-ID"} {
+		if status, out, errs := s.run(t.Context(), strings.Fields(args)...); status != 0 || !strings.Contains(out, part) || errs != "" {
+			t.Errorf("%s: %d, %s%s", args, status, out, errs)
+		}
+	}
+	if status, out, errs := s.run(t.Context(), "help", "nothing"); status != 2 || out != "" || !strings.Contains(errs, `there is no verb "nothing"`) {
+		t.Errorf("%d, %s%s", status, out, errs)
+	}
+}
+
+func TestComplete(t *testing.T) {
+	for _, c := range []struct{ before, beginning, want string }{
+		{"", "sc", "scale"}, {"", "h", "help history"}, {"help", "w", "whoami"}, {"scale ds/x", "--t", "--timeout --to"}, {"scale", "--al", "--alone"}, {"get", "--al", "--all-namespaces"},
+		{"get -o", "", "json table yaml"}, {"get --output", "j", "json"}, {"scale --reason", "", ""}, {"scale", "", ""}, {"nothing", "x", ""}, {"--yes", "undo", "undo"},
+	} {
+		got := New(Terminal{Env: func(string) string { return "" }}, Options{Within: true}).Complete(strings.Fields(c.before), c.beginning)
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("%q and %q: %q, want %q", c.before, c.beginning, got, c.want)
+		}
+	}
+}
+
+// TestManyShells runs command lines at the same time, for the race detector.
+func TestManyShells(t *testing.T) {
+	for i := range 8 {
+		t.Run("", func(t *testing.T) {
+			t.Parallel()
+			for range 3 {
+				s := newStand()
+				s.env["HALLIGAN_REASON"], s.options.Within = strings.Repeat("x", i), i%2 == 0
+				s.run(t.Context(), "help", "scale")
+				s.run(t.Context(), "nothing", "--at-all")
+				if status, out, _ := s.run(t.Context(), "scale", "deploy/web", "--to", "0", "--dry-run"); status != 0 || i > 0 && !strings.Contains(out, "reason    "+s.env["HALLIGAN_REASON"]+"\n") {
+					t.Errorf("%d, %s", status, out)
+				}
+			}
+		})
 	}
 }

@@ -488,7 +488,7 @@ func (v *Verbs) showStatus(s *halliganv1.StatusResponse) {
 // you says whom the agent takes the caller for.
 func (v *Verbs) you(s *halliganv1.StatusResponse) string {
 	text := fmt.Sprintf("%s as %s", line(s.GetActor()), line(s.GetRole()))
-	if s.GetDoor() != "" {
+	if s.GetDoor() != "" && s.GetDoor() != "console" { // whose actors say so themselves
 		text += " through " + line(s.GetDoor())
 	}
 	if s.GetCredentialExpires() != nil {

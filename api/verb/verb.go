@@ -300,6 +300,7 @@ func (v *Verbs) Root(actions []*halliganv1.Action) *cobra.Command {
 		return Usage(cmd, "%s", strings.TrimSuffix(err.Error(), "."))
 	})
 	v.addFlags(root.PersistentFlags())
+	root.SetHelpCommand(helpCommand(root))
 	help := root.HelpFunc()
 	root.SetHelpFunc(func(cmd *cobra.Command, args []string) {
 		if cmd.HasParent() && !mutates(cmd) {
@@ -335,6 +336,30 @@ func (v *Verbs) Root(actions []*halliganv1.Action) *cobra.Command {
 		}
 	}
 	return root
+}
+
+// helpCommand is cobra's, which would end the process where it cannot write.
+func helpCommand(root *cobra.Command) *cobra.Command {
+	return &cobra.Command{
+		Use: "help [VERB]", Short: "Help about any verb",
+		ValidArgsFunction: func(*cobra.Command, []string, string) (verbs []cobra.Completion, _ cobra.ShellCompDirective) {
+			for _, c := range root.Commands() {
+				if c.IsAvailableCommand() {
+					verbs = append(verbs, cobra.CompletionWithDesc(c.Name(), c.Short))
+				}
+			}
+			return verbs, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			about, _, err := root.Find(args)
+			if err != nil || about == root && len(args) > 0 {
+				return Usage(root, "there is no verb %q", args[0])
+			}
+			about.InitDefaultHelpFlag()
+			about.InitDefaultVersionFlag()
+			return about.Help()
+		},
+	}
 }
 
 // mutationFlags may stand before the verb, so all verbs parse them.
