@@ -5,8 +5,6 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
-	"crypto/sha256"
-	"encoding/binary"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -24,6 +22,7 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/sshclient/testagent"
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
@@ -84,79 +83,6 @@ func writeKey(t *testing.T, file string, private ed25519.PrivateKey, passphrase 
 		t.Fatal(err)
 	}
 	return write(t, file, pem.EncodeToMemory(block), 0o600)
-}
-
-// serveAgent plays an ssh-agent and returns its socket.
-func serveAgent(t *testing.T, a agent.Agent) string {
-	t.Helper()
-	socket := filepath.Join(t.TempDir(), "agent.sock")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var serving sync.WaitGroup
-	serving.Go(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			serving.Go(func() {
-				defer conn.Close()
-				_ = agent.ServeAgent(a, conn)
-			})
-		}
-	})
-	t.Cleanup(func() { l.Close(); serving.Wait() })
-	return socket
-}
-
-// token is a FIDO2 key in an ssh-agent, such as hardware would be.
-type token struct {
-	agent.ExtendedAgent
-	private ed25519.PrivateKey
-	cert    *gossh.Certificate
-	hang    chan struct{} // closed when a touch comes; nil: at once
-}
-
-const application = "ssh:"
-
-func (k *token) public() gossh.PublicKey {
-	public, err := gossh.ParsePublicKey(gossh.Marshal(struct {
-		Type        string
-		Key         []byte
-		Application string
-	}{gossh.KeyAlgoSKED25519, k.private.Public().(ed25519.PublicKey), application}))
-	if err != nil {
-		panic(err)
-	}
-	return public
-}
-
-func (k *token) List() ([]*agent.Key, error) {
-	keys := []*agent.Key{{Format: k.public().Type(), Blob: k.public().Marshal(), Comment: "token"}}
-	if k.cert != nil {
-		keys = append(keys, &agent.Key{Format: k.cert.Type(), Blob: k.cert.Marshal(), Comment: "token"})
-	}
-	return keys, nil
-}
-
-func (k *token) Extension(string, []byte) ([]byte, error) { return nil, agent.ErrExtensionUnsupported }
-
-func (k *token) Sign(key gossh.PublicKey, data []byte) (*gossh.Signature, error) {
-	return k.SignWithFlags(key, data, 0)
-}
-
-// SignWithFlags signs as a token does (PROTOCOL.u2f in OpenSSH's sources).
-func (k *token) SignWithFlags(_ gossh.PublicKey, data []byte, _ agent.SignatureFlags) (*gossh.Signature, error) {
-	if k.hang != nil {
-		<-k.hang
-	}
-	const present = 1
-	app, message := sha256.Sum256([]byte(application)), sha256.Sum256(data)
-	tail := binary.BigEndian.AppendUint32([]byte{present}, 1)
-	signed := append(append(append([]byte{}, app[:]...), tail...), message[:]...)
-	return &gossh.Signature{Format: gossh.KeyAlgoSKED25519, Blob: ed25519.Sign(k.private, signed), Rest: tail}, nil
 }
 
 func wantFault(t *testing.T, err error, code fault.Code, words ...string) {
@@ -278,7 +204,7 @@ func TestPassphrase(t *testing.T) {
 	if err := held.Add(agent.AddedKey{PrivateKey: private}); err != nil {
 		t.Fatal(err)
 	}
-	socket := serveAgent(t, held)
+	socket := testagent.Serve(t, held)
 	for _, remove := range []string{"", file, file + "-cert.pub"} {
 		if remove == file+"-cert.pub" {
 			write(t, file+".pub", gossh.MarshalAuthorizedKey(signer.PublicKey()), 0o644)
@@ -298,7 +224,7 @@ func TestPassphrase(t *testing.T) {
 func TestAgent(t *testing.T) {
 	_, ca := newKey(t)
 	held := agent.NewKeyring()
-	socket := serveAgent(t, held)
+	socket := testagent.Serve(t, held)
 	private, signer := newKey(t)
 	if err := held.Add(agent.AddedKey{PrivateKey: private}); err != nil {
 		t.Fatal(err)
@@ -324,13 +250,13 @@ func TestAgent(t *testing.T) {
 
 func TestSecurityKeyFile(t *testing.T) {
 	private, _ := newKey(t)
-	k := &token{private: private}
+	k := &testagent.Token{Private: private}
 	// What ssh-keygen -t ed25519-sk leaves: a stub with the public half.
 	stub := append([]byte("openssh-key-v1\x00"), gossh.Marshal(struct {
 		Cipher, KDF, Options string
 		Keys                 uint32
 		Public, Private      []byte
-	}{"none", "none", "", 1, k.public().Marshal(), gossh.Marshal(struct {
+	}{"none", "none", "", 1, k.Public().Marshal(), gossh.Marshal(struct {
 		A, B uint32
 		Type string
 		Rest []byte `ssh:"rest"`
@@ -338,7 +264,7 @@ func TestSecurityKeyFile(t *testing.T) {
 	file := write(t, filepath.Join(t.TempDir(), "id_sk"), pem.EncodeToMemory(&pem.Block{Type: "OPENSSH PRIVATE KEY", Bytes: stub}), 0o600)
 	_, err := Open(Sources{File: file})
 	wantFault(t, err, fault.Unauthenticated, "is a FIDO2 key", "ssh-add")
-	r, err := Open(Sources{File: file, Agent: serveAgent(t, k)})
+	r, err := Open(Sources{File: file, Agent: testagent.Serve(t, k)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -353,12 +279,12 @@ func TestChoose(t *testing.T) {
 	_, stranger := newKey(t)
 	_, signer := newKey(t)
 	private, _ := newKey(t)
-	sk := &token{private: private}
+	sk := &testagent.Token{Private: private}
 	sealed := Sealed{Person: "bob", Role: trust.Responder, Clusters: []string{"prod"}, NotBefore: noon.Add(-time.Hour), NotAfter: noon.Add(time.Hour)}
 	want := Want{
 		Now: noon, Grace: 30 * time.Minute, Cluster: "prod",
 		Authority: func(k gossh.PublicKey) bool { return same(k, ca.PublicKey()) },
-		Sealed:    func(k gossh.PublicKey) (Sealed, bool) { return sealed, same(k, sk.public()) },
+		Sealed:    func(k gossh.PublicKey) (Sealed, bool) { return sealed, same(k, sk.Public()) },
 	}
 	key := func(change func(*gossh.Certificate)) Key {
 		return Key{Public: signer.PublicKey(), Certificate: certify(t, ca, signer.PublicKey(), change), From: "id"}
@@ -396,11 +322,11 @@ func TestChoose(t *testing.T) {
 		"too early":           {keys: []Key{good}, alter: func(w *Want) { w.Now = noon.Add(-91 * time.Minute) }, fails: "begins only at 2026-11-23T11:00:00Z; set this machine's clock"},
 		"endless":             {keys: []Key{key(func(c *gossh.Certificate) { c.ValidBefore = gossh.CertTimeInfinity })}, role: trust.Responder},
 		"plain":               {keys: []Key{{Public: signer.PublicKey(), From: "id"}}, fails: "has no certificate"},
-		"sealed":              {keys: []Key{{Public: sk.public(), From: "ssh-agent"}}, role: trust.Responder},
-		"sealed, lower":       {keys: []Key{{Public: sk.public()}}, alter: func(w *Want) { w.Role = trust.Observer }, role: trust.Observer},
-		"sealed, higher":      {keys: []Key{{Public: sk.public()}}, alter: func(w *Want) { w.Role = trust.Commander }, fails: "not for commander"},
-		"sealed, over":        {keys: []Key{{Public: sk.public()}}, alter: func(w *Want) { w.Now = noon.Add(time.Hour) }, fails: "have the policy list it anew"},
-		"sealed, elsewhere":   {keys: []Key{{Public: sk.public()}}, alter: func(w *Want) { w.Cluster = "staging" }, fails: "not for cluster staging"},
+		"sealed":              {keys: []Key{{Public: sk.Public(), From: "ssh-agent"}}, role: trust.Responder},
+		"sealed, lower":       {keys: []Key{{Public: sk.Public()}}, alter: func(w *Want) { w.Role = trust.Observer }, role: trust.Observer},
+		"sealed, higher":      {keys: []Key{{Public: sk.Public()}}, alter: func(w *Want) { w.Role = trust.Commander }, fails: "not for commander"},
+		"sealed, over":        {keys: []Key{{Public: sk.Public()}}, alter: func(w *Want) { w.Now = noon.Add(time.Hour) }, fails: "have the policy list it anew"},
+		"sealed, elsewhere":   {keys: []Key{{Public: sk.Public()}}, alter: func(w *Want) { w.Cluster = "staging" }, fails: "not for cluster staging"},
 		"second fits":         {keys: []Key{foreign, good}, role: trust.Responder},
 		"says the nearer one": {keys: []Key{{Public: signer.PublicKey(), From: "id"}, foreign}, fails: "no user authority of the bundle"},
 		"says how many":       {keys: []Key{foreign, foreign, foreign}, fails: "none of 2 other keys does either"},
@@ -544,9 +470,9 @@ func TestDial(t *testing.T) {
 func TestDialSecurityKey(t *testing.T) {
 	s := startServer(t, nil)
 	private, _ := newKey(t)
-	k := &token{private: private, hang: make(chan struct{})}
-	k.cert = certify(t, s.ca, k.public(), nil)
-	socket := serveAgent(t, k)
+	k := &testagent.Token{Private: private, Touch: make(chan struct{})}
+	k.Certificate = certify(t, s.ca, k.Public(), nil)
+	socket := testagent.Serve(t, k)
 	r, err := Open(Sources{Agent: socket})
 	if err != nil {
 		t.Fatal(err)
@@ -564,7 +490,7 @@ func TestDialSecurityKey(t *testing.T) {
 	defer cancel()
 	_, err = Dial(ctx, s.target, login)
 	wantFault(t, err, fault.Unauthenticated, "nobody touched")
-	close(k.hang)
+	close(k.Touch)
 	c, err := Dial(t.Context(), s.target, login)
 	if err != nil {
 		t.Fatal(err)
