@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -174,6 +175,9 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 		return nil, fmt.Errorf("seeding: %w", err)
 	}
 	began = time.Now()
+	if err := l.makeTrust(); err != nil {
+		return nil, fmt.Errorf("making keys and certificates: %w", err)
+	}
 	if err := l.startAgents(ctx); err != nil {
 		return nil, err
 	}
@@ -288,6 +292,8 @@ func (l *Lab) writeEnv() error {
 		endpoints[i] = "https://" + e
 	}
 	env := []string{
+		"HALLIGAN_BUNDLE", l.file("bundle"),
+		"HALLIGAN_IDENTITY", l.file("ids", "responder"),
 		"ETCDCTL_ENDPOINTS", strings.Join(endpoints, ","),
 		"ETCDCTL_CACERT", c.CAFile(),
 		"ETCDCTL_CERT", c.CertFile(),
@@ -330,6 +336,11 @@ func (l *Lab) agentConfig(i int) ([]byte, error) {
 	if l.encryption != "" {
 		config["encryptionConfig"] = l.encryption
 	}
+	doors, err := l.trustConfig(i)
+	if err != nil {
+		return nil, err
+	}
+	maps.Copy(config, doors)
 	return yaml.Marshal(config)
 }
 
