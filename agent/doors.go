@@ -217,8 +217,7 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 }
 
 // hostKey reads the host's key and its certificate, which must be for the name.
-// A key without a certificate would be no proof of who answers, so it is not
-// shown alone to who could trust it at first use.
+// The key is not shown without it, so that nobody can trust it at first use.
 func hostKey(keyFile, certFile, name string) ([]ssh.Signer, *ssh.Certificate, error) {
 	mend := func(file string, err error) error {
 		return fault.New(fault.Usage, "make both with halligan ca issue", "the SSH host's %s: %w", file, err)
@@ -252,7 +251,7 @@ func hostKey(keyFile, certFile, name string) ([]ssh.Signer, *ssh.Certificate, er
 	if err != nil {
 		return nil, nil, mend(certFile, err)
 	}
-	return []ssh.Signer{signer, key}, cert, nil
+	return []ssh.Signer{signer}, cert, nil
 }
 
 // warnings tells what is degraded, each in one line.
@@ -261,9 +260,7 @@ func (d *doors) warnings() []string {
 	d.mu.Lock()
 	var shut []string
 	for name, why := range d.closed {
-		if name != "bundle" { // trusted tells of that
-			shut = append(shut, name+" is not open: "+why)
-		}
+		shut = append(shut, name+" is not open: "+why)
 	}
 	certificate, host := d.certificate, d.host
 	d.mu.Unlock()

@@ -97,7 +97,6 @@ func (t *trusted) open() error {
 		o.State = ""
 		second, serr := bundle.Open(o)
 		if serr != nil {
-			t.setTrouble(err)
 			return err
 		}
 		store = second
