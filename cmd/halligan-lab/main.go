@@ -70,8 +70,9 @@ func up() *cobra.Command {
 			"\"ready DIR\" and stays in the foreground. SIGINT, SIGTERM or SIGHUP stops everything that it started.\n" +
 			"DIR/env and DIR/env.console are there to be sourced, and DIR/ssh_config is for stock ssh:\n" +
 			"  ssh -F DIR/ssh_config responder@cp-1 status\n" +
-			"with an identity for each role in DIR/ids. All keys below DIR are in the clear: it is a lab. With --kube a real Kubernetes control plane runs on the\n" +
-			"etcd, with simulated nodes; then --objects counts runaway ConfigMaps, by default none.\n" +
+			"with an identity for each role in DIR/ids. All keys below DIR are in the clear: it is a lab.\n" +
+			"With --kube a real Kubernetes control plane runs on the etcd, with simulated nodes; then --objects counts runaway\n" +
+			"ConfigMaps, by default none.\n" +
 			"It refuses a disk that it might fill: it takes half a gigabyte and three times 8 KiB for each object; with --kube,\n" +
 			"where a storm may fill etcd, three times --etcd-quota and 1.4 GB, by default 7.4 GiB.",
 		Args: lab.NoArgs,
