@@ -124,6 +124,72 @@ func TestLoadConfigRefused(t *testing.T) {
 	}
 }
 
+// TestLoadConfigDoors: the doors to the network, with everything that would leave
+// one open to nobody, to anybody, or dependent on a name.
+func TestLoadConfigDoors(t *testing.T) {
+	dir := t.TempDir()
+	key := write(t, filepath.Join(dir, "key"), "k", 0o600)
+	lax := write(t, filepath.Join(dir, "lax"), "k", 0o640)
+	load := func(text string) (Config, error) {
+		text = strings.NewReplacer("KEY", key, "LAX", lax, "DIR", dir).Replace("node: cp-1\netcd: {endpoints: ['127.0.0.1:2379']}\n" + text)
+		c, _, _, err := LoadConfig(write(t, filepath.Join(dir, "agent.yaml"), text, 0o600))
+		return c, err
+	}
+	const trusting = "cluster: prod\ntrust: {}\n"
+	c, err := load(trusting + `
+ssh: {listen: ["0.0.0.0:2222", "[::]:2222"], hostKey: KEY, hostCertificate: /h-cert.pub}
+grpc: {listen: ["10.0.0.1:2223"], certFile: /c.crt, keyFile: KEY}
+alarms: [{webhook: "https://10.0.0.9/hook", caFile: /ca.crt}, {syslog: local}, {syslog: "10.0.0.9:514"}, {command: [/bin/true, now]}]
+`)
+	if err != nil || c.Trust.Bundle != DefaultBundle || len(c.Alarms) != 4 || c.SSH.HostKey != key || c.GRPC.CertFile != "/c.crt" {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if c, err = load("cluster: prod\ntrust: {bundle: /b, roots: [ssh-ed25519 AAAA a], threshold: 1, minPolicyVersion: 7}"); err != nil || c.Trust.Bundle != "/b" || c.Trust.MinPolicyVersion != 7 {
+		t.Errorf("%+v, %v", c.Trust, err)
+	}
+	const ssh, grpc = "ssh: {listen: ['127.0.0.1:2222'], hostKey: KEY, hostCertificate: /h}", "grpc: {listen: ['127.0.0.1:2223'], certFile: /c, keyFile: KEY}"
+	for text, want := range map[string]string{
+		ssh:                                                          "set trust",
+		grpc:                                                         "set trust",
+		"cluster: prod":                                              "set trust",
+		"trust: {}":                                                  "is not the name of a cluster",
+		"cluster: Prod\ntrust: {}":                                   "is not the name of a cluster",
+		"cluster: a.b\ntrust: {}":                                    "is not the name of a cluster",
+		trusting + "trust2: {}":                                      "unknown field",
+		"cluster: prod\ntrust: {bundel: /b}":                         "unknown field",
+		"cluster: prod\ntrust: {bundle: b}":                          "trust.bundle",
+		"cluster: prod\ntrust: {threshold: 1}":                       "trust.threshold",
+		"cluster: prod\ntrust: {threshold: -1}":                      "trust.threshold",
+		"cluster: prod\ntrust: {roots: [a]}":                         "trust.threshold",
+		"cluster: prod\ntrust: {minPolicyVersion: -1}":               "cannot unmarshal",
+		trusting + strings.Replace(ssh, "KEY", "LAX", 1):             "ssh.hostKey: " + lax + " has mode 0640",
+		trusting + strings.Replace(grpc, "KEY", "LAX", 1):            "grpc.keyFile: " + lax + " has mode 0640",
+		trusting + strings.Replace(grpc, "KEY", "DIR/none", 1):       "grpc.keyFile",
+		trusting + strings.Replace(ssh, "KEY", "key", 1):             "ssh.hostKey",
+		trusting + strings.Replace(ssh, "/h", "h", 1):                "ssh.hostCertificate",
+		trusting + strings.Replace(grpc, "/c", "c", 1):               "grpc.certFile",
+		trusting + strings.Replace(ssh, "127.0.0.1", "localhost", 1): `ssh.listen: "localhost:2222" is not IP:PORT; a name would need DNS`,
+		trusting + strings.Replace(grpc, "2223", "0", 1):             "grpc.listen",
+		trusting + strings.Replace(grpc, "'127.0.0.1:2223'", "", 1):  "grpc.listen: name at least one",
+		"alarms: [{}]":                                               "alarms[0]: set one of",
+		"alarms: [{syslog: local}, {webhook: https://hooks/x}]":      `alarms[1]: webhook: "hooks" is not an IP address`,
+		"alarms: [{email: a@b}]":                                     "unknown field",
+	} {
+		_, err := load(text)
+		f := fault.Of(err)
+		if !fault.Is(err, fault.Usage) || !strings.Contains(f.Message, strings.ReplaceAll(want, "LAX", lax)) || f.Next == "" || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+	if _, err := load("node: CP 1\n"); err == nil {
+		t.Error("a doubled key is taken")
+	}
+	_, _, _, err = LoadConfig(write(t, filepath.Join(dir, "name.yaml"), "node: cp_1\netcd: {endpoints: ['127.0.0.1:2379']}\n"+trusting, 0o600))
+	if !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), "NODE.CLUSTER") {
+		t.Errorf("a node's name that no certificate can have: %v", err)
+	}
+}
+
 // kubeadmNode makes the files of a node on which kubeadm has put etcd.
 func kubeadmNode(t *testing.T, apiserver string) string {
 	t.Helper()
