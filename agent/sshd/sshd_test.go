@@ -399,7 +399,7 @@ const prompt = "halligan responder@cp-1.lab> "
 func TestShell(t *testing.T) {
 	h := open(t)
 	p := h.sit(t, "cp-1")
-	if banner := p.sees(prompt); !strings.Contains(banner, "anna as responder at cp-1.lab, credential ends in 2d2h, at 2026-11-25T14:00:00Z; help lists the verbs\r\n") ||
+	if banner := p.sees(prompt); !strings.Contains(banner, "anna as responder at cp-1.lab, credential ends in 2d2h, at 2026-11-25T14:00:00Z; help lists the verbs\r\nwarning: your credential ends in 2d2h, at 2026-11-25T14:00:00Z; have it renewed: halligan ca renew\r\n") ||
 		!strings.Contains(banner, `warning: mutations are refused: the disk is \x1bfull`) {
 		t.Errorf("%q", banner)
 	}

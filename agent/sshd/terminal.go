@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -204,6 +205,7 @@ func (sh *shell) sit(size sshserver.Window) {
 	sh.editor = e
 	e.resize(size)
 	sh.keyboard.ended.Go(func() {
+		defer sh.recovered()
 		for {
 			select {
 			case size := <-sh.Windows():
@@ -213,6 +215,13 @@ func (sh *shell) sit(size sshserver.Window) {
 			}
 		}
 	})
+}
+
+// recovered keeps a fault in a goroutine of a shell from ending the agent.
+func (sh *shell) recovered() {
+	if p := recover(); p != nil {
+		sh.Log.Error().Str("panic", neutral.LineMax(fmt.Sprint(p), 512)).Bytes("stack", debug.Stack()).Msg("panic in a shell")
+	}
 }
 
 func (e *editor) resize(size sshserver.Window) {
@@ -276,6 +285,15 @@ func (sh *shell) greet() {
 		text += ", " + verb.Ends(who.NotAfter, sh.Now())
 	}
 	sh.say("%s; help lists the verbs", text)
+	if due := verb.Renew(who.NotAfter, sh.Now()); due != "" && !who.NotAfter.IsZero() {
+		sh.say("warning: %s", due)
+	}
+	if who.Late {
+		sh.say("warning: your credential is past an edge of its validity and was admitted all the same; the alarms were told")
+	}
+	if who.Kind == trust.Sealed {
+		sh.say("warning: this is a sealed credential; the alarms were told, and it is to be rotated afterwards")
+	}
 	if !who.May(trust.Observer) {
 		return // and may not ask
 	}

@@ -148,7 +148,8 @@ func TestWhoami(t *testing.T) {
 		t.Error(out)
 	}
 	_, out, _ = s.run(t.Context(), "status")
-	want(t, out, "cluster   lab\n", "anna as responder through ssh, credential ends in 2d2h", "policy 3, inventory 4, revocations 5", "warning: the bundle is \\x1b[31mstale\n")
+	want(t, out, "cluster   lab\n", "anna as responder through ssh, credential ends in 2d2h", "policy 3, inventory 4, revocations 5", "warning: the bundle is \\x1b[31mstale\n",
+		"warning: your credential ends in 2d2h, at 2026-11-25T14:00:00Z; have it renewed: halligan ca renew\n")
 	if s.opened != s.closed {
 		t.Errorf("%d connections, %d closed", s.opened, s.closed)
 	}

@@ -479,7 +479,11 @@ func (v *Verbs) showStatus(s *halliganv1.StatusResponse) {
 	} else {
 		row(&b, "mutations", "possible")
 	}
-	for _, w := range s.GetWarnings() {
+	warnings := s.GetWarnings()
+	if s.GetCredentialExpires() != nil {
+		warnings = append(nonEmpty(Renew(s.GetCredentialExpires().AsTime(), v.Now())), warnings...)
+	}
+	for _, w := range warnings {
 		fmt.Fprintf(&b, "warning: %s\n", line(w))
 	}
 	_, _ = b.WriteTo(v.Out)
@@ -504,6 +508,17 @@ func Ends(at, now time.Time) string {
 		return fmt.Sprintf("credential ends in %s, at %s", age(left), when)
 	}
 	return fmt.Sprintf("credential ended %s ago, at %s", age(now.Sub(at)), when)
+}
+
+// renewBelow is how much time left is worth a warning: a weekend and some.
+const renewBelow = 72 * time.Hour
+
+// Renew returns the warning that a credential is due, "" where it is not.
+func Renew(at, now time.Time) string {
+	if at.Sub(now) >= renewBelow {
+		return ""
+	}
+	return "your " + Ends(at, now) + "; have it renewed: halligan ca renew"
 }
 
 // showBundle shows which signed bundle is in force.
