@@ -35,6 +35,8 @@ var links = []struct{ binary, forbidden, why string }{
 	{"cmd/halligan", module + "/bastion", "it meets the bastion in api"},
 	{"cmd/halligan-agent", "go.etcd.io/etcd/server", "it has little memory at rest, and runs no etcd"},
 	{"cmd/halligan-agent", module + "/internal/labpki", "a lab's keys have no place on a node"},
+	{"cmd/halligan-agent", module + "/internal/trust/testfleet", "a test's keys have no place on a node"},
+	{"cmd/halligan-agent", module + "/internal/trust/issuer", "a node vouches for nobody"},
 }
 
 // inAgent is the order inside agent: which of its packages each of them may
