@@ -223,7 +223,7 @@ func (sh *shell) line(text string) int {
 	}
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(sh.Context()))
 	defer cancel(nil)
-	defer context.AfterFunc(sh.Context(), func() { cancel(verb.ErrGone) })()
+	defer context.AfterFunc(sh.Context(), func() { cancel(errors.Join(verb.ErrGone, context.Cause(sh.Context()))) })()
 	if sh.keyboard != nil {
 		defer sh.keyboard.interrupts(func() { cancel(context.Canceled) })()
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"errors"
 	"io"
 	"strings"
 	"testing"
@@ -297,6 +298,11 @@ func TestInterrupts(t *testing.T) {
 	gone, leave := context.WithCancelCause(t.Context())
 	go leave(ErrGone)
 	if status, _, errs := s.run(gone, "scale", "deploy/web", "--to", "0", "-y", "--reason", "x"); status != 1 || !strings.Contains(errs, "the agent goes on") || len(s.stopped) > 0 {
+		t.Errorf("%d, %s", status, errs)
+	}
+	ended, end := context.WithCancelCause(t.Context())
+	go end(errors.Join(ErrGone, fault.New(fault.Unauthenticated, "", "the certificate was revoked")))
+	if status, _, errs := s.run(ended, "scale", "deploy/web", "--to", "0", "-y", "--reason", "x"); status != 1 || !strings.Contains(errs, "revoked; the agent stops p-1") || len(s.stopped) > 0 {
 		t.Errorf("%d, %s", status, errs)
 	}
 }

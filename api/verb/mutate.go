@@ -168,7 +168,10 @@ func (v *Verbs) apply(ctx context.Context, action *halliganv1.Action, plan *hall
 		v.progress(event.GetProgress())
 	}
 	v.endProgress()
+	var ended *fault.Error // why the caller's login did
 	switch {
+	case errors.Is(context.Cause(callCtx), errLeft) && errors.As(context.Cause(ctx), &ended):
+		return unknown(fault.Unknown, "%s; the agent stops %s between two objects", ended.Message, plan.GetId())
 	case errors.Is(context.Cause(callCtx), errLeft):
 		return unknown(fault.Cancelled, "stopped watching; the agent goes on with %s", plan.GetId())
 	case !began && answered(err):

@@ -93,7 +93,9 @@ type Options struct {
 }
 
 // ErrGone is the cause of a context that ends because nobody is there to watch
-// any more. It leaves an action under way alone; any other cause stops it.
+// any more. It leaves an action under way alone; any other cause stops it. A
+// fault in the same chain says that the login ended, at which the agent stops it
+// by itself.
 var ErrGone = errors.New("nobody watches any more")
 
 // Verbs is one run of a command line.
