@@ -151,7 +151,7 @@ func (k *Key) User(key ssh.PublicKey, h Holder, serial uint64, v Validity) (*ssh
 		return nil, mistake("leave out --verify-required, or make the key with ssh-keygen -t ed25519-sk", "a key of type %s has no PIN", key.Type())
 	}
 	if v.NotAfter.Sub(v.NotBefore) > MaxLife {
-		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %v", MaxLife)
+		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %s", short(MaxLife))
 	}
 	critical := map[string]string{credential.OptionClusters: strings.Join(h.Clusters, ",")}
 	if len(h.SourceAddresses) > 0 {
@@ -197,7 +197,7 @@ func (k *Key) Again(old *ssh.Certificate, serial uint64, v Validity) (*ssh.Certi
 	cert := *old
 	cert.Serial, cert.Nonce, cert.Signature = serial, nil, nil
 	if cert.CertType == ssh.UserCert && v.NotAfter.Sub(v.NotBefore) > MaxLife {
-		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %v", MaxLife)
+		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %s", short(MaxLife))
 	}
 	return k.certify(&cert, v)
 }
@@ -316,7 +316,7 @@ func (a *Authority) Client(key crypto.PublicKey, h Holder, serial uint64, v Vali
 	case len(h.SourceAddresses) > 0 || h.VerifyRequired:
 		return nil, mistake("leave it out, or issue an SSH certificate", "a client certificate has no source address and no PIN")
 	case v.NotAfter.Sub(v.NotBefore) > MaxLife:
-		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %v", MaxLife)
+		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %s", short(MaxLife))
 	}
 	uri, err := credential.ClientURI(h.Clusters, h.Roles[0], h.Scope)
 	if err != nil {
@@ -343,7 +343,7 @@ func (a *Authority) Again(old *x509.Certificate, serial uint64, v Validity) (*x5
 		return nil, mistake("name a certificate that this authority signed", "%s is not of the authority %s", old.Subject.CommonName, a.Certificate.Subject.CommonName)
 	}
 	if a.usage == x509.ExtKeyUsageClientAuth && v.NotAfter.Sub(v.NotBefore) > MaxLife {
-		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %v", MaxLife)
+		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %s", short(MaxLife))
 	}
 	return a.sign(&x509.Certificate{Subject: pkix.Name{CommonName: old.Subject.CommonName}, DNSNames: old.DNSNames, URIs: old.URIs}, old.PublicKey, serial, v)
 }

@@ -72,8 +72,8 @@ func Generate(file, comment string, passphrase []byte) (*Key, error) {
 	return &Key{Where: file, signer: signer}, durable.Write(file+".pub", PublicLine(signer.PublicKey(), comment))
 }
 
-// Load reads a key from a file of any format that ssh-keygen writes. The file is
-// to be the user's own and nobody else's to read. ask is called for one with a
+// Load reads a key from a file of a format that ssh-keygen writes (of PKCS #8
+// only one without a passphrase). The file is to be the user's own and nobody else's to read. ask is called for one with a
 // passphrase; nil refuses it.
 func Load(file string, ask Passphrase) (*Key, error) {
 	if err := durable.CheckPrivate(file); err != nil {
@@ -98,6 +98,9 @@ func Load(file string, ask Passphrase) (*Key, error) {
 	}
 	if err != nil {
 		next := "make one with ssh-keygen -t ed25519"
+		if strings.Contains(err.Error(), "unsupported key type") {
+			next = "write it anew in OpenSSH's own format: ssh-keygen -p -f " + file
+		}
 		if strings.Contains(err.Error(), "decryption") || strings.Contains(err.Error(), "password") {
 			next = "try again with the right passphrase"
 		}
