@@ -307,7 +307,7 @@ func TestReflection(t *testing.T) {
 // TestRoles: every method, for every role, at every door.
 func TestRoles(t *testing.T) {
 	allowed := map[string]string{ // the least role, and approver where it may too
-		"Describe": "observer approver", "Status": "observer", "Plan": "observer", "Undo": "observer", "Apply": "responder", "ShowPlan": "observer approver",
+		"Describe": "observer approver", "Status": "observer approver", "Plan": "observer", "Undo": "observer", "Apply": "responder", "ShowPlan": "observer approver",
 		"ExchangeBundle": "observer approver", "Stop": "responder", "Get": "observer", "History": "observer", "ServerReflectionInfo": "observer approver",
 	}
 	for method := range methods {

@@ -27,7 +27,7 @@ type right struct {
 // has. One without a row keeps the agent from starting.
 var methods = map[string]right{
 	halliganv1.Agent_Describe_FullMethodName:       {trust.Observer, true},
-	halliganv1.Agent_Status_FullMethodName:         {trust.Observer, false},
+	halliganv1.Agent_Status_FullMethodName:         {trust.Observer, true},
 	halliganv1.Agent_Plan_FullMethodName:           {trust.Observer, false},
 	halliganv1.Agent_Undo_FullMethodName:           {trust.Observer, false},
 	halliganv1.Agent_Apply_FullMethodName:          {trust.Responder, false},

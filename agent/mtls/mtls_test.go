@@ -105,12 +105,14 @@ func (w *world) must(err error) {
 }
 
 // dial comes with a certificate, from an address of the loopback network.
-func (w *world) dial(cert tls.Certificate, from string) halliganv1.AgentClient {
-	w.t.Helper()
+func (w *world) dial(t *testing.T, cert tls.Certificate, from string) halliganv1.AgentClient {
+	t.Helper()
 	config := &tls.Config{RootCAs: w.store.Current().Policy.Authorities.TLSServer.Pool(), ServerName: testfleet.Server, Certificates: []tls.Certificate{cert}}
 	c, err := grpc.NewClient("passthrough:///"+w.address, grpc.WithTransportCredentials(credentials.NewTLS(config)), grpc.WithContextDialer(dialer(from)))
-	w.must(err)
-	w.t.Cleanup(func() { c.Close() })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
 	return halliganv1.NewAgentClient(c)
 }
 
@@ -140,7 +142,7 @@ func status(c halliganv1.AgentClient) (*halliganv1.StatusResponse, error) {
 func TestClient(t *testing.T) {
 	w := newWorld(t)
 	deploy := testfleet.Holder("deploy-bot", trust.Responder)
-	st, err := status(w.dial(w.fleet.Client(nil, deploy, testfleet.Now()), "127.0.0.1"))
+	st, err := status(w.dial(t, w.fleet.Client(nil, deploy, testfleet.Now()), "127.0.0.1"))
 	if err != nil || st.GetActor() != "deploy-bot" || st.GetRole() != "responder" || st.GetDoor() != "grpc" || st.GetCredentialExpires() == nil || st.GetCluster() != "prod" {
 		t.Errorf("%v, %v", st, err)
 	}
@@ -167,15 +169,24 @@ func TestClient(t *testing.T) {
 		"no certificate":          {tls.Certificate{}, ""},
 		"somebody else's private": {stolen, ""},
 	} {
-		w.mu.Lock()
-		w.refused = nil
-		w.mu.Unlock()
-		if st, err := status(w.dial(c.cert, "127.0.0.1")); err == nil {
-			t.Errorf("%s: let in as %v", name, st)
-		}
-		if said := w.said(); !strings.Contains(said, c.said) || (said == "") != (c.said == "") {
-			t.Errorf("%s: refused with %q, want %q", name, said, c.said)
-		}
+		t.Run(name, func(t *testing.T) {
+			w.mu.Lock()
+			w.refused = nil
+			w.mu.Unlock()
+			if st, err := status(w.dial(t, c.cert, "127.0.0.1")); err == nil {
+				t.Errorf("let in as %v", st)
+			}
+			if c.said == "" {
+				if said := w.said(); said != "" {
+					t.Errorf("refused with %q, before it is known who came", said)
+				}
+				return
+			}
+			within(t, "the refusal is told", func() bool { return w.said() != "" })
+			if said := w.said(); !strings.Contains(said, c.said) {
+				t.Errorf("refused with %q, want %q", said, c.said)
+			}
+		})
 	}
 }
 
@@ -225,8 +236,8 @@ func TestOldTLS(t *testing.T) {
 func TestRevoked(t *testing.T) {
 	w := newWorld(t)
 	bot := w.fleet.Client(nil, testfleet.Holder("bot", trust.Responder), testfleet.Now())
-	other := w.dial(w.fleet.Client(nil, testfleet.Holder("other", trust.Responder), testfleet.Now()), "127.0.0.1")
-	client := w.dial(bot, "127.0.0.1")
+	other := w.dial(t, w.fleet.Client(nil, testfleet.Holder("other", trust.Responder), testfleet.Now()), "127.0.0.1")
+	client := w.dial(t, bot, "127.0.0.1")
 	get, err := client.Get(t.Context(), &halliganv1.GetRequest{})
 	w.must(err)
 	if _, err := get.Recv(); err != nil {
@@ -268,7 +279,7 @@ func TestRevoked(t *testing.T) {
 		t.Fatal(changed, err)
 	}
 	within(t, "the sessions of an authority end with it", func() bool { _, err := status(other); return err != nil })
-	if _, err := status(w.dial(next.Client(nil, testfleet.Holder("new", trust.Observer), testfleet.Now()), "127.0.0.1")); err != nil {
+	if _, err := status(w.dial(t, next.Client(nil, testfleet.Holder("new", trust.Observer), testfleet.Now()), "127.0.0.1")); err != nil {
 		t.Errorf("a client of the new authority: %v", err)
 	}
 }
@@ -328,7 +339,7 @@ func TestFlood(t *testing.T) {
 	}
 	time.Sleep(300 * time.Millisecond)
 	for _, from := range []string{"127.0.0.1", "127.0.0.9"} { // and from the address of the flood
-		within(t, "somebody gets in from "+from, func() bool { _, err := status(w.dial(cert, from)); return err == nil })
+		within(t, "somebody gets in from "+from, func() bool { _, err := status(w.dial(t, cert, from)); return err == nil })
 	}
 }
 
