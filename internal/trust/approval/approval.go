@@ -331,8 +331,8 @@ type Plan struct {
 	// PolicyVersion is that of the policy in force now.
 	PolicyVersion uint64
 	// Action and Namespaces are what the plan does, and where: an approver whose
-	// certificate is narrowed approves only within it. No namespace stands for
-	// objects of the whole cluster.
+	// certificate is narrowed approves only within it. No namespace, or an empty
+	// one, stands for objects of the whole cluster.
 	Action     string
 	Namespaces []string
 }
@@ -427,7 +427,7 @@ func within(scope trust.Scope, plan Plan) error {
 	if len(scope.Namespaces) == 0 {
 		return nil
 	}
-	if len(plan.Namespaces) == 0 {
+	if len(plan.Namespaces) == 0 || slices.Contains(plan.Namespaces, "") { // * matches an empty name
 		return fmt.Errorf("the approver's certificate is for namespaces %q, not for the whole cluster", scope.Namespaces)
 	}
 	for _, ns := range plan.Namespaces {

@@ -168,9 +168,10 @@ func TestVerifyRefuses(t *testing.T) {
 		})
 	}
 	whole := plan
-	whole.Namespaces = nil
-	if _, err := approval.Verify([]string{bob.sign(t, statement()).String()}, whole, authority{scope: trust.Scope{Namespaces: []string{"*"}}}, now); err == nil {
-		t.Error("a narrowed approver approves for the whole cluster")
+	for _, whole.Namespaces = range [][]string{nil, {""}, {"telemetry", ""}} {
+		if _, err := approval.Verify([]string{bob.sign(t, statement()).String()}, whole, authority{scope: trust.Scope{Namespaces: []string{"*"}}}, now); err == nil {
+			t.Errorf("a narrowed approver approves for the whole cluster: %q", whole.Namespaces)
+		}
 	}
 	// Facts that the agent lacks match nothing.
 	if _, err := approval.Verify([]string{bob.sign(t, statement()).String()}, approval.Plan{}, authority{}, now); err == nil {
