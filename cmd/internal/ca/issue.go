@@ -100,7 +100,7 @@ func (t *tool) issueUser() *cobra.Command {
 	h.add(c)
 	c.Flags().BoolVar(&h.automation, "automation", false, "the holder is a program, not a person")
 	c.Flags().StringSliceVar(&h.sources, "source-address", nil, "only from these IP addresses or `ranges`")
-	c.Flags().BoolVar(&h.verify, "verify-required", false, "the PIN of a FIDO2 key with every signature")
+	c.Flags().BoolVar(&h.verify, "verify-required", false, "for an approver who does not log in: the PIN of a FIDO2 key with every signature")
 	keyFlags(c, &key, &out)
 	s.add(c, issuer.DefaultLife, issuer.MaxLife)
 	return c

@@ -101,7 +101,9 @@ type Holder struct {
 	// SourceAddresses are addresses or CIDR ranges outside of which an SSH
 	// certificate is not accepted; empty: everywhere.
 	SourceAddresses []string
-	// VerifyRequired asks for the PIN of an sk- key with every signature.
+	// VerifyRequired asks for the PIN of an sk- key with every signature. It is for
+	// approvers who sign and do not log in: a server cannot tell whether a login had
+	// one, and refuses it.
 	VerifyRequired bool
 }
 
@@ -150,6 +152,10 @@ func (k *Key) User(key ssh.PublicKey, h Holder, serial uint64, v Validity) (*ssh
 	if h.VerifyRequired && !strings.HasPrefix(key.Type(), "sk-") {
 		return nil, mistake("leave out --verify-required, or make the key with ssh-keygen -t ed25519-sk", "a key of type %s has no PIN", key.Type())
 	}
+	if h.VerifyRequired && !slices.Equal(h.Roles, []trust.Role{trust.Approver}) {
+		return nil, mistake("have the key itself ask for its PIN: ssh-keygen -t ed25519-sk -O verify-required",
+			"no agent sees at a login whether the PIN was given, so --verify-required is for an approver's signatures alone")
+	}
 	if v.NotAfter.Sub(v.NotBefore) > MaxLife {
 		return nil, mistake("give --for 168h or less", "agents refuse certificates that last longer than %s", short(MaxLife))
 	}
@@ -187,6 +193,9 @@ func (k *Key) User(key ssh.PublicKey, h Holder, serial uint64, v Validity) (*ssh
 func (k *Key) Host(key ssh.PublicKey, name string, serial uint64, v Validity) (*ssh.Certificate, error) {
 	if err := CheckServer(name); err != nil {
 		return nil, err
+	}
+	if t := key.Type(); t != ssh.KeyAlgoED25519 && t != ssh.CertAlgoED25519v01 {
+		return nil, mistake("make one: ssh-keygen -t ed25519", "agents have ed25519 host keys, not %s", t)
 	}
 	return k.certify(&ssh.Certificate{Key: key, CertType: ssh.HostCert, KeyId: name, Serial: serial, ValidPrincipals: []string{name}}, v)
 }

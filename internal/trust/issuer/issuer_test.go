@@ -57,7 +57,7 @@ func TestLoadEveryFormat(t *testing.T) {
 		t.Skip(err)
 	}
 	dir := t.TempDir()
-	for i, args := range []string{"-t ed25519", "-t ecdsa -b 384", "-t rsa -b 3072", "-t rsa -b 3072 -m PEM", "-t ecdsa -m PKCS8"} {
+	for i, args := range []string{"-t ed25519", "-t ecdsa -b 384", "-t rsa -b 2048", "-t rsa -b 2048 -m PEM", "-t ecdsa -m PKCS8"} {
 		for _, phrase := range []string{"", "correct horse"} {
 			file := filepath.Join(dir, fmt.Sprint(i, phrase == ""))
 			if out, err := exec.Command("ssh-keygen", append(strings.Fields(args), "-q", "-N", phrase, "-f", file)...).CombinedOutput(); err != nil {
@@ -114,7 +114,7 @@ func TestLaxKeyFiles(t *testing.T) {
 func TestAgents(t *testing.T) {
 	ring := agent.NewKeyring()
 	socket := testagent.Serve(t, ring)
-	rsaKey, err := rsa.GenerateKey(rand.Reader, 3072)
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,6 +183,9 @@ func TestToken(t *testing.T) {
 	refused(t, "X.509 by a token", err, fault.Usage, "ed25519")
 	h := holder()
 	h.VerifyRequired = true
+	_, err = generate(t).User(token.Public(), h, 1, v)
+	refused(t, "verify-required at logins", err, fault.Usage, "an approver's signatures alone")
+	h.Roles = []trust.Role{trust.Approver}
 	if cert, err = generate(t).User(token.Public(), h, 1, v); err != nil || cert.CriticalOptions["verify-required"] != "" {
 		t.Errorf("verify-required of a token: %v", err)
 	}
