@@ -3,6 +3,7 @@ package sshserver
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"net/netip"
 	"sync"
@@ -19,8 +20,8 @@ import (
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
-// farewell is how long a client may take to hang up after its sessions were
-// told that they end.
+// farewell is how long a session may outlast its login, about: for a last word
+// of its handler, and for the client to hang up.
 const farewell = 500 * time.Millisecond
 
 type connKey struct{}
@@ -71,7 +72,7 @@ type conn struct {
 	pace     *rate.Limiter // what it asks in sessions; past it, it waits
 	handlers sync.WaitGroup
 
-	undo []func()      // what ends with the connection; only its own goroutine
+	undo func()        // gives back what a login took; only for its own goroutine
 	gone chan struct{} // closed when no byte passes any more
 
 	mu      sync.Mutex // guards what follows
@@ -124,8 +125,8 @@ func (c *conn) finish() {
 	c.mu.Unlock()
 	close(c.gone)
 	c.handlers.Wait()
-	for _, undo := range c.undo {
-		undo()
+	if c.undo != nil {
+		c.undo()
 	}
 }
 
@@ -241,23 +242,27 @@ func (c *conn) grant(meta gossh.ConnMetadata, key gossh.PublicKey) (*grant, erro
 	_ = c.raw.SetDeadline(time.Time{}) // as in run
 	c.touch()
 
-	held, unhold := s.o.Hold(c.base, who)
-	held, cancel := context.WithCancelCause(held)
-	unlimit := func() {}
+	// The credential's end is told of before the handlers see it, since a
+	// session cannot be told any more once its handler has returned.
+	credential, unhold := s.o.Hold(c.base, who)
+	held, cancel := context.WithCancelCause(context.WithoutCancel(credential))
+	var once sync.Once
+	end := func(cause error) { once.Do(func() { c.end(cause, cancel) }) }
+	unhook := context.AfterFunc(credential, func() { end(context.Cause(credential)) })
+	unlimit := func() bool { return true }
 	if most := s.o.Limits.Session; most > 0 {
-		t := time.AfterFunc(most, func() {
-			cancel(fault.New(fault.Unauthenticated, "log in again", "no session lasts longer than %v", most))
-		})
-		unlimit = func() { t.Stop() }
+		unlimit = time.AfterFunc(most, func() {
+			end(fault.New(fault.Unauthenticated, "log in again", "no session lasts longer than %v", most))
+		}).Stop
 	}
-	unhook := context.AfterFunc(held, func() {
-		if c.enter() {
-			defer c.handlers.Done()
-			c.bidFarewell(context.Cause(held))
-		}
-	})
-	c.handlers.Go(func() { c.keepAlive(cancel) })
-	c.undo = []func(){func() { unhook() }, unlimit, func() { cancel(context.Canceled) }, unhold, release}
+	c.handlers.Go(func() { c.keepAlive(end) })
+	c.undo = func() {
+		unhook()
+		unlimit()
+		unhold()
+		cancel(context.Canceled)
+		release()
+	}
 	return &grant{who: who, held: held}, nil
 }
 
@@ -265,7 +270,7 @@ func (c *conn) grant(meta gossh.ConnMetadata, key gossh.PublicKey) (*grant, erro
 func (c *conn) touch() { c.active.Store(int64(time.Since(c.began))) }
 
 // keepAlive asks the client whether it is there, and ends what is idle.
-func (c *conn) keepAlive(cancel context.CancelCauseFunc) {
+func (c *conn) keepAlive(end func(error)) {
 	defer c.server.recovered("keepalive", c.remote, func() { c.raw.Close() })
 	l := c.server.o.Limits
 	tick := time.NewTicker(l.KeepAlive)
@@ -277,7 +282,7 @@ func (c *conn) keepAlive(cancel context.CancelCauseFunc) {
 		case <-tick.C:
 		}
 		if time.Since(c.began)-time.Duration(c.active.Load()) > l.Idle {
-			cancel(fault.New(fault.Unauthenticated, "log in again", "nothing happened for %v", l.Idle))
+			c.handlers.Go(func() { end(fault.New(fault.Unauthenticated, "log in again", "nothing happened for %v", l.Idle)) })
 			return
 		}
 		client, ok := c.library.Value(gssh.ContextKeyConn).(*gossh.ServerConn)
@@ -293,27 +298,58 @@ func (c *conn) keepAlive(cancel context.CancelCauseFunc) {
 	}
 }
 
-// bidFarewell tells every session why it ends, and hangs up.
-func (c *conn) bidFarewell(cause error) {
+// end ends the login: it tells every session why, lets the handlers know, and
+// then gives both sides some time to finish.
+func (c *conn) end(cause error, cancel context.CancelCauseFunc) {
+	defer cancel(cause) // also where there is nobody to be told any more
+	if !c.enter() {
+		return
+	}
+	defer c.handlers.Done()
 	defer c.server.recovered("farewell", c.remote, nil)
 	defer c.raw.Close()
-	line := "halligan: this session ends: " + neutral.LineMax(fault.Of(cause).Error(), 512)
 	c.server.o.Log.Info().Str("source", c.remote).Str("why", neutral.LineMax(cause.Error(), 512)).Msg("login ended")
-	c.mu.Lock()
-	for st, session := range c.streams {
-		c.handlers.Go(func() {
-			defer c.server.recovered("farewell", c.remote, nil)
-			if session != nil {
+	line := "halligan: this session ends: " + neutral.LineMax(fault.Of(cause).Error(), 512)
+	open := c.open()
+	var told sync.WaitGroup
+	for _, session := range open {
+		if session != nil {
+			told.Add(1)
+			c.handlers.Go(func() {
+				defer c.server.recovered("farewell", c.remote, nil)
+				defer told.Done()
 				session.tell(line)
-			}
-			st.Close()
-		})
+			})
+		}
 	}
-	c.mu.Unlock()
-	select { // a client in order hangs up by itself once it has read all
+	all := make(chan struct{})
+	c.handlers.Go(func() {
+		told.Wait()
+		close(all)
+	})
+	c.within(farewell/4, all) // who takes no more has not to be waited for
+	cancel(cause)
+	c.within(farewell/2, nil)
+	for st := range open {
+		st.Close()
+	}
+	c.within(farewell/2, nil)
+}
+
+// within waits until something is done or the client has hung up, but not long.
+func (c *conn) within(most time.Duration, done <-chan struct{}) {
+	select {
+	case <-done:
 	case <-c.gone:
-	case <-time.After(farewell):
+	case <-time.After(most):
 	}
+}
+
+// open returns the channels that are open, with their sessions.
+func (c *conn) open() map[*stream]*Session {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return maps.Clone(c.streams)
 }
 
 // afford reports whether the client may ask for one thing more. If not, it has

@@ -11,6 +11,7 @@ import (
 	gssh "github.com/gliderlabs/ssh"
 	gossh "golang.org/x/crypto/ssh"
 
+	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust"
 )
@@ -245,12 +246,14 @@ func (s *Session) take(req *gossh.Request) bool {
 		s.started = h.Session != nil && len(req.Payload) == 0
 	case "exec":
 		command, ok := onlyString(req.Payload)
-		s.started = h.Session != nil && ok && command != "" && len(command) <= l.Command
-		s.command = command
+		if s.started = h.Session != nil && ok && command != "" && len(command) <= l.Command; s.started {
+			s.command = command
+		}
 	case "subsystem":
 		name, ok := onlyString(req.Payload)
-		s.started = ok && h.Subsystems[name] != nil
-		s.subsystem = name
+		if s.started = ok && h.Subsystems[name] != nil; s.started {
+			s.subsystem = name
+		}
 	}
 	if s.started {
 		s.running.Add(1)
@@ -271,6 +274,9 @@ func (s *Session) run(library gssh.Session) {
 		handler = s.conn.server.o.Handlers.Subsystems[s.subsystem]
 	}
 	handler(s)
+	if s.grant.held.Err() != nil { // else the library says that all went well
+		_ = library.Exit(fault.CodeOf(context.Cause(s.grant.held)).Exit()) // as above; the handler may have done so
+	}
 }
 
 // tell writes one line for a person, unless the handler is just writing one.
@@ -287,7 +293,8 @@ func (s *Session) Identity() trust.Identity { return s.grant.who }
 
 // Held returns a context that lives as long as the login may, and longer than
 // the connection where its handler does. When it ends because the credential or
-// a limit did, its cause is a *fault.Error, and the client is told and cut off.
+// a limit did, its cause is a *fault.Error; the client has been told, and is cut
+// off in half a second, in which a handler may have a last word.
 func (s *Session) Held() context.Context { return s.grant.held }
 
 // Context returns a context that ends with Held or when the client has closed
