@@ -495,7 +495,7 @@ func TestUnreadableValues(t *testing.T) {
 		}
 		// A list goes on around it and says so.
 		s, _ := structpb.NewStruct(map[string]any{"target": "ds", "namespace": "telemetry"})
-		sum, err := l.engine.Get(l.ctx(), responder, s, func(*halliganv1.Object) error { return nil })
+		sum, err := l.engine.Get(l.ctx(), responder, &halliganv1.GetRequest{Parameters: s, Reason: "test"}, func(*halliganv1.Object) error { return nil })
 		if err != nil || sum.Undecodable != 1 {
 			t.Errorf("%s: list: %v, %v", name, sum, err)
 		}
@@ -554,7 +554,7 @@ func TestCapsAndLocalPolicy(t *testing.T) {
 		if _, err := l.engine.Plan(l.ctx(), who, &halliganv1.PlanRequest{Action: "delete", Parameters: s, Reason: "x"}); !fault.Is(err, fault.Refused) {
 			t.Errorf("%+v planned a deletion: %v", who, err)
 		}
-		_, err := l.engine.Get(l.ctx(), who, s, func(*halliganv1.Object) error { return nil })
+		_, err := l.engine.Get(l.ctx(), who, &halliganv1.GetRequest{Parameters: s, Reason: "test"}, func(*halliganv1.Object) error { return nil })
 		herr := l.engine.History(l.ctx(), who, &halliganv1.HistoryRequest{}, func(*halliganv1.HistoryEntry) error { return nil })
 		if seen := who.May(trust.Observer); seen != (err == nil) || seen != (herr == nil) {
 			t.Errorf("%+v: get %v, history %v", who, err, herr)
@@ -704,7 +704,7 @@ func TestGet(t *testing.T) {
 	get := func(who trust.Identity, par map[string]any) ([]*halliganv1.Object, error) {
 		s, _ := structpb.NewStruct(par)
 		var out []*halliganv1.Object
-		_, err := l.engine.Get(l.ctx(), who, s, func(o *halliganv1.Object) error { out = append(out, o); return nil })
+		_, err := l.engine.Get(l.ctx(), who, &halliganv1.GetRequest{Parameters: s, Reason: "test"}, func(o *halliganv1.Object) error { out = append(out, o); return nil })
 		return out, err
 	}
 	one, err := get(responder, map[string]any{"target": "ds/collector", "namespace": "telemetry"})
@@ -725,6 +725,10 @@ func TestGet(t *testing.T) {
 	commander := by("carol", trust.Commander)
 	if _, err := get(commander, map[string]any{"target": "secrets", "namespace": "telemetry", "reveal": true}); !fault.Is(err, fault.Usage) {
 		t.Errorf("all Secrets revealed: %v", err)
+	}
+	_, err = l.engine.Get(l.ctx(), commander, &halliganv1.GetRequest{Parameters: parameters(t, map[string]any{"target": "secret/s", "namespace": "telemetry", "reveal": true})}, nil)
+	if !fault.Is(err, fault.Usage) {
+		t.Errorf("revealed without a reason: %v", err)
 	}
 	shown, err := get(commander, map[string]any{"target": "secret/s", "namespace": "telemetry", "reveal": true})
 	if err != nil || !strings.Contains(shown[0].Json, "aHVudGVyMg") {

@@ -23,7 +23,7 @@ func TestElsewhere(t *testing.T) {
 		"events.events.k8s.io": "events.events.k8s.io live in another etcd (10.0.0.5:2379", // one storage
 		"leases":               "leases.coordination.k8s.io live in another etcd, which",
 	} {
-		_, err := l.engine.Get(l.ctx(), responder, parameters(t, map[string]any{"target": target, "namespace": "telemetry"}), func(*halliganv1.Object) error { return nil })
+		_, err := l.engine.Get(l.ctx(), responder, &halliganv1.GetRequest{Parameters: parameters(t, map[string]any{"target": target, "namespace": "telemetry"}), Reason: "test"}, func(*halliganv1.Object) error { return nil })
 		if !fault.Is(err, fault.Failed) || !strings.Contains(err.Error(), want) || fault.Of(err).Next == "" {
 			t.Errorf("get %s: %v", target, err)
 		}

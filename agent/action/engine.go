@@ -187,8 +187,8 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	if err := r.checkParameters(req.Parameters); err != nil {
 		return nil, err
 	}
-	if len(req.Reason) > 1024 || len(req.Incident) > 128 {
-		return nil, fault.New(fault.Usage, "say it in at most 1024 bytes (reason) and 128 bytes (incident)", "reason or incident is too long")
+	if err := checkReason(req.Reason, req.Incident); err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.timeout)
 	defer cancel()
@@ -263,6 +263,19 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	}
 	e.keep(&prepared{plan: p.plan, request: p.request, steps: p.steps, took: time.Since(began)})
 	return proto.CloneOf(p.plan), nil
+}
+
+// checkReason bounds what a person says for the record.
+func checkReason(reason, incident string) error {
+	if len(reason) > 1024 || len(incident) > 128 {
+		return fault.New(fault.Usage, "say it in at most 1024 bytes (reason) and 128 bytes (incident)", "reason or incident is too long")
+	}
+	return nil
+}
+
+// says reports whether a reason has anything in it.
+func says(reason string) bool {
+	return strings.ContainsFunc(reason, func(r rune) bool { return unicode.IsLetter(r) || unicode.IsDigit(r) })
 }
 
 // clusterID asks etcd which cluster it is, at most every 10 s: the same address
@@ -366,7 +379,7 @@ func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared) 
 		return nil, fault.New(fault.Stale, "plan again", "plan %s is not the one with the hash %.16q", id, sha)
 	case e.now().After(p.plan.Expires.AsTime()):
 		return p, fault.New(fault.Stale, "plan again", "plan %s expired at %s", id, p.plan.Expires.AsTime().Format(stamp))
-	case !strings.ContainsFunc(p.plan.Reason, func(r rune) bool { return unicode.IsLetter(r) || unicode.IsDigit(r) }):
+	case !says(p.plan.Reason):
 		return p, fault.New(fault.Usage, "plan again with a reason (--reason TEXT)", "plan %s has no reason, which the record needs", id)
 	}
 	most, err := ready(p)
@@ -457,14 +470,14 @@ func hexID(id uint64) string {
 }
 
 // recordReveal makes durable that somebody is about to see a Secret.
-func (e *Engine) recordReveal(ctx context.Context, who trust.Identity, par getParameters) error {
+func (e *Engine) recordReveal(ctx context.Context, who trust.Identity, req *halliganv1.GetRequest, par getParameters) error {
 	cluster, err := e.etcd.ClusterID(ctx)
 	if err != nil {
 		return err
 	}
 	now := e.now()
 	plan := &halliganv1.Plan{Id: newID(now), Action: getRow.name, ClusterName: e.name, Actor: who.Person, Role: who.Role.String(), Node: e.node, Cluster: cluster,
-		Summary: fmt.Sprintf("reveal %s in namespace %s", par.Target, par.Namespace), Created: timestamppb.New(now)}
+		Reason: req.GetReason(), Incident: req.GetIncident(), Summary: fmt.Sprintf("reveal %s in namespace %s", par.Target, par.Namespace), Created: timestamppb.New(now)}
 	plan.Parameters, err = structpb.NewStruct(map[string]any{"target": par.Target, "namespace": par.Namespace, "reveal": true})
 	if err != nil {
 		return fault.New(fault.Usage, "see the action's help", "parameters: %w", err)

@@ -75,7 +75,7 @@ func TestQuorumLost(t *testing.T) {
 	}
 	l.refuses(fault.NoQuorum, "", "scale", stopCollector)
 	var objects []*halliganv1.Object
-	sum, err := l.engine.Get(l.ctx(), responder, parameters(t, map[string]any{"target": "ds/collector", "namespace": "telemetry"}), func(o *halliganv1.Object) error {
+	sum, err := l.engine.Get(l.ctx(), responder, &halliganv1.GetRequest{Parameters: parameters(t, map[string]any{"target": "ds/collector", "namespace": "telemetry"}), Reason: "test"}, func(o *halliganv1.Object) error {
 		objects = append(objects, o)
 		return nil
 	})

@@ -272,7 +272,7 @@ func TestStaleBundle(t *testing.T) {
 		t.Fatalf("%v, %v", p, err)
 	}
 	l.apply(responder, p, resultAwaiting, "stale", false)
-	if _, err := l.engine.Get(l.ctx(), responder, parameters(t, map[string]any{"target": "ds/collector", "namespace": "telemetry"}), func(*halliganv1.Object) error { return nil }); err != nil {
+	if _, err := l.engine.Get(l.ctx(), responder, &halliganv1.GetRequest{Parameters: parameters(t, map[string]any{"target": "ds/collector", "namespace": "telemetry"}), Reason: "test"}, func(*halliganv1.Object) error { return nil }); err != nil {
 		t.Error(err)
 	}
 	r := l.apply(responder, p, resultApplied, "", true)
@@ -301,7 +301,7 @@ func TestDecidedAgain(t *testing.T) {
 	}
 	narrow.Scope = trust.Scope{Namespaces: []string{"shop"}}
 	for target, namespace := range map[string]string{"ds/collector": "telemetry", "ds": "telemetry", "nodes": ""} {
-		if _, err := l.engine.Get(l.ctx(), narrow, parameters(t, map[string]any{"target": target, "namespace": namespace}), nil); !fault.Is(err, fault.Refused) {
+		if _, err := l.engine.Get(l.ctx(), narrow, &halliganv1.GetRequest{Parameters: parameters(t, map[string]any{"target": target, "namespace": namespace}), Reason: "test"}, nil); !fault.Is(err, fault.Refused) {
 			t.Errorf("get %s with a credential for another namespace: %v", target, err)
 		}
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"time"
 
-	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"k8s.io/apimachinery/pkg/labels"
 
@@ -22,7 +21,7 @@ var getRow = row{
 		{Name: "target", Type: "string", Required: true, Positional: true, Placeholder: "KIND[/NAME]", Description: "a kind, or one object"},
 		namespaceParameter, allNamespacesParameter, selectorParameter,
 		{Name: "full", Type: "bool", Description: "whole objects, not only the columns of a table"},
-		{Name: "reveal", Type: "bool", Description: "show the values of one Secret (commander; recorded)"},
+		{Name: "reveal", Type: "bool", Description: "show the values of one Secret (commander; recorded, with its --reason)"},
 	},
 	examples: []string{"get pods -n telemetry", "get ds/collector -n telemetry -o yaml", "get crd"},
 }
@@ -39,12 +38,16 @@ type getParameters struct {
 // Get sends objects decoded from etcd, in the order of their keys, all of one
 // revision. Values of Secrets are replaced unless a commander asked to reveal
 // one by name.
-func (e *Engine) Get(ctx context.Context, who trust.Identity, raw *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
+func (e *Engine) Get(ctx context.Context, who trust.Identity, req *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
 	r, err := e.authorize(who, getRow.name)
 	if err != nil {
 		return nil, err
 	}
+	raw := req.GetParameters()
 	if err := r.checkParameters(raw); err != nil {
+		return nil, err
+	}
+	if err := checkReason(req.GetReason(), req.GetIncident()); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.timeout)
@@ -67,9 +70,12 @@ func (e *Engine) Get(ctx context.Context, who trust.Identity, raw *structpb.Stru
 	if err := p.allow(kind, par.Namespace, name); err != nil {
 		return nil, err
 	}
+	if par.Reveal && !says(req.GetReason()) {
+		return nil, fault.New(fault.Usage, "say why with --reason TEXT", "showing a Secret needs a reason for the record")
+	}
 	if par.Reveal {
 		// Seeing a Secret is a deed: no value leaves before it is on record.
-		if err := e.recordReveal(ctx, who, par); err != nil {
+		if err := e.recordReveal(ctx, who, req, par); err != nil {
 			return nil, err
 		}
 	}

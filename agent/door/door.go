@@ -21,7 +21,6 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/test/bufconn"
-	"google.golang.org/protobuf/types/known/structpb"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/alarm"
@@ -58,7 +57,7 @@ type Engine interface {
 	// Stop ends an action under way between two objects.
 	Stop(who trust.Identity, id string) error
 	// Get calls send from one goroutine, and stops when send fails.
-	Get(ctx context.Context, who trust.Identity, params *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error)
+	Get(ctx context.Context, who trust.Identity, req *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error)
 	// History calls send from one goroutine, newest first, and stops when send
 	// fails.
 	History(ctx context.Context, who trust.Identity, req *halliganv1.HistoryRequest, send func(*halliganv1.HistoryEntry) error) error
@@ -106,6 +105,12 @@ const (
 	// shutdownGrace is how long calls may take to end after the agent was told
 	// to stop, before their connections are closed.
 	shutdownGrace = 5 * time.Second
+	// idleLimit is how long a connection may be without a call, ageLimit how
+	// long it may be at all; calls under way then have ageGrace to end. These
+	// are the limits of an SSH session, too.
+	idleLimit = 30 * time.Minute
+	ageLimit  = 12 * time.Hour
+	ageGrace  = time.Hour
 	// farewell is how long a connection stays open after its identity ended, so
 	// that calls can say why.
 	farewell = 200 * time.Millisecond
@@ -151,8 +156,10 @@ func New(o Options) (*Server, error) {
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxSendMsgSize(maxMessage),
 		grpc.ConnectionTimeout(handshakeTimeout),
-		// A peer that was stopped or hangs gives its slot back.
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 20 * time.Second}),
+		// A peer that was stopped or hangs gives its slot back, and so does one
+		// that asks nothing; one that stays has to come in anew now and then.
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 20 * time.Second,
+			MaxConnectionIdle: idleLimit, MaxConnectionAge: ageLimit, MaxConnectionAgeGrace: ageGrace}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true),
 	)

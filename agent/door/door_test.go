@@ -17,7 +17,6 @@ import (
 	"google.golang.org/grpc/codes"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
@@ -30,7 +29,7 @@ import (
 type scripted struct {
 	plan  func(trust.Identity, *halliganv1.PlanRequest) (*halliganv1.Plan, error)
 	apply func(context.Context, func(*halliganv1.Progress)) *halliganv1.Result
-	get   func(*structpb.Struct, func(*halliganv1.Object) error) (*halliganv1.GetSummary, error)
+	get   func(*halliganv1.GetRequest, func(*halliganv1.Object) error) (*halliganv1.GetSummary, error)
 }
 
 func (s *scripted) Describe() []*halliganv1.Action { return []*halliganv1.Action{{Name: "scale"}} }
@@ -55,7 +54,7 @@ func (s *scripted) Apply(ctx context.Context, _ trust.Identity, _ *halliganv1.Ap
 	return s.apply(ctx, progress)
 }
 
-func (s *scripted) Get(_ context.Context, _ trust.Identity, params *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
+func (s *scripted) Get(_ context.Context, _ trust.Identity, params *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
 	return s.get(params, send)
 }
 
@@ -134,7 +133,7 @@ func TestCalls(t *testing.T) {
 			}
 			return &halliganv1.Result{Result: "applied"}
 		},
-		get: func(_ *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
+		get: func(_ *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
 			return &halliganv1.GetSummary{Objects: 1}, send(&halliganv1.Object{Name: "web"})
 		},
 	}
@@ -213,7 +212,7 @@ func TestPanicEndsOneCallOnly(t *testing.T) {
 	e := &scripted{
 		plan:  func(trust.Identity, *halliganv1.PlanRequest) (*halliganv1.Plan, error) { panic("plan") },
 		apply: func(context.Context, func(*halliganv1.Progress)) *halliganv1.Result { panic("apply") },
-		get:   func(*structpb.Struct, func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) { panic("get") },
+		get:   func(*halliganv1.GetRequest, func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) { panic("get") },
 	}
 	server, _ := open(t, e)
 	c := dial(t, server, alice, t.Context())
@@ -388,7 +387,7 @@ func TestHeld(t *testing.T) {
 					}
 					return &halliganv1.Result{}
 				},
-				get: func(_ *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
+				get: func(_ *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
 					close(getting)
 					for {
 						if err := send(&halliganv1.Object{Json: strings.Repeat("x", batchBytes)}); err != nil {
@@ -536,7 +535,8 @@ func (b *bundles) Status() *halliganv1.BundleStatus {
 }
 
 func TestExchangeBundle(t *testing.T) {
-	server, err := New(Options{Engine: &scripted{}, Alarms: &heard{}, Bundles: &bundles{raw: "own"}, Log: zerolog.Nop(),
+	h := &heard{}
+	server, err := New(Options{Engine: &scripted{}, Alarms: h, Bundles: &bundles{raw: "own"}, Log: zerolog.Nop(),
 		Warnings: func() []string { return []string{"the bundle is stale"} }})
 	if err != nil {
 		t.Fatal(err)
@@ -552,6 +552,9 @@ func TestExchangeBundle(t *testing.T) {
 		if err != nil || string(got.GetBundle()) != step.back || got.GetRefused().GetMessage() != step.refused || got.GetStatus().GetPolicyVersion() == 0 {
 			t.Errorf("%q: %v, %v", step.offer, got, err)
 		}
+	}
+	if got := h.of(alarm.Refusal); len(got) != 1 || got[0] != "alice: the bundle that was brought: not signed" {
+		t.Errorf("refusals told: %q", got)
 	}
 	st, err := c.Status(t.Context(), &halliganv1.StatusRequest{})
 	if err != nil || len(st.GetWarnings()) != 2 || !strings.Contains(st.GetWarnings()[0], "past an edge") || st.GetWarnings()[1] != "the bundle is stale" ||

@@ -3,6 +3,7 @@ package door
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -74,7 +75,11 @@ func (s *Server) ShowPlan(ctx context.Context, req *halliganv1.ShowPlanRequest) 
 
 // ExchangeBundle takes over what is newer of the caller's bundle, and returns
 // the agent's own where the caller's is another.
-func (s *Server) ExchangeBundle(_ context.Context, req *halliganv1.ExchangeBundleRequest) (*halliganv1.ExchangeBundleResponse, error) {
+func (s *Server) ExchangeBundle(ctx context.Context, req *halliganv1.ExchangeBundleRequest) (*halliganv1.ExchangeBundleResponse, error) {
+	info, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
 	if s.bundles == nil {
 		return nil, fault.New(fault.Usage, "name one in its configuration (trust.bundle)", "this agent has no bundle")
 	}
@@ -82,6 +87,7 @@ func (s *Server) ExchangeBundle(_ context.Context, req *halliganv1.ExchangeBundl
 	if len(req.GetBundle()) > 0 {
 		if _, err := s.bundles.Offer(req.GetBundle()); err != nil {
 			out.Refused = api.ErrorOf(err)
+			s.refused(info.who, fmt.Errorf("the bundle that was brought: %w", err))
 		}
 	}
 	if raw := s.bundles.Raw(); !bytes.Equal(raw, req.GetBundle()) {
@@ -160,12 +166,8 @@ func (s *Server) Get(req *halliganv1.GetRequest, stream grpc.ServerStreamingServ
 	if err != nil {
 		return err
 	}
-	params := req.GetParameters()
-	if params == nil {
-		params = &structpb.Struct{}
-	}
 	out := batch{stream: stream}
-	summary, err := s.engine.Get(stream.Context(), info.who, params, out.add)
+	summary, err := s.engine.Get(stream.Context(), info.who, req, out.add)
 	if serr := out.send(); err == nil {
 		err = serr
 	}

@@ -16,7 +16,6 @@ import (
 	"github.com/rs/zerolog"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/agent/mtls"
@@ -38,7 +37,7 @@ func (engine) Status(_ context.Context, who trust.Identity) (*halliganv1.StatusR
 	return &halliganv1.StatusResponse{Actor: who.Person, Role: who.Role.String()}, nil
 }
 
-func (engine) Get(ctx context.Context, _ trust.Identity, _ *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
+func (engine) Get(ctx context.Context, _ trust.Identity, _ *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
 	for range 100 {
 		if err := send(&halliganv1.Object{}); err != nil {
 			return nil, err

@@ -22,7 +22,6 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/api"
@@ -107,7 +106,7 @@ func (e *engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 
 func (e *engine) Stop(trust.Identity, string) error { close(e.halted); return nil }
 
-func (e *engine) Get(_ context.Context, _ trust.Identity, _ *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
+func (e *engine) Get(_ context.Context, _ trust.Identity, _ *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
 	return &halliganv1.GetSummary{Objects: 1}, send(&halliganv1.Object{Name: "evil\x1b]0;owned\a", State: "3/3"})
 }
 

@@ -92,7 +92,7 @@ func (v *Verbs) get(cmd *cobra.Command, action *halliganv1.Action, parameters *s
 	}
 	ctx, cancel := context.WithTimeout(ctx, v.limit(action))
 	defer cancel()
-	stream, err := v.agent.Get(ctx, &halliganv1.GetRequest{Parameters: parameters})
+	stream, err := v.agent.Get(ctx, &halliganv1.GetRequest{Parameters: parameters, Reason: v.reason, Incident: v.incident})
 	if err != nil {
 		return api.FromStatus(err)
 	}

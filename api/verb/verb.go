@@ -372,7 +372,12 @@ func mutates(cmd *cobra.Command) bool { return cmd.Annotations["effect"] == "mut
 // onlyMutations refuses the flags that say something about a change where
 // there is none.
 func onlyMutations(cmd *cobra.Command) error {
+	// Showing a Secret is on record too.
+	reveal := cmd.Flags().Lookup("reveal")
 	for _, name := range mutationFlags {
+		if reveal != nil && reveal.Changed && (name == "reason" || name == "incident") {
+			continue
+		}
 		if !mutates(cmd) && cmd.Flags().Changed(name) {
 			return Usage(cmd, "%s changes nothing: --%s does not apply", cmd.Name(), name)
 		}

@@ -2026,8 +2026,11 @@ func (x *Error) GetNext() string {
 }
 
 type GetRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Parameters    *structpb.Struct       `protobuf:"bytes,1,opt,name=parameters,proto3" json:"parameters,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Parameters *structpb.Struct       `protobuf:"bytes,1,opt,name=parameters,proto3" json:"parameters,omitempty"`
+	// Why, and for which incident; showing the values of a Secret needs a reason.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Incident      string `protobuf:"bytes,3,opt,name=incident,proto3" json:"incident,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2067,6 +2070,20 @@ func (x *GetRequest) GetParameters() *structpb.Struct {
 		return x.Parameters
 	}
 	return nil
+}
+
+func (x *GetRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *GetRequest) GetIncident() string {
+	if x != nil {
+		return x.Incident
+	}
+	return ""
 }
 
 // GetEvent has some of the objects or, at the end, the summary.
@@ -2745,12 +2762,14 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\x05Error\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +
-	"\x04next\x18\x03 \x01(\tR\x04next\"E\n" +
+	"\x04next\x18\x03 \x01(\tR\x04next\"y\n" +
 	"\n" +
 	"GetRequest\x127\n" +
 	"\n" +
 	"parameters\x18\x01 \x01(\v2\x17.google.protobuf.StructR\n" +
-	"parameters\"l\n" +
+	"parameters\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1a\n" +
+	"\bincident\x18\x03 \x01(\tR\bincident\"l\n" +
 	"\bGetEvent\x12-\n" +
 	"\aobjects\x18\x01 \x03(\v2\x13.halligan.v1.ObjectR\aobjects\x121\n" +
 	"\asummary\x18\x02 \x01(\v2\x17.halligan.v1.GetSummaryR\asummary\"\x8a\x02\n" +

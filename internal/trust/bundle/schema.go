@@ -185,7 +185,7 @@ type Key struct {
 	Comment string
 }
 
-const minRSA = 2048 // bits
+const minRSA = 3072 // bits, as credential demands it
 
 var keyTypes = []string{ssh.KeyAlgoED25519, ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256,
 	ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoECDSA521, ssh.KeyAlgoRSA}
