@@ -7,6 +7,7 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"os"
 	"os/exec"
@@ -192,6 +193,28 @@ func TestToken(t *testing.T) {
 	if _, there := cert.CriticalOptions["verify-required"]; !there {
 		t.Error("verify-required is lost")
 	}
+}
+
+// TestTokenFile: the file of a FIDO2 key only says which token to ask.
+func TestTokenFile(t *testing.T) {
+	inner := ssh.Marshal(struct {
+		Check1, Check2   uint32
+		Type             string
+		Key, Application []byte
+		Pad              [7]byte
+	}{1, 1, ssh.KeyAlgoSKED25519, make([]byte, 32), []byte("ssh:"), [7]byte{1, 2, 3, 4, 5, 6, 7}})
+	inner = inner[:len(inner)-len(inner)%8]
+	blob := append([]byte("openssh-key-v1\x00"), ssh.Marshal(struct {
+		Cipher, KDF, Options string
+		Keys                 uint32
+		Public, Private      []byte
+	}{"none", "none", "", 1, (&testagent.Token{Private: make(ed25519.PrivateKey, 64)}).Public().Marshal(), inner})...)
+	file := filepath.Join(t.TempDir(), "sk")
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "OPENSSH PRIVATE KEY", Bytes: blob}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := issuer.Load(file, nil)
+	refused(t, "a token's file", err, fault.Usage, "ssh-add "+file)
 }
 
 func holder() issuer.Holder {

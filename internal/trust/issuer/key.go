@@ -101,6 +101,9 @@ func Load(file string, ask Passphrase) (*Key, error) {
 		if strings.Contains(err.Error(), "unsupported key type") {
 			next = "write it anew in OpenSSH's own format: ssh-keygen -p -f " + file
 		}
+		if strings.Contains(err.Error(), "unhandled key type") { // as that of sk- keys, which only name a token
+			next = "load it into an ssh-agent, and name its public half: ssh-add " + file + "; --signer " + file + ".pub"
+		}
 		if strings.Contains(err.Error(), "decryption") || strings.Contains(err.Error(), "password") {
 			next = "try again with the right passphrase"
 		}
