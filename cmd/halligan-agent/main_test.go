@@ -379,12 +379,18 @@ func TestRest(t *testing.T) {
 // status of its class.
 func TestCommandLine(t *testing.T) {
 	dir := t.TempDir()
+	files := 0
 	file := func(text string) string {
-		f := filepath.Join(dir, "agent.yaml")
+		files++
+		f := filepath.Join(dir, fmt.Sprint("agent", files, ".yaml"))
 		if err := os.WriteFile(f, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		return f
+	}
+	lax := filepath.Join(dir, "key")
+	if err := os.WriteFile(lax, nil, 0o644); err != nil {
+		t.Fatal(err)
 	}
 	for _, c := range []struct {
 		args []string
@@ -393,6 +399,8 @@ func TestCommandLine(t *testing.T) {
 	}{
 		{[]string{"--config", dir + "/none"}, 2, "name a readable file"},
 		{[]string{"--config", file("etcd: {endpoints: ['etcd.local:2379']}")}, 2, `"etcd.local:2379" is not IP:PORT`},
+		{[]string{"--config", file("{node: cp-1, cluster: prod, trust: {}, grpc: {listen: ['0.0.0.0:2223'], certFile: /c, keyFile: " + lax + "}, etcd: {endpoints: ['127.0.0.1:2379']}}")}, 2, "0644"},
+		{[]string{"--config", file("{ssh: {listen: ['0.0.0.0:2222'], hostKey: /k, hostCertificate: /c}, etcd: {endpoints: ['127.0.0.1:2379']}}")}, 2, "set trust"},
 		{[]string{"--no-such-flag"}, 2, "halligan-agent --help"},
 		{[]string{"argument"}, 2, "argument"},
 	} {
