@@ -212,7 +212,9 @@ func TestPanicEndsOneCallOnly(t *testing.T) {
 	e := &scripted{
 		plan:  func(trust.Identity, *halliganv1.PlanRequest) (*halliganv1.Plan, error) { panic("plan") },
 		apply: func(context.Context, func(*halliganv1.Progress)) *halliganv1.Result { panic("apply") },
-		get:   func(*halliganv1.GetRequest, func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) { panic("get") },
+		get: func(*halliganv1.GetRequest, func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
+			panic("get")
+		},
 	}
 	server, _ := open(t, e)
 	c := dial(t, server, alice, t.Context())
