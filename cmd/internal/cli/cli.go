@@ -77,7 +77,7 @@ type app struct {
 func run(ctx context.Context, args []string, t verb.Terminal) int {
 	a := &app{Terminal: t, ctx: ctx, exchanged: map[string]bool{}, noted: map[string]bool{}}
 	var err error
-	if a.config, err = loadConfig(t.Env); err == nil {
+	if a.config, err = loadConfig(t.Env); err == nil && a.config.Output+a.config.Timeout != "" {
 		err = a.config.defaults(scratch())
 	}
 	if err != nil {
@@ -139,6 +139,19 @@ func scratch() *pflag.FlagSet {
 func (a *app) given(name string) bool {
 	f := a.set.Lookup(name)
 	return f != nil && f.Changed
+}
+
+// timeout returns what --timeout says, 0 for nothing.
+func (a *app) timeout() time.Duration {
+	f := a.set.Lookup("timeout")
+	if f == nil {
+		return 0
+	}
+	d, err := time.ParseDuration(f.Value.String())
+	if err != nil {
+		return 0
+	}
+	return d
 }
 
 // console returns the socket of the agent on this machine, "" where the bundle
@@ -223,7 +236,7 @@ func (a *app) connect(ctx context.Context) (verb.Agent, error) {
 		return nil, err
 	}
 	a.host = &one.host
-	return one, nil
+	return &roamer{one}, nil
 }
 
 // role returns the role to take.

@@ -37,6 +37,8 @@ const (
 	// its login waits for a person to touch a key.
 	patience = 5 * time.Second
 	touched  = 60 * time.Second
+	// better is how long to wait for a healthy agent once another has answered.
+	better = time.Second
 	// carrying bounds the exchange of bundles at the end of a connection.
 	carrying = 2 * time.Second
 )
@@ -154,17 +156,17 @@ func (f *fleet) identify() error {
 	cluster := a.cluster
 	if a.node != "" {
 		host, err := f.find(a.node, a.cluster)
-		if err != nil {
+		if err != nil && !fault.Is(err, fault.Usage) {
 			return err
 		}
-		cluster = host.Cluster
+		cluster = host.Cluster // if one is meant; else what to log in with decides
 	}
 	if cluster != "" {
 		if _, known := b.Inventory.Cluster(cluster); !known {
 			return fault.New(fault.NotFound, "known are: "+strings.Join(clusters(b), ", "), "the bundle's inventory has no cluster %q", cluster)
 		}
 	}
-	if f.ring, err = sshclient.Open(sshclient.Sources{File: a.identity, Agent: a.Env("SSH_AUTH_SOCK"), Passphrase: passphrase}); err != nil {
+	if f.ring, err = sshclient.Open(sshclient.Sources{File: a.identity, Agent: a.Env("SSH_AUTH_SOCK"), Passphrase: a.passphrase()}); err != nil {
 		return err
 	}
 	f.login, err = f.ring.Choose(sshclient.Want{
@@ -208,8 +210,24 @@ func clusters(b *bundle.Bundle) (names []string) {
 	return names
 }
 
+// find returns the node of that name. Where several clusters have one, those
+// count that the credential is good for.
 func (f *fleet) find(node, cluster string) (bundle.Host, error) {
-	return f.bundles.Current().Inventory.Find(node, cluster)
+	inv := f.bundles.Current().Inventory
+	host, err := inv.Find(node, cluster)
+	if cluster != "" || !fault.Is(err, fault.Usage) {
+		return host, err
+	}
+	var fit []bundle.Host
+	for _, c := range f.login.Clusters {
+		if h, err := inv.Find(node, c); err == nil {
+			fit = append(fit, h)
+		}
+	}
+	if len(fit) == 1 {
+		return fit[0], nil
+	}
+	return host, err
 }
 
 // clusterOf returns the cluster that a line without --cluster means: the only
@@ -234,17 +252,23 @@ func (f *fleet) clusterOf() (string, error) {
 	return "", fault.New(fault.Usage, "say which with --cluster: "+strings.Join(may, ", "), "%s is for %d clusters of the bundle", f.login.Name(), len(may))
 }
 
-// passphrase asks on the terminal of this process, wherever its streams lead.
-func passphrase(file string) ([]byte, error) {
-	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
-	if err != nil {
-		return nil, errors.New("there is no terminal")
+// passphrase returns what asks for one: on the terminal of this process,
+// wherever its input comes from; nil where nobody watches.
+func (a *app) passphrase() func(file string) ([]byte, error) {
+	if !a.InTTY && !a.ErrTTY {
+		return nil
 	}
-	defer tty.Close()
-	fmt.Fprintf(tty, "Passphrase of %s: ", neutral.Line(file))
-	answer, err := term.ReadPassword(int(tty.Fd()))
-	fmt.Fprintln(tty)
-	return answer, err
+	return func(file string) ([]byte, error) {
+		tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+		if err != nil {
+			return nil, errors.New("there is no terminal")
+		}
+		defer tty.Close()
+		fmt.Fprintf(tty, "Passphrase of %s: ", neutral.Line(file))
+		answer, err := term.ReadPassword(int(tty.Fd()))
+		fmt.Fprintln(tty)
+		return answer, err
+	}
 }
 
 // agent is a connection to one agent. What an agent says of its bundle in a
@@ -306,6 +330,11 @@ func (f *fleet) dial(ctx context.Context, host bundle.Host) (*agent, error) {
 
 // enter opens the SSH door of a node.
 func (f *fleet) enter(ctx context.Context, host bundle.Host) (*sshclient.Client, error) {
+	if said := f.app.timeout(); said > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, said)
+		defer cancel()
+	}
 	if f.login.SecurityKey() && f.app.ErrTTY {
 		fmt.Fprintf(f.app.Err, "touch the key to log in at %s\n", host.ID())
 	}
@@ -315,10 +344,14 @@ func (f *fleet) enter(ctx context.Context, host bundle.Host) (*sshclient.Client,
 // limits returns how many logins may run at a time, and how long each may take:
 // a key that is to be touched can be touched for one at a time.
 func (f *fleet) limits() (int, time.Duration) {
+	n, limit := parallel, patience
 	if f.login.SecurityKey() {
-		return 1, touched
+		n, limit = 1, touched
 	}
-	return parallel, patience
+	if said := f.app.timeout(); said > 0 {
+		limit = said
+	}
+	return n, limit
 }
 
 // answer is what asking one node has brought.
@@ -357,11 +390,8 @@ func (f *fleet) ask(ctx context.Context, host bundle.Host, limit time.Duration) 
 
 // askAll asks the nodes, some at a time, and hands on what each brings as it
 // comes. The channel is closed at the end; it must be read to that.
-func (f *fleet) askAll(ctx context.Context, hosts []bundle.Host, limit time.Duration) <-chan answer {
-	n, standard := f.limits()
-	if limit <= 0 {
-		limit = standard
-	}
+func (f *fleet) askAll(ctx context.Context, hosts []bundle.Host) <-chan answer {
+	n, limit := f.limits()
 	out, turns := make(chan answer), make(chan struct{}, n)
 	var asking sync.WaitGroup
 	go func() {
@@ -423,16 +453,30 @@ func (f *fleet) first(ctx context.Context) (*agent, error) {
 			}
 		}
 	} else {
-		answers := f.askAll(ctx, hosts, 0)
-		for r := range answers {
-			if won := take(r); won != nil {
-				cancel()
-				f.loose.Go(func() {
-					for r := range answers {
-						r.agent.abandon()
-					}
-				})
-				return won, nil
+		answers := f.askAll(ctx, hosts)
+		defer func() {
+			cancel()
+			f.loose.Go(func() {
+				for r := range answers {
+					r.agent.abandon()
+				}
+			})
+		}()
+		var enough <-chan time.Time
+		for asking := true; asking; {
+			select {
+			case r, more := <-answers:
+				if asking = more; !more {
+					break
+				}
+				if won := take(r); won != nil {
+					return won, nil
+				}
+				if spare != nil && enough == nil {
+					enough = time.After(better)
+				}
+			case <-enough:
+				asking = false
 			}
 		}
 	}

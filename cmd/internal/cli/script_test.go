@@ -18,7 +18,6 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/rs/zerolog"
-	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/halligan-io/halligan/agent/console"
@@ -350,7 +349,8 @@ func (s *stage) Stop(_ trust.Identity, id string) error {
 	return nil
 }
 
-func (s *stage) Get(_ context.Context, _ trust.Identity, params *structpb.Struct, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
+func (s *stage) Get(_ context.Context, _ trust.Identity, req *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
+	params := req.GetParameters()
 	kind, name, one := strings.Cut(params.GetFields()["target"].GetStringValue(), "/")
 	full := one || params.GetFields()["full"].GetBoolValue()
 	var names []string

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -45,11 +46,7 @@ func (a *app) statusCommand(v *verb.Verbs) *cobra.Command {
 			if socket != "" || a.node != "" {
 				return a.one(cmd)
 			}
-			limit, err := cmd.Flags().GetDuration("timeout")
-			if err != nil {
-				return err
-			}
-			return a.survey(cmd.Context(), v, limit, cmd.Flag("output").Value.String() == "table")
+			return a.survey(cmd.Context(), v, cmd.Flag("output").Value.String() == "table")
 		},
 	}
 }
@@ -74,7 +71,7 @@ func (a *app) one(cmd *cobra.Command) error {
 }
 
 // survey asks all nodes.
-func (a *app) survey(ctx context.Context, v *verb.Verbs, limit time.Duration, table bool) error {
+func (a *app) survey(ctx context.Context, v *verb.Verbs, table bool) error {
 	f, err := a.open()
 	if err != nil {
 		return err
@@ -96,7 +93,7 @@ func (a *app) survey(ctx context.Context, v *verb.Verbs, limit time.Duration, ta
 		answers = append(answers, answer{host: h, err: fault.New(fault.Unauthenticated, "ask for a certificate that names the cluster", "%s is not for cluster %s", f.login.Name(), h.Cluster)})
 	}
 	var due []*agent // whose bundle differs, for after the answer
-	for r := range f.askAll(ctx, hosts, limit) {
+	for r := range f.askAll(ctx, hosts) {
 		if r.agent != nil && !sameBundle(r.status.GetBundle(), b) {
 			due = append(due, r.agent)
 		} else {
@@ -190,7 +187,12 @@ func (a *app) showSurvey(f *fleet, answers []answer) error {
 	var ends time.Time
 	for _, r := range answers {
 		if r.err != nil {
-			fmt.Fprintf(w, "%s\tdead\t-\t-\t-\t-\t-\t-\t%s\n", r.host.ID(), cell(api.FromStatus(r.err).Message))
+			e := api.FromStatus(r.err)
+			state := "dead"
+			if e.Code == fault.Unauthenticated {
+				state = "no entry"
+			}
+			fmt.Fprintf(w, "%s\t%s\t-\t-\t-\t-\t-\t-\t%s\n", r.host.ID(), state, cell(e.Message))
 			continue
 		}
 		left := "-"
@@ -201,7 +203,7 @@ func (a *app) showSurvey(f *fleet, answers []answer) error {
 			}
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%.3g ms\t%+.1fs\t%s\t%s\t%s\n", r.host.ID(), cell(r.status.GetVersion()), etcdCell(r.status.GetEtcd()), mutations(r.status),
-			ms(r.took), r.skew().Seconds(), left, bundleCell(r.status.GetBundle()), cell(strings.Join(remarks(r), "; ")))
+			ms(r.took), math.Round(10*r.skew().Seconds())/10+0, left, bundleCell(r.status.GetBundle()), cell(strings.Join(remarks(r), "; ")))
 	}
 	if err := w.Flush(); err != nil {
 		return err

@@ -1,0 +1,182 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/halligan-io/halligan/api"
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
+)
+
+// roamer is the agent of a line that names no node. Each agent keeps its own
+// plans and records, so what this one does not know is sought at the others of
+// its cluster, and once it is found, the line goes on there.
+type roamer struct {
+	*agent
+}
+
+// ShowPlan finds the agent that has the plan.
+func (r *roamer) ShowPlan(ctx context.Context, in *halliganv1.ShowPlanRequest, opts ...grpc.CallOption) (plan *halliganv1.Plan, err error) {
+	return seek(ctx, r, func(ctx context.Context, a *agent) (*halliganv1.Plan, error) { return a.ShowPlan(ctx, in, opts...) })
+}
+
+// Undo finds the agent that has the record.
+func (r *roamer) Undo(ctx context.Context, in *halliganv1.UndoRequest, opts ...grpc.CallOption) (*halliganv1.Plan, error) {
+	return seek(ctx, r, func(ctx context.Context, a *agent) (*halliganv1.Plan, error) { return a.Undo(ctx, in, opts...) })
+}
+
+// Plan is Undo where that is the action.
+func (r *roamer) Plan(ctx context.Context, in *halliganv1.PlanRequest, opts ...grpc.CallOption) (*halliganv1.Plan, error) {
+	if in.GetAction() != "undo" {
+		return r.agent.Plan(ctx, in, opts...)
+	}
+	return seek(ctx, r, func(ctx context.Context, a *agent) (*halliganv1.Plan, error) { return a.Plan(ctx, in, opts...) })
+}
+
+// History finds the agent that has the record of an action, or gathers the
+// records of all.
+func (r *roamer) History(ctx context.Context, in *halliganv1.HistoryRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[halliganv1.HistoryEntry], error) {
+	from := func(ctx context.Context, a *agent) ([]*halliganv1.HistoryEntry, error) {
+		return a.records(ctx, in, opts...)
+	}
+	var entries []*halliganv1.HistoryEntry
+	var err error
+	if in.GetActionId() != "" {
+		entries, err = seek(ctx, r, from)
+	} else if entries, err = from(ctx, r.agent); err == nil {
+		entries = append(entries, r.gather(ctx, from)...)
+		slices.SortStableFunc(entries, func(x, y *halliganv1.HistoryEntry) int {
+			return y.GetTime().AsTime().Compare(x.GetTime().AsTime())
+		})
+		if n := int(in.GetLimit()); n > 0 && len(entries) > n {
+			entries = entries[:n]
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &told{entries: entries}, nil
+}
+
+// gather asks all other agents, and says which could not be asked.
+func (r *roamer) gather(ctx context.Context, from func(context.Context, *agent) ([]*halliganv1.HistoryEntry, error)) (entries []*halliganv1.HistoryEntry) {
+	var mu sync.Mutex // guards entries
+	r.others(ctx, func(ctx context.Context, a *agent) bool {
+		more, err := from(ctx, a)
+		if err != nil {
+			r.fleet.app.note("%s does not tell its history: %s", a.host.ID(), api.FromStatus(err).Message)
+			return false
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		entries = append(entries, more...)
+		return false
+	})
+	return entries
+}
+
+// seek asks this agent, and where it knows nothing of it the others.
+func seek[T any](ctx context.Context, r *roamer, ask func(context.Context, *agent) (T, error)) (T, error) {
+	first, err := ask(ctx, r.agent)
+	if err == nil || api.FromStatus(err).Code != fault.NotFound {
+		return first, err
+	}
+	var mu sync.Mutex // guards found and answer
+	var found *agent
+	var answer T
+	r.others(ctx, func(ctx context.Context, a *agent) bool {
+		got, err := ask(ctx, a)
+		if err != nil {
+			return false
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if found != nil {
+			return false
+		}
+		found, answer = a, got
+		return true
+	})
+	if found == nil {
+		return first, err
+	}
+	last := r.agent
+	r.fleet.loose.Go(func() { _ = last.Close() })
+	r.agent, r.fleet.app.host = found, &found.host
+	return answer, nil
+}
+
+// others logs in at each other node of the cluster, some at a time. What keep
+// does not want to keep is closed.
+func (r *roamer) others(ctx context.Context, keep func(context.Context, *agent) bool) {
+	n, limit := r.fleet.limits()
+	turns := make(chan struct{}, n)
+	var asking sync.WaitGroup
+	for _, host := range r.fleet.bundles.Current().Inventory.Nodes(r.host.Cluster) {
+		if host.ID() == r.host.ID() {
+			continue
+		}
+		turns <- struct{}{}
+		asking.Go(func() {
+			defer func() { <-turns }()
+			if a := r.reach(ctx, host, limit, keep); a != nil {
+				r.fleet.loose.Go(func() { _ = a.Close() })
+			}
+		})
+	}
+	asking.Wait()
+}
+
+// reach logs in at one node, and returns the connection where it is not kept.
+func (r *roamer) reach(ctx context.Context, host bundle.Host, limit time.Duration, keep func(context.Context, *agent) bool) *agent {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	a, err := r.fleet.dial(ctx, host)
+	if err != nil {
+		r.fleet.app.note("%s was not asked: %s", host.ID(), fault.Of(err).Message)
+		return nil
+	}
+	if keep(ctx, a) {
+		return nil
+	}
+	return a
+}
+
+// records returns what an agent's history tells.
+func (a *agent) records(ctx context.Context, in *halliganv1.HistoryRequest, opts ...grpc.CallOption) (entries []*halliganv1.HistoryEntry, err error) {
+	stream, err := a.AgentClient.History(ctx, in, opts...)
+	for err == nil {
+		var e *halliganv1.HistoryEntry
+		if e, err = stream.Recv(); err == nil {
+			entries = append(entries, e)
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return entries, err
+}
+
+// told is a stream of what is known already.
+type told struct {
+	grpc.ClientStream // nil: nobody asks for more than Recv
+	entries           []*halliganv1.HistoryEntry
+}
+
+// Recv returns the next entry, and io.EOF at the end.
+func (t *told) Recv() (*halliganv1.HistoryEntry, error) {
+	if len(t.entries) == 0 {
+		return nil, io.EOF
+	}
+	e := t.entries[0]
+	t.entries = t.entries[1:]
+	return e, nil
+}
