@@ -73,7 +73,7 @@
 //	actions, protect, keepSubjects, caps, approvals, aloneCaps            # trust.Rules
 //
 // No key has two uses: roots, delegates, authorities (SSH and X.509 alike) and
-// sealed keys are all distinct. Keys are Ed25519, ECDSA, RSA of at least 2048
+// sealed keys are all distinct. Keys are Ed25519, ECDSA, RSA of at least 3072
 // bits, or the sk- forms of the first two; a line has no options.
 //
 // # Inventory

@@ -167,7 +167,7 @@ func TestSchema(t *testing.T) {
 		{PolicyPart, "version: 1", "version: 1\nprevious: aa", "version 1 has no previous"},
 		{PolicyPart, "version: 1", "version: 2", "previous"},
 		{PolicyPart, `signed: "2026-03-01T09:00:00Z"`, "", "signed"},
-		{PolicyPart, "signed: ", "---\nsigned: ", "one YAML document"},
+		{PolicyPart, "signed: ", "---\nsigned: ", "more than one YAML document"},
 		{PolicyPart, "threshold: 2", "threshold: 0", "outside 1 to 3"},
 		{PolicyPart, "threshold: 2", "threshold: 4", "outside 1 to 3"},
 		{PolicyPart, "grace: 2h", "grace: 25h", "outside"},
@@ -188,7 +188,7 @@ func TestSchema(t *testing.T) {
 		{PolicyPart, sealed("bob").Line(), sealed("alice").Line(), "sealed[0] and in sealed[1]"},
 		// Keys.
 		{PolicyPart, line("root-2"), cert, "is not accepted"},
-		{PolicyPart, line("root-2"), strings.TrimSpace(string(ssh.MarshalAuthorizedKey(weakPub))), "less than 2048 bits"},
+		{PolicyPart, line("root-2"), strings.TrimSpace(string(ssh.MarshalAuthorizedKey(weakPub))), "less than 3072 bits"},
 		{PolicyPart, line("root-2"), "no-touch-required " + line("root-2"), "is not accepted"},
 		{PolicyPart, line("root-2"), `"` + line("root-2") + `\u202e"`, "plain ASCII"},
 		{PolicyPart, line("root-2"), `"` + line("root-2") + `\n"`, "one line"},
@@ -231,10 +231,10 @@ func TestSchema(t *testing.T) {
 		// Revocations.
 		{RevocationsPart, "policyVersion: 1", "policyVersion: 0", "from 1"},
 		{RevocationsPart, "serial: 7", "serial: 0", "0 is no serial"},
-		{RevocationsPart, key("user-ca").Fingerprint(), "SHA256:abc", "is not SHA256"},
+		{RevocationsPart, key("user-ca").Fingerprint(), "SHA256:abc", "is no fingerprint"},
 		{RevocationsPart, "- mallory", "- Mallory*", "is not a name"},
 		{RevocationsPart, "- mallory", "- mallory\n  - mallory", "listed twice"},
-		{RevocationsPart, "- " + key("x").Fingerprint(), "- MD5:00", "is not a fingerprint"},
+		{RevocationsPart, "- " + key("x").Fingerprint(), "- MD5:00", "is no fingerprint"},
 		{RevocationsPart, `"0x1f"`, `"1f"`, "no number"},
 		{RevocationsPart, `"0x1f"`, `"-1"`, "no number"},
 		{RevocationsPart, `"0x1f"`, `17`, ""},
@@ -377,7 +377,7 @@ func TestSignWithCertificate(t *testing.T) {
 	}
 	_, err = VerifySignature([]byte("x"), PolicyNamespace, join(sig, sig))
 	wantError(t, err, "2 signatures")
-	for _, k := range []any{must(rsa.GenerateKey(rand.Reader, minRSA)), tlsKeys()[0]} {
+	for _, k := range []any{rsaKey(), tlsKeys()[0]} {
 		s := must(ssh.NewSignerFromKey(k))
 		if _, err := Sign([]byte("x"), PolicyNamespace, s); err != nil {
 			t.Error(s.PublicKey().Type(), err)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
-	"crypto/rsa"
 	"encoding/pem"
 	"fmt"
 	"net"
@@ -177,7 +176,7 @@ func TestAgent(t *testing.T) {
 	if !ok {
 		t.Fatal("no certificate")
 	}
-	hard := must(rsa.GenerateKey(rand.Reader, minRSA))
+	hard := rsaKey()
 	for _, k := range []agent.AddedKey{{PrivateKey: ed25519.NewKeyFromSeed(seed("root-1"))}, {PrivateKey: ed25519.NewKeyFromSeed(seed("root-2")), Certificate: cert}, {PrivateKey: hard}} {
 		if err := a.Add(k); err != nil {
 			t.Fatal(err)

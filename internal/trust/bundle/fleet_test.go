@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -108,6 +109,8 @@ var tlsKeys = sync.OnceValue(func() (keys [2]*ecdsa.PrivateKey) {
 	}
 	return keys
 })
+
+var rsaKey = sync.OnceValue(func() *rsa.PrivateKey { return must(rsa.GenerateKey(rand.Reader, minRSA)) })
 
 // fleet is a whole bundle before it is signed, of two roots in three.
 type fleet struct {

@@ -102,7 +102,7 @@ func decode(data []byte, into any) error {
 	for line := range bytes.Lines(data) {
 		// A second document would be signed and read by nobody.
 		if bytes.HasPrefix(line, []byte("---")) || bytes.HasPrefix(line, []byte("...")) {
-			return errors.New("one YAML document, without --- and ...")
+			return errors.New("more than one YAML document: want one, without lines of three dashes or dots")
 		}
 	}
 	text, err := yaml.YAMLToJSONStrict(data)
@@ -636,7 +636,7 @@ func decodeRevocations(data []byte) (*Revocations, error) {
 			return nil, fmt.Errorf("serials[%d]: 0 is no serial", i)
 		}
 		if s.CA != "" && !isFingerprint(s.CA) {
-			return nil, fmt.Errorf("serials[%d]: ca %.64q is not SHA256:...", i, s.CA)
+			return nil, fmt.Errorf("serials[%d]: ca %.64q is no fingerprint SHA256:BASE64", i, s.CA)
 		}
 		if err := r.add(serialEntry(s.CA, s.Serial), s.Until); err != nil {
 			return nil, err
@@ -652,7 +652,7 @@ func decodeRevocations(data []byte) (*Revocations, error) {
 	}
 	for i, k := range r.Keys {
 		if !isFingerprint(k) {
-			return nil, fmt.Errorf("keys[%d]: %.64q is not a fingerprint SHA256:...", i, k)
+			return nil, fmt.Errorf("keys[%d]: %.64q is no fingerprint SHA256:BASE64", i, k)
 		}
 		if err := r.add(keyEntry(k), time.Time{}); err != nil {
 			return nil, err
