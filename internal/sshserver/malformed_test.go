@@ -147,7 +147,7 @@ func TestStartedOnce(t *testing.T) {
 
 // TestPayloads sends packets that no client in order makes.
 func TestPayloads(t *testing.T) {
-	s := serve(t, nil)
+	s := serve(t, func(o *Options) { o.Limits.KeyExchange = 2 * time.Second })
 	signer := s.person(t, "ada", nil)
 	alive := func(t *testing.T) {
 		t.Helper()

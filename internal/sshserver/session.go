@@ -71,6 +71,9 @@ func (c *conn) accept(asked gossh.NewChannel, s *Session) (*stream, <-chan *goss
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.streams[st] = s
+	if s != nil {
+		s.stream = st
+	}
 	return st, requests, nil
 }
 
@@ -173,7 +176,6 @@ func (f filtered) Accept() (gossh.Channel, <-chan *gossh.Request, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	s.stream = st
 	passed := make(chan *gossh.Request)
 	s.conn.handlers.Go(func() { s.filter(requests, passed) })
 	return st, passed, nil
