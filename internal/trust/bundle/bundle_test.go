@@ -254,6 +254,19 @@ func TestSchema(t *testing.T) {
 	t.Run("no newline", func(t *testing.T) {
 		wantError(t, decoders[PolicyPart](strings.TrimSpace(texts[PolicyPart])), "cut off")
 	})
+	t.Run("many mistakes", func(t *testing.T) {
+		err := decoders[PolicyPart](texts[PolicyPart] + strings.Repeat("grace: 2h\n", 10_000))
+		if wantError(t, err, "already set"); err != nil && len(err.Error()) > 400 {
+			t.Errorf("%d bytes of error", len(err.Error()))
+		}
+	})
+	t.Run("aliases", func(t *testing.T) {
+		bomb := "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+		for i := 1; i < 9; i++ {
+			bomb += fmt.Sprintf("a%d: &a%d [%s]\n", i, i, strings.TrimSuffix(strings.Repeat(fmt.Sprintf("*a%d,", i-1), 9), ","))
+		}
+		wantError(t, decoders[PolicyPart](bomb), "aliasing")
+	})
 	t.Run("no part", func(t *testing.T) {
 		if _, err := Encode(f.pol.Roots); err == nil {
 			t.Error("encoded")

@@ -107,6 +107,11 @@ func decode(data []byte, into any) error {
 	}
 	text, err := yaml.YAMLToJSONStrict(data)
 	if err != nil {
+		// It lists every mistake, and a file can have as many as it has lines.
+		const most = 256
+		if all := err.Error(); len(all) > most {
+			return errors.New(strings.ToValidUTF8(all[:most], "") + "…")
+		}
 		return err
 	}
 	strict, err := kjson.UnmarshalStrict(text, into)
