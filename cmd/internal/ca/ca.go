@@ -48,6 +48,16 @@ func Command(s Surroundings) *cobra.Command {
 			"  halligan ca renew FILE-cert.pub               daily\n" +
 			"  halligan ca revoke --person NAME              then: halligan ca bundle sign revocations",
 		Args: cobra.ArbitraryArgs, RunE: group,
+		// In place of the root's: what says how to reach an agent, or how to change a
+		// cluster, means nothing here.
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) (err error) {
+			cmd.Flags().Visit(func(f *pflag.Flag) {
+				if cmd.Root().PersistentFlags().Lookup(f.Name) == f {
+					err = usage(cmd, "%s asks no agent: --%s does not apply", cmd.CommandPath(), f.Name)
+				}
+			})
+			return err
+		},
 	}
 	dir := s.Env("HALLIGAN_CA")
 	if dir == "" {
@@ -58,7 +68,6 @@ func Command(s Surroundings) *cobra.Command {
 		c.PersistentFlags().Lookup("dir").DefValue = ""
 	}
 	c.AddCommand(t.initialise(), t.issue(), t.renew(), t.revoke(), t.bundle())
-	// What says how to reach an agent, or how to change a cluster, means nothing here.
 	c.SetHelpFunc(func(cmd *cobra.Command, args []string) {
 		cmd.Root().PersistentFlags().VisitAll(func(f *pflag.Flag) { f.Hidden = true })
 		cmd.Root().HelpFunc()(cmd, args)

@@ -253,6 +253,16 @@ func (o *InitOptions) fill(dir string) error {
 			return err
 		}
 	}
+	for _, part := range parts {
+		d, err := f.readDraft(part)
+		if err == nil {
+			_, err = d.typed()
+		}
+		if err != nil { // a key that was brought, which no agent would take
+			e := fault.Of(err)
+			return fault.New(e.Code, "bring other keys", "%s", strings.TrimPrefix(e.Message, dir+"/"))
+		}
+	}
 	return nil
 }
 
