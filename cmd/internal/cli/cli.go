@@ -90,16 +90,20 @@ func run(ctx context.Context, args []string, t verb.Terminal) int {
 		a.config = config{}
 	}
 	defer func() { a.fleet.close() }()
-	status := verb.New(t, verb.Options{
+	v := verb.New(t, verb.Options{
 		Connect: a.connect, Flags: a.flags, Commands: a.commands, ReadFile: a.readFile, Where: a.where,
 		Again: func(ctx context.Context) (context.Context, context.CancelFunc) {
 			return signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 		},
-	}).Run(ctx, args)
-	return max(status, a.status)
+	})
+	if len(args) > 0 && (args[0] == cobra.ShellCompRequestCmd || args[0] == cobra.ShellCompNoDescRequestCmd) {
+		return a.complete(ctx, v, args)
+	}
+	return max(v.Run(ctx, args), a.status)
 }
 
-var needsNothing = map[string]bool{"help": true, "--help": true, "-h": true, "version": true, "completion": true, "ca": true}
+var needsNothing = map[string]bool{"help": true, "--help": true, "-h": true, "version": true, "completion": true, "ca": true,
+	cobra.ShellCompRequestCmd: true, cobra.ShellCompNoDescRequestCmd: true}
 
 // maxApproval bounds a file of approvals, in bytes.
 const maxApproval = 1 << 20

@@ -1,12 +1,16 @@
 package cli
 
 import (
+	"context"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/halligan-io/halligan/api"
+	"github.com/halligan-io/halligan/api/verb"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 )
@@ -17,8 +21,8 @@ func (a *app) completions(set *pflag.FlagSet) {
 	holder := &cobra.Command{}
 	offer := func(name string, values func() []string) {
 		holder.Flags().AddFlag(set.Lookup(name))
-		_ = holder.RegisterFlagCompletionFunc(name, func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			return values(), cobra.ShellCompDirectiveNoFileComp
+		_ = holder.RegisterFlagCompletionFunc(name, func(_ *cobra.Command, _ []string, word string) ([]string, cobra.ShellCompDirective) {
+			return beginning(word, values()), cobra.ShellCompDirectiveNoFileComp
 		})
 	}
 	offer("node", a.nodes)
@@ -36,6 +40,69 @@ func (a *app) completions(set *pflag.FlagSet) {
 		return names
 	})
 	offer("output", func() []string { return []string{"table", "json", "yaml"} })
+}
+
+// workloads are the kinds that can be scaled, kinds the others that one is
+// likely to look for in an outage; an agent knows more.
+var (
+	workloads = []string{"cronjobs", "daemonsets", "deployments", "jobs", "replicasets", "replicationcontrollers", "statefulsets"}
+	kinds     = []string{"apiservices", "clusterrolebindings", "clusterroles", "configmaps", "customresourcedefinitions", "events", "horizontalpodautoscalers", "leases",
+		"mutatingwebhookconfigurations", "namespaces", "nodes", "persistentvolumeclaims", "poddisruptionbudgets", "pods", "rolebindings", "roles", "secrets",
+		"serviceaccounts", "services", "validatingwebhookconfigurations"}
+)
+
+// complete answers a shell that asks what may follow, about verbs out of the
+// table of actions. It asks no agent: somebody is typing.
+func (a *app) complete(ctx context.Context, v *verb.Verbs, args []string) int {
+	actions, err := api.Actions()
+	if err != nil {
+		return 1
+	}
+	root := v.Root(actions)
+	for _, action := range actions {
+		cmd, _, err := root.Find([]string{action.GetName()})
+		if err != nil || cmd == root {
+			continue
+		}
+		var offer []string
+		directive := cobra.ShellCompDirectiveNoFileComp
+		for _, p := range action.GetParameters() {
+			if !p.GetPositional() || !strings.HasPrefix(p.GetPlaceholder(), "KIND") {
+				continue
+			}
+			if offer = workloads; action.GetName() != "scale" {
+				offer = slices.Concat(workloads, kinds)
+			}
+			if strings.HasPrefix(p.GetPlaceholder(), "KIND/") {
+				offer = slices.Clone(offer)
+				for i := range offer {
+					offer[i] += "/"
+				}
+				directive |= cobra.ShellCompDirectiveNoSpace
+			}
+		}
+		cmd.ValidArgsFunction = func(_ *cobra.Command, before []string, word string) ([]string, cobra.ShellCompDirective) {
+			if len(before) > 0 {
+				return nil, cobra.ShellCompDirectiveNoFileComp
+			}
+			return beginning(word, offer), directive
+		}
+	}
+	root.SetArgs(args)
+	if err := root.ExecuteContext(ctx); err != nil {
+		return 1
+	}
+	return 0
+}
+
+// beginning returns the words that begin so.
+func beginning(with string, words []string) (fit []string) {
+	for _, w := range words {
+		if strings.HasPrefix(w, with) {
+			fit = append(fit, w)
+		}
+	}
+	return fit
 }
 
 // nodes returns the names to offer: NODE where it is unique, else NODE.CLUSTER.

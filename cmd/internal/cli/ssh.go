@@ -16,11 +16,11 @@ func (a *app) sshCommand() *cobra.Command {
 		Use: "ssh NODE", Short: "Open the break-glass shell of a node's agent",
 		Long:    "Open the break-glass shell of a node's agent: the same verbs, with line editing,\nhistory and completion. It is no shell of the machine.",
 		Example: "  halligan ssh cp-1\n  halligan ssh cp-1.prod --as observer",
-		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+		ValidArgsFunction: func(_ *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
 			if len(args) > 0 {
 				return nil, cobra.ShellCompDirectiveNoFileComp
 			}
-			return a.nodes(), cobra.ShellCompDirectiveNoFileComp
+			return beginning(word, a.nodes()), cobra.ShellCompDirectiveNoFileComp
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch {
