@@ -2,6 +2,7 @@ package sshserver
 
 import (
 	"context"
+	"crypto/rsa"
 	"errors"
 	"maps"
 	"net"
@@ -185,11 +186,23 @@ func (c *conn) exchanged() {
 	_ = c.raw.SetDeadline(c.began.Add(c.server.o.Limits.Login)) // as in run
 }
 
+// leastRSA is the least size of an RSA key in bits, RFC 8332 section 5.1 by way
+// of NIST SP 800-131A.
+const leastRSA = 2048
+
 // offered says whether a key is worth a signature. Nothing is kept of it but
 // that this connection is not to be dropped first.
 func (c *conn) offered(key gossh.PublicKey) bool {
 	if offer := c.server.o.Offer; offer != nil && !offer(key) {
 		return false
+	}
+	if cert, ok := key.(*gossh.Certificate); ok {
+		key = cert.Key
+	}
+	if k, ok := key.(gossh.CryptoPublicKey); ok {
+		if k, ok := k.CryptoPublicKey().(*rsa.PublicKey); ok && k.N.BitLen() < leastRSA {
+			return false
+		}
 	}
 	c.stage.Store(known)
 	return true
@@ -234,8 +247,8 @@ func (c *conn) grant(meta gossh.ConnMetadata, key gossh.PublicKey) (*grant, erro
 	if err != nil {
 		return nil, err
 	}
+	c.undo = release // also where Hold panics
 	if !s.waiting.leave(c) {
-		release()
 		return nil, errors.New("dropped while logging in")
 	}
 	c.loggedIn.Store(true)

@@ -2,6 +2,8 @@ package sshserver
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
 	"errors"
 	"io"
 	"net"
@@ -63,6 +65,25 @@ func TestNew(t *testing.T) {
 
 // TestNobody has Authenticate fail to say who it is.
 func TestNobody(t *testing.T) {
+	t.Run("a small RSA key", func(t *testing.T) {
+		s := serve(t, nil)
+		for bits, good := range map[int]bool{1024: false, 2048: true} {
+			key, err := rsa.GenerateKey(rand.Reader, bits)
+			if err != nil {
+				t.Fatal(err)
+			}
+			signer, err := gossh.NewSignerFromKey(key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.enrol(signer.PublicKey(), trust.Identity{Person: "ada", Role: trust.Observer})
+			if client, err := s.dial(t, signer); good != (err == nil) {
+				t.Errorf("%d bits: %v", bits, err)
+			} else if err == nil {
+				client.Close()
+			}
+		}
+	})
 	for name, authenticate := range map[string]func(gossh.PublicKey, string, net.Addr) (trust.Identity, error){
 		"nobody": func(gossh.PublicKey, string, net.Addr) (trust.Identity, error) { return trust.Identity{}, nil },
 		"no role": func(gossh.PublicKey, string, net.Addr) (trust.Identity, error) {
@@ -166,8 +187,8 @@ func TestEnds(t *testing.T) {
 			s.end("ada", fault.New(fault.Unauthenticated, "ask for another", "the certificate was revoked"))
 		},
 			"halligan: this session ends: the certificate was revoked; ask for another"},
-		{"session limit", Limits{Session: 300 * time.Millisecond}, nil, "halligan: this session ends: no session lasts longer than 300ms; log in again"},
-		{"idle", Limits{Idle: 300 * time.Millisecond, KeepAlive: 50 * time.Millisecond}, nil, "halligan: this session ends: nothing happened for 300ms; log in again"},
+		{"session limit", Limits{Session: time.Second}, nil, "halligan: this session ends: no session lasts longer than 1s; log in again"},
+		{"idle", Limits{Idle: time.Second, KeepAlive: 100 * time.Millisecond}, nil, "halligan: this session ends: nothing happened for 1s; log in again"},
 		{"shutdown", Limits{}, func(s *served) { s.stop() }, "halligan: this session ends: the daemon is stopping; connect again when it is back"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -212,7 +233,7 @@ func TestEnds(t *testing.T) {
 	}
 	t.Run("a busy session is not idle", func(t *testing.T) {
 		t.Parallel()
-		s := serve(t, func(o *Options) { o.Limits = Limits{Idle: time.Second, KeepAlive: 100 * time.Millisecond} })
+		s := serve(t, func(o *Options) { o.Limits = Limits{Idle: 2 * time.Second, KeepAlive: 200 * time.Millisecond} })
 		ch, _, err := s.mustDial(t, s.person(t, "ada", nil)).OpenChannel("session", nil)
 		if err != nil {
 			t.Fatal(err)
@@ -220,7 +241,7 @@ func TestEnds(t *testing.T) {
 		if ok, err := ch.SendRequest("exec", true, str("cat")); !ok || err != nil {
 			t.Fatal(ok, err)
 		}
-		for range 20 {
+		for range 25 {
 			if _, err := ch.Write([]byte("x")); err != nil {
 				t.Fatal(err)
 			}

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"runtime"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -147,7 +147,7 @@ func TestStartedOnce(t *testing.T) {
 
 // TestPayloads sends packets that no client in order makes.
 func TestPayloads(t *testing.T) {
-	s := serve(t, func(o *Options) { o.Limits.KeyExchange = 2 * time.Second })
+	s := serve(t, func(o *Options) { o.Limits.KeyExchange = 3 * time.Second })
 	signer := s.person(t, "ada", nil)
 	alive := func(t *testing.T) {
 		t.Helper()
@@ -276,7 +276,6 @@ func TestFloodOfRequests(t *testing.T) {
 		if ok, err := ch.SendRequest("pty-req", true, ptyRequest("xterm", 80, 24, "")); !ok || err != nil {
 			t.Fatal(ok, err)
 		}
-		before := runtime.NumGoroutine()
 		for i := range 1000 { // a window torn about
 			if _, err := ch.SendRequest("window-change", false, gossh.Marshal(struct{ W, H, X, Y uint32 }{uint32(i), 24, 0, 0})); err != nil {
 				t.Fatal(err)
@@ -288,38 +287,35 @@ func TestFloodOfRequests(t *testing.T) {
 		if out, _ := io.ReadAll(ch); string(out) != "ada responder\r\n" {
 			t.Errorf("%q", out)
 		}
-		t.Logf("goroutines: %d, then %d", before, runtime.NumGoroutine())
 	})
-	t.Run("who reads no answers", func(t *testing.T) {
-		t.Parallel()
-		// A client that floods and reads nothing stalls itself, and is let go of
-		// once the network has taken nothing for a while.
-		s := serve(t, func(o *Options) { o.Limits.Write = 300 * time.Millisecond })
-		signer := s.person(t, "ada", nil)
-		conn, err := net.Dial("tcp", s.addr)
-		if err != nil {
+}
+
+// TestDeadlines has the network take nothing, and the library set deadlines.
+func TestDeadlines(t *testing.T) {
+	s := serve(t, func(o *Options) { o.Limits.Write = 50 * time.Millisecond })
+	near, far := net.Pipe() // takes a byte only when the other side reads one
+	defer near.Close()
+	defer far.Close()
+	c := newConn(s.Server, t.Context(), near)
+	c.loggedIn.Store(true)
+	for _, set := range []func(time.Time) error{c.SetDeadline, c.SetReadDeadline, c.SetWriteDeadline} {
+		if err := set(time.Time{}); err != nil {
 			t.Fatal(err)
 		}
-		stuck := &deaf{Conn: conn}
-		c, _, _, err := gossh.NewClientConn(stuck, s.addr, &gossh.ClientConfig{User: "responder", Auth: []gossh.AuthMethod{gossh.PublicKeys(signer)}, HostKeyCallback: gossh.FixedHostKey(s.host.PublicKey())})
-		if err != nil {
-			t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := c.Write([]byte("x"))
+		ended <- err
+	}()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error(err)
 		}
-		defer c.Close()
-		ch, _, err := c.OpenChannel("session", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if ok, err := ch.SendRequest("exec", true, str("cat")); !ok || err != nil {
-			t.Fatal(ok, err)
-		}
-		stuck.deaf.Store(true)
-		eventually(t, "it is let go of", func() bool {
-			_ = conn.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
-			_, _, _ = c.SendRequest("x", false, make([]byte, 1<<10))
-			return s.logins.taken() == 0
-		})
-	})
+	case <-time.After(patience):
+		t.Error("it still writes")
+	}
 }
 
 // TestSlots has logins and channels run out.

@@ -142,6 +142,7 @@ func New(o Options) (*Server, error) {
 		Version:     "Go", // as any program with x/crypto; nothing about what this is, or its version
 		// With all of its handlers nil the library would let everybody in. This
 		// one only picks which keys are worth a signature: s.config has the gate.
+		// It must not ask ctx for the user, who is that of the first attempt.
 		PublicKeyHandler: func(ctx gssh.Context, key gssh.PublicKey) bool {
 			return connOf(ctx).offered(key)
 		},

@@ -149,6 +149,8 @@ func TestTraps(t *testing.T) {
 		naive string
 		// works reports whether the attack does.
 		works func(t *testing.T, x *target) bool
+		// limits of ours, where the defaults would have the test wait.
+		limits Limits
 	}{
 		{"privilege bleed: a key is only offered, another is proven", "keys", func(t *testing.T, x *target) bool {
 			// OpenSSH offers the commander's public key, of which it has no more.
@@ -165,21 +167,21 @@ func TestTraps(t *testing.T) {
 				t.Fatalf("the attack was not made: %s", stderr)
 			}
 			return strings.Contains(stdout, "commander")
-		}},
+		}, Limits{}},
 		{"open door: no credentials", "open", func(t *testing.T, x *target) bool {
 			_, _, status := x.o.ssh(t, []string{"-oPreferredAuthentications=none", "-oStrictHostKeyChecking=no"}, "whoami")
 			return status == 0
-		}},
+		}, Limits{}},
 		{"remote crash: a string longer than numbers go", "keys", func(t *testing.T, x *target) bool {
 			ch, _ := x.session(t)
 			_, _ = ch.SendRequest("pty-req", true, []byte{0xff, 0xff, 0xff, 0xff, 'x', 'x', 'x', 'x'})
 			return !x.alive()
-		}},
+		}, Limits{}},
 		{"agent forwarding is accepted", "keys", func(t *testing.T, x *target) bool {
 			ch, _ := x.session(t)
 			ok, err := ch.SendRequest("auth-agent-req@openssh.com", true, nil)
 			return ok && err == nil
-		}},
+		}, Limits{}},
 		{"variables without end", "keys", func(t *testing.T, x *target) bool {
 			ch, _ := x.session(t)
 			for i := range 50 {
@@ -188,7 +190,7 @@ func TestTraps(t *testing.T) {
 				}
 			}
 			return true
-		}},
+		}, Limits{}},
 		{"changes of a window stop the session", "keys", func(t *testing.T, x *target) bool {
 			ch, _ := x.session(t)
 			if ok, err := ch.SendRequest("pty-req", true, ptyRequest("xterm", 80, 24, "")); !ok || err != nil {
@@ -208,10 +210,10 @@ func TestTraps(t *testing.T) {
 			case <-time.After(2 * time.Second):
 				return true
 			}
-		}},
+		}, Limits{}},
 		{"no deadline: who says nothing stays", "keys", func(t *testing.T, x *target) bool {
-			return stays(t, x.addr, 1500*time.Millisecond)
-		}},
+			return stays(t, x.addr, 2500*time.Millisecond)
+		}, Limits{KeyExchange: time.Second}},
 		{"no limit of connections without a login", "keys", func(t *testing.T, x *target) bool {
 			var open []net.Conn
 			for range 40 {
@@ -230,7 +232,7 @@ func TestTraps(t *testing.T) {
 				}
 			}
 			return left == len(open)
-		}},
+		}, Limits{UnauthenticatedEach: 10}},
 		{"no keepalive: who has gone stays", "keys", func(t *testing.T, x *target) bool {
 			// A client that is asked nothing cannot be known to be there.
 			conn, err := net.Dial("tcp", x.addr)
@@ -257,20 +259,18 @@ func TestTraps(t *testing.T) {
 			case <-time.After(patience):
 				return true
 			}
-		}},
+		}, Limits{KeepAlive: 200 * time.Millisecond, KeepAliveAnswer: 300 * time.Millisecond}},
 		{"a host key is made up", "open", func(t *testing.T, x *target) bool {
 			// Nobody has given the naive server one. That ours does not start
 			// without is in TestNew; here it must show the one that it was given.
 			_, stderr, _ := x.o.ssh(t, []string{"-i", x.observer, "-v"}, "whoami")
 			return !strings.Contains(stderr, "is known and matches the ED25519 host key")
-		}},
+		}, Limits{}},
 	} {
 		t.Run(trap.name, func(t *testing.T) {
 			t.Parallel()
 			try := func(t *testing.T, ours bool) bool {
-				s := serve(t, func(o *Options) {
-					o.Limits = Limits{KeyExchange: 300 * time.Millisecond, UnauthenticatedEach: 10, KeepAlive: 200 * time.Millisecond, KeepAliveAnswer: 300 * time.Millisecond}
-				})
+				s := serve(t, func(o *Options) { o.Limits = trap.limits })
 				x := &target{addr: s.addr, o: newOpenSSH(t, s.addr, s.host.PublicKey()), alive: func() bool { return true }}
 				for file, role := range map[*string]trust.Role{&x.commander: trust.Commander, &x.observer: trust.Observer} {
 					var key gossh.PublicKey
