@@ -356,6 +356,7 @@ type server struct {
 	config *gossh.ServerConfig
 	handle func(gossh.Channel, <-chan *gossh.Request)
 	stall  bool // never says a word
+	plain  bool // has no host certificate
 }
 
 func startServer(t *testing.T, change func(*server, gossh.Signer, *gossh.Certificate)) *server {
@@ -385,7 +386,9 @@ func startServer(t *testing.T, change func(*server, gossh.Signer, *gossh.Certifi
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.config.AddHostKey(signer)
+	if !s.plain {
+		s.config.AddHostKey(signer)
+	}
 	s.config.AddHostKey(hostKey) // a plain one too, as sshd would have
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -563,10 +566,7 @@ func TestDialRefuses(t *testing.T) {
 // A server with nothing but a plain host key is refused, also where it is the
 // key of the certificate.
 func TestPlainHostKey(t *testing.T) {
-	s := startServer(t, nil)
-	_, hostKey := newKey(t)
-	s.config = &gossh.ServerConfig{PublicKeyCallback: s.config.PublicKeyCallback}
-	s.config.AddHostKey(hostKey)
+	s := startServer(t, func(s *server, _ gossh.Signer, _ *gossh.Certificate) { s.plain = true })
 	login, _ := s.login(t)
 	_, err := Dial(t.Context(), s.target, login)
 	wantFault(t, err, fault.Unauthenticated, "shows no host certificate")
@@ -702,17 +702,18 @@ func TestOpenSSH(t *testing.T) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "ca")
-	s := startServer(t, nil)
 	ca, err := readPublic(filepath.Join(dir, "ca.pub"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.config.PublicKeyCallback = func(c gossh.ConnMetadata, key gossh.PublicKey) (*gossh.Permissions, error) {
-		if cert, ok := key.(*gossh.Certificate); !ok || !same(cert.SignatureKey, ca) {
-			return nil, errors.New("no")
+	s := startServer(t, func(s *server, _ gossh.Signer, _ *gossh.Certificate) {
+		s.config.PublicKeyCallback = func(c gossh.ConnMetadata, key gossh.PublicKey) (*gossh.Permissions, error) {
+			if cert, ok := key.(*gossh.Certificate); !ok || !same(cert.SignatureKey, ca) {
+				return nil, errors.New("no")
+			}
+			return &gossh.Permissions{Extensions: map[string]string{"login": c.User()}}, nil
 		}
-		return &gossh.Permissions{Extensions: map[string]string{"login": c.User()}}, nil
-	}
+	})
 	for _, kind := range [][]string{{"ed25519"}, {"ecdsa", "-b", "384"}, {"rsa", "-b", "3072", "-m", "PEM"}} {
 		name := kind[0]
 		run("ssh-keygen", append([]string{"-q", "-N", "", "-f", name, "-t"}, kind...)...)

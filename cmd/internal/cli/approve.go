@@ -27,7 +27,7 @@ const maxPlan = 16 << 20
 func (a *app) approveCommand(v *verb.Verbs) *cobra.Command {
 	return &cobra.Command{
 		Use: "approve PLAN-FILE|PLAN-ID", Short: "Sign that another person's plan may be applied",
-		Long: "Sign that another person's plan may be applied. The plan is shown, and what is\nsigned is the hash of what is shown. The plan comes from its agent (--node), or\n" +
+		Long: "Sign that another person's plan may be applied. The plan is shown, and what is\nsigned is the hash of what is shown. The plan comes from its agent, or\n" +
 			"from a file, as `halligan plan ID -o json` or --dry-run -o json prints it.\n\nOne line is printed: send it to whoever asked, for halligan apply --approval.",
 		Example:     "  halligan approve --node cp-1 0198a7c2\n  halligan approve plan.json",
 		Annotations: map[string]string{"effect": "mutate"},
@@ -99,7 +99,8 @@ func (a *app) approve(ctx context.Context, v *verb.Verbs, what string, yes, tabl
 	return v.PrintJSON(text)
 }
 
-// planOf returns the plan of a file, or that an agent keeps under the ID.
+// planOf returns the plan of a file, or that an agent keeps under the ID; without
+// --node the agents of the cluster are asked for it.
 func (a *app) planOf(ctx context.Context, v *verb.Verbs, what string) (*halliganv1.Plan, error) {
 	data, err := readFile(what, maxPlan)
 	switch {
@@ -107,8 +108,6 @@ func (a *app) planOf(ctx context.Context, v *verb.Verbs, what string) (*halligan
 		return parsePlan(what, data)
 	case !errors.Is(err, fs.ErrNotExist) || strings.ContainsAny(what, "/."):
 		return nil, fault.New(fault.Usage, "name a file with a plan, or a plan's ID", "the plan cannot be read: %w", err)
-	case a.node == "":
-		return nil, fault.New(fault.Usage, "name it with --node, as in the line that you were sent", "only the agent that made plan %s has it", what)
 	}
 	return v.Fetch(ctx, what)
 }

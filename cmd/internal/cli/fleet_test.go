@@ -39,6 +39,7 @@ import (
 // fleetStage is three nodes of cluster prod and one of staging, which have real
 // SSH doors, real bundles and a playing engine each.
 type fleetStage struct {
+	sealed *testagent.Token // the key that the policy itself lists, of carol
 	t      testing.TB
 	keys   *testfleet.Fleet
 	file   *bundle.File
@@ -78,6 +79,16 @@ func must[T any](v T, err error) T {
 func newFleet(t testing.TB, dir string) *fleetStage {
 	f := &fleetStage{t: t, keys: testfleet.New(t), dir: dir, serial: 1000}
 	f.file = must(bundle.Parse(f.keys.Bundle()))
+	_, hardware, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	f.sealed = &testagent.Token{Private: hardware}
+	policy := *f.file.Policy
+	policy.Header = policy.Next(time.Now().UTC().Truncate(time.Second))
+	policy.Sealed = []bundle.Sealed{{Person: "carol", Key: bundle.Key{PublicKey: f.sealed.Public()}, Role: "commander", Clusters: []string{"prod"},
+		NotBefore: time.Now().Add(-time.Hour).UTC().Truncate(time.Second), NotAfter: time.Now().Add(time.Hour).UTC().Truncate(time.Second)}}
+	f.add(f.file, &policy, bundle.PolicyNamespace)
 	inv := *f.file.Inventory
 	inv.Header = inv.Next(time.Now().UTC().Truncate(time.Second))
 	inv.Clusters = []bundle.Cluster{{Name: "prod"}, {Name: "staging"}}
@@ -318,6 +329,7 @@ func furnishFleet(t *testing.T, env *testscript.Env) (err error) {
 	f.serial++
 	token.Certificate = must(f.keys.User.User(token.Public(), one("alice", trust.Responder), f.serial, week))
 	env.Setenv("TOKEN", testagent.Serve(t, token))
+	env.Setenv("SEALED", testagent.Serve(t, f.sealed))
 
 	if err := os.WriteFile(filepath.Join(f.dir, "bundle"), f.file.Format(), 0o600); err != nil {
 		return err

@@ -256,7 +256,7 @@ func (s *stage) Plan(_ context.Context, who trust.Identity, req *halliganv1.Plan
 		p.Objects[0].Name, p.Objects[0].Changes[0].After, p.Objects[0].Warnings = evil, evil, []string{evil}
 	}
 	if play == "guarded" {
-		p.ApprovalsNeeded, p.ApprovalReason, p.Nonce, p.ClusterName, p.PolicyVersion = 1, "it is guarded", "nonce", testfleet.Cluster, 1
+		p.ApprovalsNeeded, p.ApprovalReason, p.Nonce, p.ClusterName, p.PolicyVersion = 1, "it is guarded", "nonce", testfleet.Cluster, 2
 		p.Created, p.Expires = timestamppb.Now(), timestamppb.New(time.Now().Add(time.Hour))
 	}
 	sum, err := api.PlanSHA256(p)
