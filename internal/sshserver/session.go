@@ -37,18 +37,17 @@ func (s *Server) open(_ *gssh.Server, client *gossh.ServerConn, asked gossh.NewC
 		reject(asked, gossh.Prohibited, "the login has ended")
 		return
 	}
+	defer c.channels.Add(-1)
+	if most := int64(s.o.Limits.ChannelsOfConnection); c.channels.Add(1) > most {
+		reject(asked, gossh.ResourceShortage, fmt.Sprintf("a connection has no more than %d channels", most))
+		return
+	}
 	release, err := s.channels.take(g.who)
 	if err != nil {
 		reject(asked, gossh.ResourceShortage, neutral.Line(err.Error()))
 		return
 	}
 	defer release()
-	if most := int64(s.o.Limits.ChannelsOfConnection); c.channels.Add(1) > most {
-		c.channels.Add(-1)
-		reject(asked, gossh.ResourceShortage, fmt.Sprintf("a connection has no more than %d channels", most))
-		return
-	}
-	defer c.channels.Add(-1)
 	if handler == nil {
 		c.session(g, client, asked, ctx)
 	} else {
