@@ -81,19 +81,21 @@ func (a *app) bundleOf() (*fleet, error) {
 		f.store, err = bundle.Open(bundle.Options{Path: path, State: state, Now: a.Now, Alarm: func(err error) { a.note("%s", fault.Of(err).Error()) }})
 		if err == nil {
 			f.bundles = f.store
+		} else {
+			f.store = nil
 		}
 	}
-	if f.bundles == nil {
+	if f.store == nil {
 		// A folder that cannot be written, or a copy that somebody else may have
-		// written, keeps nobody out.
-		b, verr := bundle.Verify(file, nil)
-		if verr != nil {
-			return nil, verr
+		// written, keeps nobody out; a bundle that others may write does.
+		only, oerr := bundle.Open(bundle.Options{Path: path, Now: a.Now})
+		if oerr != nil {
+			return nil, oerr
 		}
 		if err != nil {
 			a.note("newer bundles cannot be kept: %s", fault.Of(err).Message)
 		}
-		f.store, f.bundles = nil, fixed{b}
+		f.bundles = fixed{only.Current()}
 	}
 	f.clock.Raise(f.bundles.Current().Signed())
 	f.servers = &credential.Servers{Bundle: f.bundles, Clock: f.clock, Warn: func(text string) { a.note("%s", text) }}
