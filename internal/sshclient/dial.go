@@ -14,7 +14,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -354,9 +353,3 @@ func (s *stream) RemoteAddr() net.Addr             { return s.client.conn.Remote
 func (s *stream) SetDeadline(time.Time) error      { return nil }
 func (s *stream) SetReadDeadline(time.Time) error  { return nil }
 func (s *stream) SetWriteDeadline(time.Time) error { return nil }
-
-// Algorithms returns what a connection is pinned to, for tests of both ends:
-// key exchanges, ciphers and host key algorithms.
-func Algorithms() (kex, cipher, host []string) {
-	return slices.Clone(keyExchanges), slices.Clone(ciphers), slices.Clone(hostAlgorithms)
-}
