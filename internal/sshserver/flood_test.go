@@ -66,6 +66,7 @@ func flood(t testing.TB, addr string, sources int, greeting string) (stop func()
 // TestFlood has a responder log in, with a key that wants a touch, while others
 // take all the connections that they can get.
 func TestFlood(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name     string
 		sources  int

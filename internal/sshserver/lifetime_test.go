@@ -177,6 +177,7 @@ func TestPanics(t *testing.T) {
 
 // TestEnds has a login end for each reason, with a session open.
 func TestEnds(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name   string
 		limits Limits

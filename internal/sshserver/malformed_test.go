@@ -22,6 +22,7 @@ func str(s string) []byte { return gossh.Marshal(struct{ S string }{s}) }
 // TestRequests sends channel requests of every kind, right and wrong, and after
 // each wrong one lets the same session run a command.
 func TestRequests(t *testing.T) {
+	t.Parallel()
 	s := serve(t, func(o *Options) { o.Limits.Command, o.Limits.Requests = 1<<10, 1000 })
 	signer := s.person(t, "ada", nil)
 	endless := []byte{0xff, 0xff, 0xff, 0xff}
@@ -147,6 +148,7 @@ func TestStartedOnce(t *testing.T) {
 
 // TestPayloads sends packets that no client in order makes.
 func TestPayloads(t *testing.T) {
+	t.Parallel()
 	s := serve(t, func(o *Options) { o.Limits.KeyExchange = 3 * time.Second })
 	signer := s.person(t, "ada", nil)
 	alive := func(t *testing.T) {
@@ -224,6 +226,7 @@ var ignored = []byte{0, 0, 0, 12, 6, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
 // TestFloodOfRequests has somebody with a login ask for too much.
 func TestFloodOfRequests(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name  string
 		flood func(*gossh.Client) error

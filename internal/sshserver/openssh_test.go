@@ -73,6 +73,7 @@ func TestOpenSSH(t *testing.T) {
 
 // TestForwarding asks for all that OpenSSH can forward or copy.
 func TestForwarding(t *testing.T) {
+	t.Parallel()
 	s := serve(t, nil)
 	o := newOpenSSH(t, s.addr, s.host.PublicKey())
 	file, key := o.key(t, "ada")
@@ -215,6 +216,7 @@ func replace(all []string, from, to string) []string {
 
 // TestShell uses a terminal as a person does: OpenSSH under a pty.
 func TestShell(t *testing.T) {
+	t.Parallel()
 	s := serve(t, nil)
 	o := newOpenSSH(t, s.addr, s.host.PublicKey())
 	file, key := o.key(t, "ada")
@@ -277,6 +279,7 @@ func TestShell(t *testing.T) {
 
 // TestCertificates has ssh-keygen sign, and ssh-agent hold, what people come with.
 func TestCertificates(t *testing.T) {
+	t.Parallel()
 	s := serve(t, nil)
 	o := newOpenSSH(t, s.addr, s.host.PublicKey())
 	keygen(t, "-q", "-t", "ed25519", "-N", "", "-f", o.path("ca"))

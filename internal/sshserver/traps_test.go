@@ -143,6 +143,7 @@ func startNaive(t *testing.T, kind string, x *target) {
 // TestTraps tries each trap of the library on a server as the library's own
 // documentation makes one, which must fall for it, and on ours, which must not.
 func TestTraps(t *testing.T) {
+	t.Parallel()
 	for _, trap := range []struct {
 		name string
 		// naive is the kind of naive server: "keys", or "open" without handlers.
