@@ -20,6 +20,7 @@ import (
 // inventory. Times count only beside the reference of the same run.
 func BenchmarkConsole(b *testing.B) {
 	x := startBench(b)
+	x.seedPods(b)
 	b.Run("AtRest", x.atRest)
 	b.Run("ColdStart", x.coldStart)
 	b.Run("Inventory", x.inventory)
@@ -60,11 +61,9 @@ func startBench(b *testing.B) *bench {
 	}
 	b.Cleanup(func() { l.Close() })
 	c := l.Cluster()
-	x := &bench{lab: l, pid: processOf(b, filepath.Join(dir, nodeName(0), "agent.yaml")),
+	return &bench{lab: l, pid: processOf(b, filepath.Join(dir, nodeName(0), "agent.yaml")),
 		halligan: append(slices.Clone(l.opts.Halligan), "--socket", l.Socket(0)),
 		etcdctl:  []string{etcdctl, "--endpoints", "https://" + c.Endpoints()[0], "--cacert", c.CAFile(), "--cert", c.CertFile(), "--key", c.KeyFile()}}
-	x.seedPods(b)
-	return x
 }
 
 // processOf returns the process with the argument.
