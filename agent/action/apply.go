@@ -81,7 +81,7 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 		if v.approvals > int(p.plan.ApprovalsNeeded) {
 			return 0, fault.New(fault.Stale, "plan again, for a plan that can be approved", "plan %s needs approvals by now: %s", id, v.why)
 		}
-		if access, err = e.leave(policy, who, p.plan, req); err != nil {
+		if access, err = e.leave(policy, who, v, p.plan, req); err != nil {
 			return 0, err
 		}
 		most := policy.Caps().ObjectsPerHour
@@ -132,7 +132,7 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 	}
 	run := &application{engine: e, plan: p, access: access, result: result, outcomes: make([]outcome, len(p.steps)), progress: progress, began: time.Now()}
 	if len(access.ApprovedBy) > 0 {
-		run.again = func() error { _, err := e.leave(e.policy(), who, p.plan, req); return err }
+		run.again = func() error { _, err := e.leave(e.policy(), who, verdict{}, p.plan, req); return err }
 	}
 	err = run.all(ctx)
 	result.TimingsMs["plan"] = ms(p.took)

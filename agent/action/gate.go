@@ -102,7 +102,7 @@ func accessOf(who trust.Identity) journal.Access {
 // leave returns by whose leave a plan is applied, which goes on record with it.
 // Without the approvals that it needs that is fault.AwaitingApproval, and the
 // plan goes on waiting.
-func (e *Engine) leave(policy *trust.Policy, who trust.Identity, plan *halliganv1.Plan, req *halliganv1.ApplyRequest) (journal.Access, error) {
+func (e *Engine) leave(policy *trust.Policy, who trust.Identity, v verdict, plan *halliganv1.Plan, req *halliganv1.ApplyRequest) (journal.Access, error) {
 	access, need := accessOf(who), int(plan.ApprovalsNeeded)
 	switch {
 	case need == 0:
@@ -115,6 +115,9 @@ func (e *Engine) leave(policy *trust.Policy, who trust.Identity, plan *halliganv
 		}
 		if !plan.AloneAllowed {
 			return access, fault.New(fault.Refused, e.ask(plan), "policy lets nobody do this alone: %s", plan.ApprovalReason)
+		}
+		if v.approvals > 0 && !v.alone { // automation that has the name of the person who planned it
+			return access, fault.New(fault.Refused, e.ask(plan), "with this credential nobody goes alone: %s", plan.ApprovalReason)
 		}
 		access.Alone = true
 		return access, nil

@@ -248,6 +248,12 @@ func TestAlone(t *testing.T) {
 		t.Fatalf("%v, %v", p, err)
 	}
 	l.apply(robot, p, resultRefused, "alone", true)
+	// Nor does it go alone with the plan of the person whose name it has.
+	if p, err = l.plan("scale", stopCollector); err != nil || !p.AloneAllowed {
+		t.Fatalf("%v, %v", p, err)
+	}
+	robot.Person = responder.Person
+	l.apply(robot, p, resultRefused, "with this credential nobody goes alone", true)
 	if p, err = l.planAs(responder, "scale", map[string]any{"target": "cm/x", "namespace": "telemetry"}); err == nil {
 		t.Errorf("%v", p)
 	}
