@@ -708,6 +708,15 @@ func TestMerge(t *testing.T) {
 	bad(merge(b4, pol3))("signed by no delegate and no root of policy 3")
 	bad(merge(b4, pol3, inv1, rev2))("signed by no delegate and no root of policy 3")
 	good(merge(b4, pol3, f.inventory("delegate-2"), f.revocations("delegate-2")))("policy 3, inventory 1, revocations 2")
+
+	// Nor does that bring back what a root had signed long before, for whom it
+	// gave trust to.
+	f.pol.Signed = f.rev.Signed.Add(25 * time.Hour)
+	pol3 = f.policy("root-1", "root-2")
+	bad(merge(b4, pol3, f.inventory("root-1"), f.revocations("root-1")))("revocations 2 was signed before policy 3")
+	f.rev.Signed = f.pol.Signed.Add(-24 * time.Hour)
+	bad(merge(b4, pol3, inv1, f.revocations("root-1")))("signed by no delegate and no root of policy 3")
+	good(merge(b4, pol3, f.inventory("root-1"), f.revocations("root-1")))("policy 3, inventory 1, revocations 2")
 }
 
 func TestFresh(t *testing.T) {

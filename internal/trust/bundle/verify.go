@@ -307,12 +307,12 @@ func (b *Bundle) merge(f *File) (*Bundle, error) {
 	}
 	p := policies[len(policies)-1]
 
-	inv, invOlder, err := newest(b.Inventory, f.Inventory, func(i *Inventory) error { return verifyInventory(i, p) },
+	inv, invOlder, err := newest(b.Inventory, f.Inventory, p, func(i *Inventory) error { return verifyInventory(i, p) },
 		func(old, next *Inventory) error { return follows(&next.Header, &old.Header) })
 	if err != nil {
 		return nil, err
 	}
-	rev, revOlder, err := newest(b.Revocations, f.Revocations, func(r *Revocations) error { return verifyRevocations(r, p) },
+	rev, revOlder, err := newest(b.Revocations, f.Revocations, p, func(r *Revocations) error { return verifyRevocations(r, p) },
 		func(old, next *Revocations) error {
 			if err := follows(&next.Header, &old.Header); err != nil {
 				return err
@@ -341,9 +341,11 @@ func (h *Header) header() *Header { return h }
 
 // newest returns the one of the highest version among those that verify under
 // the policy. So what a delegate signed whom the policy has dropped does not
-// stand in the way, however high its version. A verified offer that is newer must
-// also be a successor.
-func newest[P part](now, offered P, verify func(P) error, successor func(old, next P) error) (chosen P, older bool, err error) {
+// stand in the way, however high its version; but what takes its place without a
+// higher one must have been signed along with that policy, or whoever brings the
+// policy first could bring old revocations with it. A verified offer that is newer
+// must also be a successor.
+func newest[P part](now, offered P, p *Policy, verify func(P) error, successor func(old, next P) error) (chosen P, older bool, err error) {
 	var none P
 	stands := verify(now)
 	if offered == none {
@@ -362,7 +364,12 @@ func newest[P part](now, offered P, verify func(P) error, successor func(old, ne
 	if err := verify(offered); err != nil {
 		return none, false, err
 	}
-	if stands != nil {
+	switch {
+	case stands == nil:
+	case o.Version <= h.Version && o.Hash() != h.Hash() && o.Signed.Before(p.Signed.Add(-maxAhead)):
+		return none, false, fmt.Errorf("%s %d was signed before policy %d, and cannot take the place of version %d, which that policy does not accept",
+			o.Part, o.Version, p.Version, h.Version)
+	default:
 		return offered, false, nil
 	}
 	return offered, false, successor(now, offered)
