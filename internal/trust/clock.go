@@ -29,9 +29,12 @@ type Clock struct {
 
 // NewClock returns a clock that is never below the floor, such as the time of
 // the build.
-func NewClock(floor time.Time) *Clock {
+func NewClock(floor time.Time) *Clock { return Steady(floor, time.Now) }
+
+// Steady is NewClock for another wall clock than this machine's.
+func Steady(floor time.Time, wall func() time.Time) *Clock {
 	began := time.Now()
-	return newClock(floor, time.Now, func() time.Duration { return time.Since(began) })
+	return newClock(floor, wall, func() time.Duration { return time.Since(began) })
 }
 
 func newClock(floor time.Time, wall func() time.Time, mono func() time.Duration) *Clock {

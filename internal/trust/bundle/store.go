@@ -16,6 +16,7 @@ import (
 
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
 )
 
 // DefaultPoll is how often [Store.Watch] looks at the file, unless told
@@ -42,7 +43,8 @@ type Options struct {
 	Now func() time.Time
 	// Wall is the clock that the signing time of a new part is held against;
 	// nil: time.Now. It must not be one that bundles move, or each could move it
-	// a little further.
+	// a little further. Where it is set back while the store is open, the store
+	// goes on from where it was, or whoever sets clocks could keep out revocations.
 	Wall func() time.Time
 	// Log is told, in one line, what is in force; Alarm what somebody must look
 	// at: a fork, a bad file, a stale bundle. Either may be nil. They must not
@@ -58,6 +60,7 @@ type Options struct {
 // same, and Watch tries again. All methods may be used concurrently.
 type Store struct {
 	o       Options
+	wall    *trust.Clock // Options.Wall, which never goes back
 	current atomic.Pointer[Bundle]
 
 	// offering is held while the current bundle is being replaced, and guards
@@ -91,7 +94,8 @@ func Open(o Options) (*Store, error) {
 	if o.Poll <= 0 {
 		o.Poll = DefaultPoll
 	}
-	s := &Store{o: o, subscribers: map[chan struct{}]struct{}{}}
+	s := &Store{o: o, wall: trust.Steady(time.Time{}, o.Wall), subscribers: map[chan struct{}]struct{}{}}
+	s.wall.Now() // from here on it cannot be set back
 	if err := s.readState(); err != nil {
 		return nil, err
 	}
@@ -207,7 +211,7 @@ func (s *Store) offer(data []byte, durably bool) (changed bool, err error) {
 // ahead refuses new parts that are signed in the future. Where the wall clock
 // has fallen back, it goes by what the roots last signed.
 func (s *Store) ahead(now, next *Bundle) error {
-	old, most := now.File().headers(), s.o.Wall()
+	old, most := now.File().headers(), s.wall.Now()
 	if now.Policy.Signed.After(most) {
 		most = now.Policy.Signed
 	}
@@ -273,6 +277,7 @@ func (s *Store) Watch(ctx context.Context) {
 		case <-t.C:
 		}
 		s.retry()
+		s.wall.Now()
 		if b := s.Current(); b.Fresh(s.o.Now()) {
 			stale = false
 		} else if !stale {

@@ -217,6 +217,27 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestClockSetBack: whoever sets the clock of a running agent back keeps no
+// revocation out.
+func TestClockSetBack(t *testing.T) {
+	f, p := newFleet(t), newPlace(t)
+	p.copy(t, f.file())
+	o := p.options()
+	now := day.Add(60 * 24 * time.Hour)
+	o.Wall = func() time.Time { return now }
+	s, err := Open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := now
+	now = day.Add(-1000 * time.Hour)
+	next(&f.rev.Header, f.encode(f.rev))
+	f.rev.Signed = signed
+	if changed, err := s.Offer(f.revocations("delegate")); !changed || err != nil {
+		t.Error(changed, err)
+	}
+}
+
 // TestPermissions: what somebody else may have written is not trusted.
 func TestPermissions(t *testing.T) {
 	f := newFleet(t)
