@@ -98,9 +98,12 @@ const (
 	// maxMessage bounds an answer in bytes; a plan for 10,000 objects has about
 	// 4 MiB, a stored object at most etcd's 1.5 MiB. A request is a few words,
 	// or a bundle of at most 1 MiB.
-	maxMessage       = 16 << 20
-	maxRequest       = 1<<20 + 64<<10
-	maxHeaders       = 32 << 10
+	maxMessage = 16 << 20
+	maxRequest = 1<<20 + 64<<10
+	maxHeaders = 32 << 10
+	// maxBusy is how many calls of a connection are refused for want of room:
+	// gRPC keeps some memory of each until the connection ends.
+	maxBusy          = 1000
 	handshakeTimeout = 5 * time.Second
 	// shutdownGrace is how long calls may take to end after the agent was told
 	// to stop, before their connections are closed.
@@ -149,6 +152,7 @@ func New(o Options) (*Server, error) {
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	s.grpc = grpc.NewServer(
 		grpc.Creds(transport{s}),
+		grpc.InTapHandle(s.tap),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
 		grpc.MaxConcurrentStreams(maxStreams),

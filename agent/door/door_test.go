@@ -599,6 +599,69 @@ func TestBusy(t *testing.T) {
 	calls.Wait()
 }
 
+// TestUnfinishedRequests: a request that has not come yet takes its caller's
+// place already, so that one person cannot fill the memory with many.
+func TestUnfinishedRequests(t *testing.T) {
+	server, h := open(t, &scripted{})
+	desc := &grpc.StreamDesc{StreamName: "ExchangeBundle", ClientStreams: true}
+	begin := func(c *grpc.ClientConn) grpc.ClientStream {
+		stream, err := c.NewStream(t.Context(), desc, halliganv1.Agent_ExchangeBundle_FullMethodName)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return stream
+	}
+	first := connect(t, server, alice, t.Context())
+	var open []grpc.ClientStream
+	for range maxCallsEach {
+		open = append(open, begin(first))
+	}
+	eventually(t, "all places to be taken", func() bool { return server.calls.taken() == maxCallsEach })
+	remote := alice
+	remote.Door = trust.GRPC
+	second := connect(t, server, remote, t.Context())
+	if err := begin(second).RecvMsg(&halliganv1.ExchangeBundleResponse{}); fault.CodeOf(api.FromStatus(err)) != fault.Unreachable {
+		t.Errorf("one request too many: %v", err)
+	}
+	carol := alice
+	carol.Person = "carol"
+	if _, err := dial(t, server, carol, t.Context()).Status(t.Context(), &halliganv1.StatusRequest{}); err != nil {
+		t.Errorf("somebody else: %v", err)
+	}
+	for _, stream := range open {
+		_ = stream.CloseSend() // without a request: refused, and the place is free
+	}
+	eventually(t, "the places to be free", func() bool { return server.calls.taken() == 0 })
+
+	// Who goes on all the same is hung up on.
+	for range maxCallsEach {
+		begin(first)
+	}
+	eventually(t, "all places to be taken again", func() bool { return server.calls.taken() == maxCallsEach })
+	client := halliganv1.NewAgentClient(second)
+	for calls := 0; len(h.of(alarm.Login)) < 2; calls++ { // until the client had to come in again
+		if _, err := client.Status(t.Context(), &halliganv1.StatusRequest{}); err == nil || calls > 2*maxBusy {
+			t.Fatalf("after %d calls: %v", calls, err)
+		}
+	}
+}
+
+func (s *slots) taken() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.used
+}
+
+// eventually waits for what happens by itself.
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for began := time.Now(); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Since(began) > 20*time.Second {
+			t.Fatal("waited too long for " + what)
+		}
+	}
+}
+
 // TestUnknownConnections: what no door has authenticated is not served.
 func TestUnknownConnections(t *testing.T) {
 	server, _ := open(t, &scripted{})

@@ -7,6 +7,7 @@ import (
 	"runtime/debug"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/tap"
 
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
@@ -61,8 +62,30 @@ func allow(who trust.Identity, method string) error {
 	return fault.New(fault.Refused, "ask somebody who has the role", "%s may not call %s", who.Role, method)
 }
 
-// enter admits a call. Its context ends, with the cause, when the identity no
-// longer holds; leave gives the call's slot back.
+// tap takes the slot of a call when its headers have come: gRPC would read a
+// whole request before an interceptor sees the call, and one person's requests
+// that never end would fill the memory. The slot is given back with the call's
+// context.
+func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
+	if _, known := methods[call.FullMethodName]; !known {
+		return ctx, nil // gRPC refuses it, and reads nothing of it
+	}
+	info, err := caller(ctx)
+	if err == nil {
+		var release func()
+		if release, err = s.calls.take(info.who); err == nil {
+			context.AfterFunc(ctx, release)
+			return ctx, nil
+		}
+	}
+	if info.busy != nil {
+		info.busy()
+	}
+	return ctx, s.ended(info, err)
+}
+
+// enter admits a call that has a slot. Its context ends, with the cause, when the
+// identity no longer holds; leave is called at its end.
 func (s *Server) enter(ctx context.Context, method string) (_ context.Context, _ authInfo, leave func(), err error) {
 	info, err := caller(ctx)
 	if err != nil {
@@ -74,13 +97,9 @@ func (s *Server) enter(ctx context.Context, method string) (_ context.Context, _
 	if err := allow(info.who, method); err != nil {
 		return nil, info, nil, err
 	}
-	release, err := s.calls.take(info.who)
-	if err != nil {
-		return nil, info, nil, err
-	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	forget := context.AfterFunc(info.held, func() { cancel(context.Cause(info.held)) })
-	return ctx, info, func() { forget(); cancel(nil); release() }, nil
+	return ctx, info, func() { forget(); cancel(nil) }, nil
 }
 
 // ended turns the end of a call into what the caller hears, and tells the alarms

@@ -10,7 +10,7 @@ import (
 // Room of all doors together, and of each person in it.
 const (
 	maxConnections     = 256
-	maxConnectionsEach = 32
+	maxConnectionsEach = 20 // SSH lets one have 12 sessions, each with one
 	maxCalls           = 128
 	maxCallsEach       = 16
 )

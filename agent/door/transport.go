@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/credentials"
@@ -24,6 +25,9 @@ type authInfo struct {
 	who     trust.Identity
 	refusal error
 	held    context.Context
+	// busy counts a call that was refused before it was read, and hangs up on
+	// who does not stop.
+	busy func()
 }
 
 func (authInfo) AuthType() string { return "door" }
@@ -37,6 +41,12 @@ func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 	}
 	// The bytes never leave the kernel, or the door has encrypted them.
 	info := authInfo{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, held: c.Held()}
+	var refused atomic.Int32
+	info.busy = func() {
+		if refused.Add(1) == maxBusy {
+			go c.Close() // gRPC holds a lock, and TLS may take its time
+		}
+	}
 	info.who, info.refusal = c.Identity()
 	if info.refusal != nil {
 		t.server.refused(info.who, info.refusal)
