@@ -37,7 +37,7 @@ test: build kube $(TOOLS)/etcdctl ## run all tests
 
 .PHONY: race
 race: $(TOOLS)/etcdctl ## run the tests of concurrent code under the race detector
-	$(GO) test -buildvcs=false -race -short -timeout 20m ./agent/action ./agent/console ./agent/etcd ./agent/journal ./internal/...
+	$(GO) test -buildvcs=false -race -short -timeout 20m ./agent/action ./agent/console ./agent/door ./agent/etcd ./agent/journal ./agent/mtls ./agent/sshd ./api/verb ./internal/...
 
 .PHONY: bench
 bench: build kube $(TOOLS)/etcdctl ## measure beside the raw references, as ratios
@@ -49,10 +49,11 @@ lint: $(TOOLS)/staticcheck ## gofmt, go vet and staticcheck
 	$(GO) vet ./...
 	$(TOOLS)/staticcheck ./...
 
+FUZZTIME ?= 20s
 .PHONY: fuzz
-fuzz: ## run every fuzzer for 20 s
-	@set -e; for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz' || true); do \
-		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime 20s -fuzzminimizetime 1x $$p; done; done
+fuzz: ## run every fuzzer for FUZZTIME, 20s
+	@set -e; for p in $$($(GO) list ./...); do all=$$($(GO) test -list '^Fuzz' $$p); for f in $$(grep '^Fuzz' <<<"$$all"); do \
+		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1x $$p; done; done
 
 .PHONY: generate
 generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## write generated code and the snapshot of actions anew
