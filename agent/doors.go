@@ -18,6 +18,7 @@ import (
 	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/agent/mtls"
 	"github.com/halligan-io/halligan/agent/sshd"
+	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -158,6 +159,8 @@ func (d *doors) grpc(ctx context.Context, address string) error {
 	secure := mtls.NewListener(l, mtls.Options{Certificate: certificate, Authority: d.trusted.opened.Load().authority, Relay: d.trusted.relay, Log: d.log,
 		Refused: func(source net.Addr, err error) {
 			d.alarms.Raise(alarm.Of(alarm.Refusal, trust.Identity{Door: trust.GRPC, Source: source.String()}, fault.Of(err).Message))
+		}, Dropped: func(n uint64, source string) {
+			d.alarms.Raise(alarm.Of(admission.Flood, trust.Identity{Door: trust.GRPC, Source: source}, fmt.Sprintf("%d handshakes were cut short to make room for others", n)))
 		}})
 	defer secure.Close()
 	defer context.AfterFunc(ctx, func() { secure.Close() })()

@@ -22,6 +22,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"github.com/halligan-io/halligan/agent/door"
+	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 )
@@ -47,6 +48,9 @@ type Options struct {
 	// Refused is told of handshakes that failed because of who came; it does not
 	// block.
 	Refused func(source net.Addr, err error)
+	// Dropped is told of handshakes that were cut short to make room; see
+	// admission.RoomOptions. May be nil.
+	Dropped func(n uint64, source string)
 	Log     zerolog.Logger
 }
 
@@ -63,7 +67,7 @@ const (
 type Listener struct {
 	net.Listener
 	o       Options
-	room    *room
+	room    *admission.Room
 	ready   chan *conn
 	closed  chan struct{}
 	close   func() error
@@ -76,17 +80,15 @@ type Listener struct {
 
 // NewListener authenticates what l accepts. Closing it closes l.
 func NewListener(l net.Listener, o Options) *Listener {
-	if o.Relay == nil {
-		o.Relay = func(netip.Addr) bool { return false }
-	}
 	if o.Refused == nil {
 		o.Refused = func(net.Addr, error) {}
 	}
-	m := &Listener{Listener: l, o: o, room: newRoom(), ready: make(chan *conn), closed: make(chan struct{}), ended: make(chan struct{})}
+	m := &Listener{Listener: l, o: o, ready: make(chan *conn), closed: make(chan struct{}), ended: make(chan struct{})}
+	m.room = admission.NewRoom(admission.RoomOptions{Total: maxHandshakes, Each: maxOfSource, Relayed: maxOfRelay, Relay: o.Relay, Dropped: o.Dropped})
 	m.close = sync.OnceValue(func() error {
 		close(m.closed)
 		err := l.Close()
-		m.room.clear()
+		m.room.Close()
 		m.workers.Wait()
 		return err
 	})
@@ -143,45 +145,40 @@ func (m *Listener) take() {
 			}
 			continue
 		}
-		guest := m.room.enter(raw, m.o.Relay)
-		select {
-		case <-m.closed: // after close has cleared the room
-			raw.Close()
-		default:
-		}
-		m.workers.Go(func() { m.admit(guest) })
+		guest := m.room.Enter(raw)
+		m.workers.Go(func() { m.admit(raw, guest) })
 	}
 }
 
 // admit does the handshake and hands the connection on.
-func (m *Listener) admit(g *guest) {
+func (m *Listener) admit(raw net.Conn, guest *admission.Guest) {
 	defer func() {
 		if r := recover(); r != nil {
 			m.o.Log.Error().Interface("panic", r).Msg("a handshake panicked")
-			g.raw.Close()
+			raw.Close()
 		}
 	}()
-	defer m.room.leave(g)
+	defer guest.Leave()
 	ctx, cancel := context.WithTimeout(context.Background(), handshakeTimeout)
 	defer cancel()
 	var who trust.Identity
 	var refusal error
 	config := m.config.Clone()
-	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { g.spoke(); return nil, nil }
+	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { guest.Reached(admission.Speaking); return nil, nil }
 	config.VerifyConnection = func(state tls.ConnectionState) error {
 		if state.NegotiatedProtocol != "h2" {
 			return errors.New("the peer does not speak HTTP/2")
 		}
-		who, refusal = m.o.Authority.Client(state.PeerCertificates, g.raw.RemoteAddr())
+		who, refusal = m.o.Authority.Client(state.PeerCertificates, raw.RemoteAddr())
 		return refusal
 	}
-	secure := tls.Server(g.raw, config)
+	secure := tls.Server(raw, config)
 	if err := secure.HandshakeContext(ctx); err != nil {
-		g.raw.Close()
+		raw.Close()
 		if refusal != nil {
-			m.o.Refused(g.raw.RemoteAddr(), refusal)
+			m.o.Refused(raw.RemoteAddr(), refusal)
 		} else {
-			m.o.Log.Debug().Stringer("source", g.raw.RemoteAddr()).Err(err).Msg("handshake failed")
+			m.o.Log.Debug().Stringer("source", raw.RemoteAddr()).Err(err).Msg("handshake failed")
 		}
 		return
 	}

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -60,6 +61,8 @@ type world struct {
 
 	mu      sync.Mutex // guards refused
 	refused []string
+
+	dropped atomic.Uint64
 }
 
 func newWorld(t *testing.T) *world {
@@ -80,7 +83,7 @@ func newWorld(t *testing.T) *world {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	w.must(err)
 	w.address = l.Addr().String()
-	secure := mtls.NewListener(l, mtls.Options{Certificate: certificate, Authority: authority, Log: zerolog.Nop(), Refused: func(_ net.Addr, err error) {
+	secure := mtls.NewListener(l, mtls.Options{Certificate: certificate, Authority: authority, Log: zerolog.Nop(), Dropped: func(n uint64, _ string) { w.dropped.Add(n) }, Refused: func(_ net.Addr, err error) {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.refused = append(w.refused, err.Error())
@@ -336,6 +339,9 @@ func TestFlood(t *testing.T) {
 	time.Sleep(300 * time.Millisecond)
 	for _, from := range []string{"127.0.0.1", "127.0.0.9"} { // and from the address of the flood
 		within(t, "somebody gets in from "+from, func() bool { _, err := status(w.dial(t, cert, from)); return err == nil })
+	}
+	if w.dropped.Load() == 0 {
+		t.Error("nobody was told")
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"maps"
 	"net"
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,6 +14,7 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 	"golang.org/x/time/rate"
 
+	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
@@ -58,11 +58,9 @@ type conn struct {
 	server   *Server
 	base     context.Context
 	remote   string
-	source   netip.Prefix
-	relay    bool
 	began    time.Time
 
-	stage     atomicStage
+	guest     *admission.Guest // until it has logged in
 	loggedIn  atomic.Bool
 	unreadYet atomic.Int64 // how many bytes may still be read before the login
 	active    atomic.Int64 // when a byte last passed through a channel, since began
@@ -82,20 +80,12 @@ type conn struct {
 	streams map[*stream]*Session // that are open; nil for channels of other types
 }
 
-type atomicStage struct{ atomic.Int32 }
-
-func (a *atomicStage) Load() stage   { return stage(a.Int32.Load()) }
-func (a *atomicStage) Store(s stage) { a.Int32.Store(int32(s)) }
-
 func newConn(s *Server, base context.Context, nc net.Conn) *conn {
 	limiter := func() *rate.Limiter {
 		return rate.NewLimiter(rate.Limit(s.o.Limits.Requests), 4*s.o.Limits.Requests)
 	}
 	c := &conn{Conn: nc, raw: nc, server: s, base: base, remote: nc.RemoteAddr().String(), began: time.Now(),
 		requests: limiter(), pace: limiter(), gone: make(chan struct{}), streams: map[*stream]*Session{}}
-	var addr netip.Addr
-	c.source, addr = sourceOf(nc.RemoteAddr())
-	c.relay = s.o.Relay != nil && addr.IsValid() && s.o.Relay(addr)
 	c.unreadYet.Store(s.o.Limits.LoginBytes)
 	return c
 }
@@ -120,7 +110,9 @@ func (c *conn) run() {
 // finish ends what is left of the connection and waits for it.
 func (c *conn) finish() {
 	c.raw.Close()
-	c.server.waiting.leave(c)
+	if c.guest != nil {
+		c.guest.Leave()
+	}
 	c.mu.Lock()
 	c.ended = true
 	c.mu.Unlock()
@@ -149,9 +141,7 @@ var errTooMuch = errors.New("too much was sent before a login")
 func (c *conn) Read(p []byte) (int, error) {
 	n, err := c.raw.Read(p)
 	if n > 0 && !c.loggedIn.Load() {
-		if c.stage.Load() == silent {
-			c.stage.Store(speaking)
-		}
+		c.guest.Reached(admission.Speaking)
 		if c.unreadYet.Add(int64(-n)) < 0 {
 			c.raw.Close()
 			return 0, errTooMuch
@@ -182,7 +172,7 @@ func (c *conn) SetWriteDeadline(time.Time) error { return nil }
 
 // exchanged is called once keys are agreed on.
 func (c *conn) exchanged() {
-	c.stage.Store(exchanged)
+	c.guest.Reached(admission.Exchanged)
 	_ = c.raw.SetDeadline(c.began.Add(c.server.o.Limits.Login)) // as in run
 }
 
@@ -204,7 +194,7 @@ func (c *conn) offered(key gossh.PublicKey) bool {
 			return false
 		}
 	}
-	c.stage.Store(known)
+	c.guest.Reached(admission.Known)
 	return true
 }
 
@@ -243,12 +233,12 @@ func (c *conn) grant(meta gossh.ConnMetadata, key gossh.PublicKey) (*grant, erro
 	if who.Person == "" || who.Role == trust.None {
 		return nil, errors.New("authenticated as nobody")
 	}
-	release, err := s.logins.take(who)
+	release, err := s.logins.Take(who)
 	if err != nil {
 		return nil, err
 	}
 	c.undo = release // also where Hold panics
-	if !s.waiting.leave(c) {
+	if !c.guest.Leave() {
 		return nil, errors.New("dropped while logging in")
 	}
 	c.loggedIn.Store(true)

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	gossh "golang.org/x/crypto/ssh"
+
+	"github.com/halligan-io/halligan/internal/admission"
 )
 
 // flood keeps opening connections without a login until stop is called, some
@@ -86,7 +88,7 @@ func TestFlood(t *testing.T) {
 			signer := s.person(t, "ada", nil)
 			stop := flood(t, s.addr, c.sources, c.greeting)
 			full := min(32, 6*c.sources)
-			eventually(t, "the room is full", func() bool { return s.waiting.count() >= full })
+			eventually(t, "the room is full", func() bool { return s.waiting.Count() >= full })
 			refused := 0
 			for range 5 {
 				began := time.Now()
@@ -105,11 +107,11 @@ func TestFlood(t *testing.T) {
 			if refused > 1 { // one that is dropped before its first bytes are read tries again
 				t.Errorf("%d of 5 logins failed", refused)
 			}
-			if most := s.waiting.count(); most > 32+8 {
+			if most := s.waiting.Count(); most > 32+8 {
 				t.Errorf("%d connections without a login", most)
 			}
 			t.Logf("%d connections flooded", stop())
-			if len(s.alarms.of(Flood)) == 0 {
+			if len(s.alarms.of(admission.Flood)) == 0 {
 				t.Error("nobody was told")
 			}
 		})
@@ -124,72 +126,6 @@ func (s slow) PublicKey() gossh.PublicKey { return s.Signer.PublicKey() }
 func (s slow) SignWithAlgorithm(_ io.Reader, data []byte, algorithm string) (*gossh.Signature, error) {
 	time.Sleep(200 * time.Millisecond)
 	return s.Signer.(gossh.AlgorithmSigner).SignWithAlgorithm(rand.Reader, data, algorithm)
-}
-
-// TestWaitingRoom drops connections by stage, then by how crowded their source
-// is.
-func TestWaitingRoom(t *testing.T) {
-	now := time.Unix(0, 0)
-	w := newWaitingRoom(Limits{Unauthenticated: 4, UnauthenticatedEach: 2, Relayed: 3})
-	w.now = func() time.Time { return now }
-	at := func(source string, stage stage) *conn {
-		c := &conn{}
-		c.source, _ = sourceOf(&net.TCPAddr{IP: net.ParseIP(strings.TrimPrefix(source, "relay "))})
-		c.relay = strings.HasPrefix(source, "relay ")
-		c.stage.Store(stage)
-		return c
-	}
-	in := func(c *conn, want *conn, told uint64) {
-		t.Helper()
-		if victim, dropped := w.enter(c); victim != want || dropped != told {
-			t.Errorf("dropped %+v, want %+v; told of %d, want %d", victim, want, dropped, told)
-		}
-	}
-	typing, crowded, crowded2, alone := at("192.0.2.1", known), at("192.0.2.2", exchanged), at("192.0.2.2", exchanged), at("192.0.2.3", exchanged)
-	for _, c := range []*conn{typing, crowded, crowded2, alone} {
-		in(c, nil, 0)
-	}
-	now = now.Add(time.Hour)
-	mute := at("192.0.2.4", silent)
-	if victim, dropped := w.enter(mute); victim != crowded && victim != crowded2 || dropped != 1 {
-		t.Errorf("not one of the crowded: %+v", victim)
-	} else if victim == crowded {
-		crowded = crowded2
-	}
-	in(at("192.0.2.5", known), mute, 0) // the silent one first
-	if !w.leave(crowded) || w.leave(crowded) || w.leave(mute) {
-		t.Error("who left was in, or who was dropped was not")
-	}
-	second := at("192.0.2.1", silent)
-	in(second, nil, 0)
-	now = now.Add(time.Minute)
-	in(at("192.0.2.1", speaking), second, 2) // its own, though others have come less far
-	for i := range 3 {
-		in(at("relay 192.0.2.9", silent), nil, 0)
-		if n := w.count(); n != 5+i {
-			t.Errorf("%d in the room", n)
-		}
-	}
-	if victim, _ := w.enter(at("relay 192.0.2.9", known)); victim == nil || !victim.relay {
-		t.Error("a bastion's pool took the place of others")
-	}
-	if victim, _ := w.enter(at("192.0.2.10", silent)); victim == nil || victim.relay {
-		t.Error("strangers took the place of a bastion's")
-	}
-}
-
-// TestSource counts addresses that one machine can have as one.
-func TestSource(t *testing.T) {
-	of := func(ip string) netip.Prefix {
-		p, _ := sourceOf(&net.TCPAddr{IP: net.ParseIP(ip)})
-		return p
-	}
-	if of("2001:db8::1") != of("2001:db8::ffff:1") || of("2001:db8::1") == of("2001:db8:0:1::1") || of("192.0.2.1") == of("192.0.2.2") || of("::ffff:192.0.2.1") != of("192.0.2.1") {
-		t.Error("sources are told apart wrongly")
-	}
-	if p, _ := sourceOf(&net.UnixAddr{}); p.IsValid() {
-		t.Errorf("%v", p)
-	}
 }
 
 // TestShutdown ends a server with everything open, and looks for what is left.
@@ -216,7 +152,7 @@ func TestShutdown(t *testing.T) {
 		}
 		silent = append(silent, conn)
 	}
-	eventually(t, "all is open", func() bool { return s.waiting.count() == len(silent) && s.channels.taken() == 12 })
+	eventually(t, "all is open", func() bool { return s.waiting.Count() == len(silent) && s.channels.Taken() == 12 })
 	s.stop()
 	for i := range silent {
 		silent[i].Close()
@@ -395,7 +331,7 @@ func BenchmarkLoginInFlood(b *testing.B) {
 	for b.Loop() {
 		calm += mean()
 		stop := flood(b, s.addr, 200, "SSH-2.0-flood\r\n")
-		eventually(b, "the room is full", func() bool { return s.waiting.count() >= 90 })
+		eventually(b, "the room is full", func() bool { return s.waiting.Count() >= 90 })
 		flooded += mean()
 		stop()
 	}

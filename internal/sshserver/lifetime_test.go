@@ -222,7 +222,7 @@ func TestEnds(t *testing.T) {
 			if got := strings.TrimSpace(stderr.String()); got != c.told {
 				t.Errorf("told %q", got)
 			}
-			eventually(t, "the login is over", func() bool { return s.logins.taken() == 0 })
+			eventually(t, "the login is over", func() bool { return s.logins.Taken() == 0 })
 			var why *fault.Error
 			if err, _ := cause.Load().(error); !errors.As(err, &why) {
 				t.Errorf("the handler sees %v", err)
@@ -273,7 +273,7 @@ func TestEnds(t *testing.T) {
 		}
 		stubborn.deaf.Store(true)
 		s.end("ada", fault.New(fault.Unauthenticated, "", "revoked"))
-		eventually(t, "the login is over", func() bool { return s.logins.taken() == 0 })
+		eventually(t, "the login is over", func() bool { return s.logins.Taken() == 0 })
 	})
 	t.Run("held longer than the connection", func(t *testing.T) {
 		t.Parallel()
@@ -300,14 +300,14 @@ func TestEnds(t *testing.T) {
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
-		if n := s.logins.taken(); n != 1 {
+		if n := s.logins.Taken(); n != 1 {
 			t.Errorf("%d logins are counted while a handler runs", n)
 		}
 		close(finish)
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
-		eventually(t, "the login is over", func() bool { return s.logins.taken() == 0 })
+		eventually(t, "the login is over", func() bool { return s.logins.Taken() == 0 })
 	})
 }
 
@@ -353,5 +353,5 @@ func TestChannels(t *testing.T) {
 			t.Errorf("%s: %v", kind, err)
 		}
 	}
-	eventually(t, "the channels are given back", func() bool { return s.channels.taken() == 0 })
+	eventually(t, "the channels are given back", func() bool { return s.channels.Taken() == 0 })
 }

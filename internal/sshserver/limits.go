@@ -2,11 +2,7 @@ package sshserver
 
 import (
 	"fmt"
-	"sync"
 	"time"
-
-	"github.com/halligan-io/halligan/internal/fault"
-	"github.com/halligan-io/halligan/internal/trust"
 )
 
 // Limits bound what clients can make the server hold. Zero values take the
@@ -16,7 +12,7 @@ type Limits struct {
 	// total (default 96: at a few tens of KiB each they stay below 8 MiB), and
 	// UnauthenticatedEach of one IPv4 address or IPv6 /64 (default 12: a team
 	// behind one address, logging in at once). One more is always taken, and
-	// another dropped for it; see waitingRoom.
+	// another dropped for it; see admission.Room.
 	Unauthenticated, UnauthenticatedEach int
 	// Relayed is UnauthenticatedEach of a bastion (default 48).
 	Relayed int
@@ -109,59 +105,4 @@ func (l Limits) withDefaults() (Limits, error) {
 		return l, fmt.Errorf("limits of the SSH server: all places are reserved")
 	}
 	return l, nil
-}
-
-// slots counts places of one kind that are taken.
-type slots struct {
-	name                  string
-	total, reserved, each int
-
-	mu   sync.Mutex // guards what follows
-	used int
-	by   map[holder]int
-}
-
-// holder is whose places are counted together. A sealed credential is not kept
-// out by whoever holds the same person's stolen laptop.
-type holder struct {
-	person string
-	kind   trust.Kind
-	drill  bool
-}
-
-func newSlots(name string, total, reserved, each int) *slots {
-	return &slots{name: name, total: total, reserved: reserved, each: each, by: map[holder]int{}}
-}
-
-// take takes a place, which release gives back, once.
-func (s *slots) take(who trust.Identity) (release func(), err error) {
-	h := holder{person: who.Person, kind: who.Kind, drill: who.Scope.Drill}
-	most := s.total
-	if who.Kind == trust.Automation || who.Scope.Drill {
-		most -= s.reserved
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.by[h] >= s.each {
-		return nil, fault.New(fault.Refused, "end one of them", "%s has %d %s already, as many as one may have", who.Person, s.each, s.name)
-	}
-	if s.used >= most {
-		return nil, fault.New(fault.Refused, "try again, or another node", "all %d %s are taken", most, s.name)
-	}
-	s.used++
-	s.by[h]++
-	return sync.OnceFunc(func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.used--
-		if s.by[h]--; s.by[h] == 0 {
-			delete(s.by, h)
-		}
-	}), nil
-}
-
-func (s *slots) taken() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.used
 }

@@ -14,6 +14,7 @@ import (
 
 	gossh "golang.org/x/crypto/ssh"
 
+	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
@@ -260,8 +261,8 @@ func TestFloodOfRequests(t *testing.T) {
 			if err == nil {
 				t.Fatalf("%d were taken", n)
 			}
-			eventually(t, "the flood is told of", func() bool { return len(s.alarms.of(Flood)) == 1 })
-			if e := s.alarms.of(Flood)[0]; e.Person != "ada" {
+			eventually(t, "the flood is told of", func() bool { return len(s.alarms.of(admission.Flood)) == 1 })
+			if e := s.alarms.of(admission.Flood)[0]; e.Person != "ada" {
 				t.Errorf("told of %+v", e)
 			}
 			if out, err := run(s.mustDial(t, signer), "whoami"); out != "ada responder\n" {
@@ -363,7 +364,7 @@ func TestSlots(t *testing.T) {
 	open(two, 1) // of one identity
 	_ = one.Close()
 	_ = two.Close()
-	eventually(t, "places come back", func() bool { return s.logins.taken() == 2 && s.channels.taken() == 0 })
+	eventually(t, "places come back", func() bool { return s.logins.Taken() == 2 && s.channels.Taken() == 0 })
 	s.mustDial(t, bob)
 }
 
@@ -378,7 +379,7 @@ func TestReservedChannels(t *testing.T) {
 			}
 		}
 	}
-	if n := s.channels.taken(); n != 3 {
+	if n := s.channels.Taken(); n != 3 {
 		t.Errorf("automation has %d channels", n)
 	}
 	if out, err := run(s.mustDial(t, s.person(t, "ada", nil)), "whoami"); out != "ada responder\n" {

@@ -136,7 +136,7 @@ func serve(t testing.TB, change func(*Options)) *served {
 			buf := make([]byte, 1<<20)
 			t.Errorf("Serve did not end\n%s", buf[:runtime.Stack(buf, true)])
 		}
-		if n, m, k := s.waiting.count(), s.logins.taken(), s.channels.taken(); n+m+k+len(s.places) != 0 {
+		if n, m, k := s.waiting.Count(), s.logins.Taken(), s.channels.Taken(); n+m+k+len(s.places) != 0 {
 			t.Errorf("left behind: %d waiting, %d logins, %d channels, %d places", n, m, k, len(s.places))
 		}
 	})

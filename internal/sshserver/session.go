@@ -42,7 +42,7 @@ func (s *Server) open(_ *gssh.Server, client *gossh.ServerConn, asked gossh.NewC
 		reject(asked, gossh.ResourceShortage, fmt.Sprintf("a connection has no more than %d channels", most))
 		return
 	}
-	release, err := s.channels.take(g.who)
+	release, err := s.channels.Take(g.who)
 	if err != nil {
 		reject(asked, gossh.ResourceShortage, neutral.Line(err.Error()))
 		return

@@ -28,20 +28,15 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 	"golang.org/x/time/rate"
 
+	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
-// Kinds of alarms that only this package raises.
-const (
-	// Flood is raised at most once a minute while strangers' connections are
-	// dropped to make room, or when a client was cut off for flooding.
-	Flood alarm.Kind = "flood"
-	// Panic is a fault of this program that a client found.
-	Panic alarm.Kind = "panic"
-)
+// Panic is the alarm of a fault of this program that a client found.
+const Panic alarm.Kind = "panic"
 
 // Options say what a server is to be. HostSigners, Authenticate and Hold are
 // required; there is no default that lets anybody in.
@@ -91,9 +86,9 @@ type Handlers struct {
 type Server struct {
 	o        Options
 	library  *gssh.Server
-	waiting  *waitingRoom
-	logins   *slots
-	channels *slots
+	waiting  *admission.Room
+	logins   *admission.Places
+	channels *admission.Places
 	// places bounds the goroutines of connections, those that were dropped and
 	// have not ended yet included.
 	places chan struct{}
@@ -131,12 +126,16 @@ func New(o Options) (*Server, error) {
 		o.Alarm = func(alarm.Event) {}
 	}
 	s := &Server{
-		o: o, waiting: newWaitingRoom(o.Limits),
-		logins:   newSlots("connections", o.Limits.Connections, o.Limits.ReservedConnections, o.Limits.ConnectionsEach),
-		channels: newSlots("channels", o.Limits.Channels, o.Limits.ReservedChannels, o.Limits.ChannelsEach),
+		o:        o,
+		logins:   admission.NewPlaces(admission.PlacesOptions{What: "connections", Total: limits.Connections, Each: limits.ConnectionsEach, Reserved: limits.ReservedConnections}),
+		channels: admission.NewPlaces(admission.PlacesOptions{What: "channels", Total: limits.Channels, Each: limits.ChannelsEach, Reserved: limits.ReservedChannels}),
 		places:   make(chan struct{}, 2*o.Limits.Unauthenticated+o.Limits.Relayed+o.Limits.Connections),
 		refusals: rate.NewLimiter(5, 20),
 	}
+	s.waiting = admission.NewRoom(admission.RoomOptions{Total: limits.Unauthenticated, Each: limits.UnauthenticatedEach, Relayed: limits.Relayed, Relay: o.Relay,
+		Dropped: func(n uint64, source string) {
+			s.flood(fmt.Sprintf("%d connections without a login were dropped to make room for others", n), trust.Identity{Source: source, Door: trust.SSH})
+		}})
 	s.library = &gssh.Server{
 		HostSigners: make([]gssh.Signer, 0, len(o.HostSigners)),
 		Version:     "Go", // as any program with x/crypto; nothing about what this is, or its version
@@ -252,12 +251,7 @@ func (s *Server) serve(base context.Context, nc net.Conn) {
 	c := newConn(s, base, nc)
 	defer c.finish()
 	defer s.recovered("connection", c.remote, nil)
-	if victim, dropped := s.waiting.enter(c); victim != nil {
-		victim.raw.Close()
-		if dropped > 0 {
-			s.flood(fmt.Sprintf("%d connections without a login were dropped to make room for others", dropped), trust.Identity{Source: c.remote, Door: trust.SSH})
-		}
-	}
+	c.guest = s.waiting.Enter(nc)
 	c.run()
 }
 
@@ -276,7 +270,7 @@ func (s *Server) recovered(what, remote string, then func()) {
 
 func (s *Server) flood(text string, who trust.Identity) {
 	s.o.Log.Warn().Str("source", who.Source).Str("person", who.Person).Msg(text)
-	s.o.Alarm(alarm.Of(Flood, who, text))
+	s.o.Alarm(alarm.Of(admission.Flood, who, text))
 }
 
 // refused tells of a key that was proven and not let in. Others log who tries
