@@ -88,7 +88,8 @@ type Identity struct {
 	// Person is the stable name that records and caps go by: the key ID of a
 	// certificate, or console/0 for the login uid 0 at the node's console.
 	Person string
-	// Role is the one taken for this session.
+	// Role is the one taken for this session; None at a bastion, where nobody
+	// takes any.
 	Role Role
 	Door Door
 	Kind Kind
@@ -107,6 +108,9 @@ type Identity struct {
 	// admitted by the clock rule.
 	Late  bool
 	Scope Scope
+	// Clusters are those that the credential is for. Only a bastion notes them:
+	// an agent has one cluster, and lets in nobody who is not for it.
+	Clusters []string
 }
 
 // May reports whether the identity has at least the role.

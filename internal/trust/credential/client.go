@@ -35,6 +35,9 @@ func (a *Authority) Client(certs []*x509.Certificate, source net.Addr) (trust.Id
 	if err := r.revoked(id); err != nil {
 		return trust.Identity{}, err
 	}
+	if a.Relay {
+		id.Role, id.Clusters = trust.None, clusters
+	}
 	if source != nil {
 		id.Source = source.String()
 	}

@@ -39,7 +39,12 @@ func (a *Authority) vouched(cert *gossh.Certificate, role trust.Role, detached b
 	if err != nil {
 		return trust.Identity{}, err
 	}
-	if !slices.Contains(cert.ValidPrincipals, role.String()) {
+	principal := role.String()
+	if a.Relay && role == trust.None {
+		principal = cert.ValidPrincipals[0] // any is, and there is one
+		id.Clusters = clusters
+	}
+	if !slices.Contains(cert.ValidPrincipals, principal) {
 		return trust.Identity{}, refuse("the certificate of %s is for %q, not for %s", id.Person, cert.ValidPrincipals, role)
 	}
 	id.Role = role
@@ -54,7 +59,7 @@ func (a *Authority) vouched(cert *gossh.Certificate, role trust.Role, detached b
 		SupportedCriticalOptions: []string{OptionClusters, optionSourceAddress, optionVerifyRequired},
 		Clock:                    func() time.Time { return id.NotBefore },
 	}
-	if err := checker.CheckCert(role.String(), cert); err != nil {
+	if err := checker.CheckCert(principal, cert); err != nil {
 		return trust.Identity{}, refuse("the certificate of %s: %w", id.Person, err)
 	}
 	return id, nil
@@ -206,6 +211,9 @@ func (a *Authority) sealed(key gossh.PublicKey, role trust.Role) (trust.Identity
 			continue
 		}
 		id := trust.Identity{Person: s.person, Role: role, Door: trust.SSH, Kind: trust.Sealed, Fingerprint: fingerprint, NotBefore: s.notBefore, NotAfter: s.notAfter}
+		if a.Relay {
+			id.Clusters = s.clusters
+		}
 		err := a.checkSealed(id, r)
 		if err == nil {
 			_, err = r.admit(id, a.Clock.Now())
@@ -231,8 +239,13 @@ func (a *Authority) checkSealed(id trust.Identity, r *rules) *fault.Error {
 		return refuse("the policy no longer lists the sealed key of %s", id.Person)
 	}
 	s := r.sealed[i]
-	if s.role != id.Role && !s.role.Has(id.Role) {
+	if s.role != id.Role && !s.role.Has(id.Role) && !a.Relay {
 		return refuse("the sealed key of %s is for %s at most, not for %s", id.Person, s.role, id.Role)
+	}
+	for _, c := range id.Clusters {
+		if !slices.Contains(s.clusters, c) {
+			return refuse("the sealed key of %s is no longer for cluster %s", id.Person, c)
+		}
 	}
 	if !s.notAfter.After(s.notBefore) || s.notAfter.Sub(s.notBefore) > MaxSealed {
 		return refuse("the sealed key of %s is not bounded to %v", id.Person, MaxSealed)
