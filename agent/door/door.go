@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
@@ -94,7 +95,11 @@ type Options struct {
 // The bounds of all doors together. A person needs one connection and one or
 // two calls; the rest is room for several people and their scripts.
 const (
-	maxStreams = 16 // of one connection
+	maxConnections     = 256
+	maxConnectionsEach = 20 // SSH lets one have 12 sessions, each with one
+	maxCalls           = 128
+	maxCallsEach       = 16
+	maxStreams         = 16 // of one connection
 	// maxMessage bounds an answer in bytes; a plan for 10,000 objects has about
 	// 4 MiB, a stored object at most etcd's 1.5 MiB. A request is a few words,
 	// or a bundle of at most 1 MiB.
@@ -132,13 +137,19 @@ type Server struct {
 	log      zerolog.Logger
 
 	grpc        *grpc.Server
-	connections *slots
-	calls       *slots
+	connections *admission.Places
+	calls       *admission.Places
 	handed      *handed
 	// stopping ends when the agent is told to stop.
 	stopping context.Context
 	stop     context.CancelFunc
 	serving  sync.WaitGroup
+}
+
+// places keeps half of all from automation and drills, and an eighth for somebody
+// at the node's console.
+func places(what string, total, each int) *admission.Places {
+	return admission.NewPlaces(admission.PlacesOptions{What: what, Total: total, Each: each, Reserved: total / 2, Console: total / 8})
 }
 
 // New returns a server that takes connections at once. It refuses to start with
@@ -148,7 +159,7 @@ func New(o Options) (*Server, error) {
 		o.Warnings = func() []string { return nil }
 	}
 	s := &Server{engine: o.Engine, bundles: o.Bundles, cluster: o.Cluster, warnings: o.Warnings, alarms: o.Alarms, log: o.Log,
-		connections: newSlots(maxConnections, maxConnectionsEach), calls: newSlots(maxCalls, maxCallsEach), handed: newHanded()}
+		connections: places("connections", maxConnections, maxConnectionsEach), calls: places("calls", maxCalls, maxCallsEach), handed: newHanded()}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	s.grpc = grpc.NewServer(
 		grpc.Creds(transport{s}),
@@ -160,7 +171,7 @@ func New(o Options) (*Server, error) {
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxSendMsgSize(maxMessage),
 		grpc.ConnectionTimeout(handshakeTimeout),
-		// A peer that was stopped or hangs gives its slot back, and so does one
+		// A peer that was stopped or hangs gives its place back, and so does one
 		// that asks nothing; one that stays has to come in anew now and then.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 20 * time.Second,
 			MaxConnectionIdle: idleLimit, MaxConnectionAge: ageLimit, MaxConnectionAgeGrace: ageGrace}),

@@ -3,7 +3,6 @@ package door
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"slices"
@@ -451,62 +450,6 @@ func TestRefusedAction(t *testing.T) {
 	}
 }
 
-func TestSlots(t *testing.T) {
-	s := newSlots(16, 10)
-	who := func(n int, kind trust.Kind, d trust.Door) trust.Identity {
-		return trust.Identity{Person: fmt.Sprint("p", n), Role: trust.Responder, Kind: kind, Door: d}
-	}
-	var give []func()
-	fill := func(kind trust.Kind, d trust.Door, drill bool) (taken int) {
-		for n := range 50 {
-			w := who(n, kind, d)
-			w.Scope.Drill = drill
-			release, err := s.take(w)
-			if err != nil {
-				if !fault.Is(err, fault.Unreachable) {
-					t.Error(err)
-				}
-				return taken
-			}
-			give = append(give, release)
-			taken++
-		}
-		return taken
-	}
-	if n := fill(trust.Automation, trust.GRPC, false); n != 8 {
-		t.Errorf("automation took %d of 16", n)
-	}
-	if n := fill(trust.Person, trust.SSH, true); n != 0 {
-		t.Errorf("drills took %d more", n)
-	}
-	if n := fill(trust.Person, trust.SSH, false); n != 6 {
-		t.Errorf("people took %d more", n)
-	}
-	if n := fill(trust.Local, trust.Console, false); n != 2 {
-		t.Errorf("the console took %d more", n)
-	}
-	for _, f := range give {
-		f()
-		f() // twice is once
-	}
-	if s.used != 0 || s.lower != 0 || len(s.by) != 0 {
-		t.Errorf("left: %+v", s)
-	}
-	for range 10 {
-		if _, err := s.take(alice); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if _, err := s.take(alice); !fault.Is(err, fault.Unreachable) {
-		t.Errorf("one person's eleventh: %v", err)
-	}
-	sealed := alice
-	sealed.Kind = trust.Sealed
-	if _, err := s.take(sealed); err != nil {
-		t.Errorf("the same person with another credential: %v", err)
-	}
-}
-
 // bundles is a store with one version, which takes what begins with "new".
 type bundles struct {
 	mu  sync.Mutex // guards raw
@@ -616,7 +559,7 @@ func TestUnfinishedRequests(t *testing.T) {
 	for range maxCallsEach {
 		open = append(open, begin(first))
 	}
-	eventually(t, "all places to be taken", func() bool { return server.calls.taken() == maxCallsEach })
+	eventually(t, "all places to be taken", func() bool { return server.calls.Taken() == maxCallsEach })
 	remote := alice
 	remote.Door = trust.GRPC
 	second := connect(t, server, remote, t.Context())
@@ -631,25 +574,19 @@ func TestUnfinishedRequests(t *testing.T) {
 	for _, stream := range open {
 		_ = stream.CloseSend() // without a request: refused, and the place is free
 	}
-	eventually(t, "the places to be free", func() bool { return server.calls.taken() == 0 })
+	eventually(t, "the places to be free", func() bool { return server.calls.Taken() == 0 })
 
 	// Who goes on all the same is hung up on.
 	for range maxCallsEach {
 		begin(first)
 	}
-	eventually(t, "all places to be taken again", func() bool { return server.calls.taken() == maxCallsEach })
+	eventually(t, "all places to be taken again", func() bool { return server.calls.Taken() == maxCallsEach })
 	client := halliganv1.NewAgentClient(second)
 	for calls := 0; len(h.of(alarm.Login)) < 2; calls++ { // until the client had to come in again
 		if _, err := client.Status(t.Context(), &halliganv1.StatusRequest{}); err == nil || calls > 2*maxBusy {
 			t.Fatalf("after %d calls: %v", calls, err)
 		}
 	}
-}
-
-func (s *slots) taken() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.used
 }
 
 // eventually waits for what happens by itself.

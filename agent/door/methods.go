@@ -62,9 +62,9 @@ func allow(who trust.Identity, method string) error {
 	return fault.New(fault.Refused, "ask somebody who has the role", "%s may not call %s", who.Role, method)
 }
 
-// tap takes the slot of a call when its headers have come: gRPC would read a
+// tap takes the place of a call when its headers have come: gRPC would read a
 // whole request before an interceptor sees the call, and one person's requests
-// that never end would fill the memory. The slot is given back with the call's
+// that never end would fill the memory. The place is given back with the call's
 // context.
 func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
 	if _, known := methods[call.FullMethodName]; !known {
@@ -73,7 +73,7 @@ func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, erro
 	info, err := caller(ctx)
 	if err == nil {
 		var release func()
-		if release, err = s.calls.take(info.who); err == nil {
+		if release, err = s.calls.Take(info.who); err == nil {
 			context.AfterFunc(ctx, release)
 			return ctx, nil
 		}
@@ -84,7 +84,7 @@ func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, erro
 	return ctx, s.ended(info, err)
 }
 
-// enter admits a call that has a slot. Its context ends, with the cause, when the
+// enter admits a call that has a place. Its context ends, with the cause, when the
 // identity no longer holds; leave is called at its end.
 func (s *Server) enter(ctx context.Context, method string) (_ context.Context, _ authInfo, leave func(), err error) {
 	info, err := caller(ctx)

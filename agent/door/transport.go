@@ -52,7 +52,7 @@ func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 		t.server.refused(info.who, info.refusal)
 		return c, info, nil
 	}
-	release, err := t.server.connections.take(info.who)
+	release, err := t.server.connections.Take(info.who)
 	if err != nil {
 		t.server.log.Warn().Str("person", info.who.Person).Str("door", string(info.who.Door)).Msg("connection refused: " + fault.Of(err).Message)
 		return nil, nil, errors.Join(err, c.Close())
@@ -79,7 +79,7 @@ func (s *Server) refused(who trust.Identity, err error) {
 	s.alarms.Raise(alarm.Of(alarm.Refusal, who, fault.Of(err).Message))
 }
 
-// admitted is a connection with a slot.
+// admitted is a connection with a place.
 type admitted struct {
 	net.Conn
 	release func()
