@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -272,6 +273,16 @@ func (t *trusted) warnings() (all []string) {
 	if ahead := t.clock.Ahead(); ahead > clockWarning {
 		warn("this node's clock is %v behind what is known to be past: %s counts", ahead.Round(time.Second), now.Format(time.RFC3339))
 	}
+	var actions []string
+	for _, a := range action.Describe() {
+		actions = append(actions, a.GetName())
+	}
+	some := func(file string, unknown []string) {
+		if n := len(unknown); n > 0 {
+			warn("%d names in %s match nothing that this agent knows, so that those rules do nothing: %s", n, file, neutral.LineMax(strings.Join(unknown, "; "), 512))
+		}
+	}
+	some("the node's own policy", t.local.Unknown(actions))
 	if t.anchor == nil {
 		return all
 	}
@@ -286,6 +297,7 @@ func (t *trusted) warnings() (all []string) {
 		warn("only the console is open, since there is no bundle that can be used")
 		return all
 	}
+	some("the bundle's policy", o.store.Current().Policy.Unknown(actions))
 	if b := o.store.Current(); !b.Fresh(now) {
 		warn("the bundle is stale since %s: changes need an approval or --alone; have it signed anew", b.FreshUntil().Format(time.RFC3339))
 	}

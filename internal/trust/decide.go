@@ -16,6 +16,9 @@ const (
 	ActionStop     = "stop"
 )
 
+// beside are the names above.
+var beside = []string{ActionStatus, ActionDescribe, ActionShowPlan, ActionStop}
+
 // approverMay is all that the role approver is for, beside the signing itself.
 var approverMay = []string{ActionStatus, ActionDescribe, ActionShowPlan}
 

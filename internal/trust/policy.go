@@ -2,10 +2,12 @@ package trust
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path"
 	"regexp"
 	"slices"
+	"strings"
 
 	"sigs.k8s.io/yaml"
 
@@ -213,6 +215,57 @@ func (r Rules) Check() error {
 	return nil
 }
 
+// The core group's resources and the groups without a dot. Neither grows any
+// more: new ones of Kubernetes' own end in .k8s.io, and a custom one needs a dot.
+var (
+	coreResources = []string{"configmaps", "endpoints", "events", "limitranges", "namespaces", "nodes", "persistentvolumeclaims", "persistentvolumes",
+		"pods", "podtemplates", "replicationcontrollers", "resourcequotas", "secrets", "serviceaccounts", "services"}
+	plainGroups = []string{"apps", "autoscaling", "batch", "extensions", "policy"}
+)
+
+// Unknown returns what the rules name and nothing is called: actions that are not
+// among those given, and resources of no possible name. A rule with a slip of the
+// keyboard never matches, and so lets through what it was written against; but a
+// later release may know what this one does not, so that it is no mistake of form.
+func (r Rules) Unknown(actions []string) (all []string) {
+	act := func(where string, names ...string) {
+		for _, n := range names {
+			if !slices.ContainsFunc(actions, func(a string) bool { return among([]string{n}, a) }) {
+				all = append(all, fmt.Sprintf("%s: there is no action %.64q", where, n))
+			}
+		}
+	}
+	resource := func(where string, names ...string) {
+		for _, n := range names {
+			_, group, grouped := strings.Cut(n, ".")
+			switch {
+			case strings.ToLower(n) == n && strings.ContainsAny(n, `*?[\`), slices.Contains(coreResources, n),
+				strings.ToLower(n) == n && (strings.Contains(group, ".") || slices.Contains(plainGroups, group)):
+			case !grouped:
+				all = append(all, fmt.Sprintf("%s: the core group has no resource %.64q; others are written as deployments.apps", where, n))
+			default:
+				all = append(all, fmt.Sprintf("%s: no resource is called %.128q; it is the plural with its group, such as deployments.apps", where, n))
+			}
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(r.Actions)) {
+		if !slices.Contains(beside, name) {
+			act("actions", name)
+		}
+	}
+	for i, p := range r.Protect {
+		where := fmt.Sprintf("protect[%d]", i)
+		act(where, p.Actions...)
+		resource(where, slices.Concat(p.Resources, p.Except)...)
+	}
+	for i, a := range r.Approvals {
+		where := fmt.Sprintf("approvals[%d]", i)
+		act(where, a.Actions...)
+		resource(where, a.Resources...)
+	}
+	return all
+}
+
 func checkPatterns(lists ...[]string) error {
 	for _, list := range lists {
 		for _, pattern := range list {
@@ -251,6 +304,14 @@ func ReadLocal(file string) (*LocalRules, error) {
 		return nil, fault.New(fault.Usage, "mend the file; it can add protection and lower caps, nothing else", "local policy %s: %w", file, err)
 	}
 	return l, nil
+}
+
+// Unknown is that of the file's rules; nil has none.
+func (l *LocalRules) Unknown(actions []string) []string {
+	if l == nil {
+		return nil
+	}
+	return Rules{Protect: l.Protect}.Unknown(actions)
 }
 
 func (l *LocalRules) check() error {

@@ -119,3 +119,36 @@ var commander = Identity{Person: "carol", Role: Commander, Door: SSH, Kind: Pers
 func subject(p *Policy, name string) error {
 	return p.Decide(commander, Request{Action: "revoke", Rung: Responder, Mutates: true, Subject: name})
 }
+
+// TestUnknown: a rule with a slip of the keyboard protects nothing.
+func TestUnknown(t *testing.T) {
+	actions := []string{"get", "scale", "delete", "revoke", "undo", "history"}
+	for _, c := range []struct {
+		name  string
+		rules Rules
+		want  string
+	}{
+		{"the shipped table", ShippedRules(), ""},
+		{"nothing", Rules{}, ""},
+		{"all forms", Rules{Actions: map[string]ActionRule{"scale": {}, "stop": {}, "status": {}},
+			Protect:   []Rule{{Actions: []string{"del*", "scale"}, Resources: []string{"*", "pods", "jobs.batch", "*.apps", "widgets.example.com", "deploy*"}, Except: []string{"secrets"}}},
+			Approvals: []ApprovalRule{{Actions: []string{"?ndo"}, Resources: []string{"poddisruptionbudgets.policy"}}}}, ""},
+		{"an action", Rules{Actions: map[string]ActionRule{"scael": {}}}, `actions: there is no action "scael"`},
+		{"an action in capitals", Rules{Approvals: []ApprovalRule{{}, {Actions: []string{"Delete"}}}}, `approvals[1]: there is no action "Delete"`},
+		{"a pattern of actions", Rules{Protect: []Rule{{Actions: []string{"scale-*"}}}}, `protect[0]: there is no action "scale-*"`},
+		{"no group", Rules{Approvals: []ApprovalRule{{Resources: []string{"deployments"}}}}, `approvals[0]: the core group has no resource "deployments"`},
+		{"a kind", Rules{Protect: []Rule{{Resources: []string{"Deployment.apps"}}}}, `no resource is called "Deployment.apps"`},
+		{"a group that cannot be", Rules{Protect: []Rule{{Except: []string{"deployments.app"}}}}, `no resource is called "deployments.app"`},
+		{"a core group by name", Rules{Protect: []Rule{{Resources: []string{"pods.core"}}}}, `no resource is called "pods.core"`},
+		{"a pattern in capitals", Rules{Protect: []Rule{{Resources: []string{"Pod*"}}}}, `the core group has no resource "Pod*"`},
+	} {
+		got := c.rules.Unknown(actions)
+		if c.want == "" && len(got) > 0 || c.want != "" && (len(got) != 1 || !strings.Contains(got[0], c.want)) {
+			t.Errorf("%s: %q, want %q", c.name, got, c.want)
+		}
+	}
+	var none *LocalRules
+	if none.Unknown(actions) != nil || len((&LocalRules{Protect: []Rule{{Actions: []string{"scael"}}}}).Unknown(actions)) != 1 {
+		t.Error("a local file")
+	}
+}

@@ -20,6 +20,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
+	"github.com/halligan-io/halligan/api"
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
@@ -115,6 +116,31 @@ func (d *draft) typed() (*bundle.File, error) {
 	return f, nil
 }
 
+// unknown returns what a policy names that nothing is called here.
+func unknown(p *bundle.Policy) ([]string, error) {
+	if p == nil {
+		return nil, nil
+	}
+	actions, err := api.Actions()
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, a := range actions {
+		names = append(names, a.GetName())
+	}
+	return p.Unknown(names), nil
+}
+
+// known refuses a policy with a rule that would never match.
+func (d *draft) known(p *bundle.Policy) error {
+	all, err := unknown(p)
+	if err == nil && len(all) > 0 {
+		err = fault.New(fault.Usage, "mend it, or take the halligan of the release that knows it; a rule that matches nothing protects nothing", "%s: %s", d.file, strings.Join(all, "; "))
+	}
+	return err
+}
+
 const armorEnd = "-----END SSH SIGNATURE-----"
 
 // split cuts a file of concatenated signatures.
@@ -164,7 +190,11 @@ func (f *Folder) sign(name, signer string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := d.typed(); err != nil {
+	typed, err := d.typed()
+	if err != nil {
+		return err
+	}
+	if err := d.known(typed.Policy); err != nil {
 		return err
 	}
 	// A root's holder has the part's two files, and no authority.
@@ -455,7 +485,11 @@ func (f *Folder) advance(d *draft) error {
 	data := previousLine.ReplaceAllLiteral(d.data, nil)
 	data = versionLine.ReplaceAllLiteral(data, fmt.Appendf(nil, "version: %d\n%s", h.Version, previous))
 	d.data, d.sigs, d.Header = signedLine.ReplaceAllLiteral(data, fmt.Appendf(nil, "signed: %s\n", h.Signed.Format(time.RFC3339))), nil, h
-	if _, err := d.typed(); err != nil {
+	typed, err := d.typed()
+	if err != nil {
+		return err
+	}
+	if err := d.known(typed.Policy); err != nil {
 		return err
 	}
 	if err := os.Remove(d.file + ".sig"); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -52,6 +52,13 @@ func (t *tool) verify() *cobra.Command {
 				return err
 			}
 			t.show(b, len(lines) > 0)
+			odd, err := unknown(b.Policy)
+			if err != nil {
+				return err
+			}
+			for _, what := range odd {
+				t.say("look at the policy, whose rule matches nothing that this release knows: %s", what)
+			}
 			if into != "" {
 				return t.split(b, into)
 			}
