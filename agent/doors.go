@@ -3,10 +3,8 @@ package agent
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"net"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -20,7 +18,6 @@ import (
 	"github.com/halligan-io/halligan/agent/sshd"
 	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
-	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/sshserver"
@@ -204,7 +201,7 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 		return d.sshServer, nil
 	}
 	c := d.config
-	signers, cert, err := hostKey(c.SSH.HostKey, c.SSH.HostCertificate, c.Node+"."+c.Cluster)
+	signers, cert, err := sshserver.HostKey(c.SSH.HostKey, c.SSH.HostCertificate, c.Node+"."+c.Cluster)
 	if err != nil {
 		return nil, err
 	}
@@ -217,44 +214,6 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 	}
 	d.sshServer, d.host = server, cert
 	return server, nil
-}
-
-// hostKey reads the host's key and its certificate, which must be for the name.
-// The key is not shown without it, so that nobody can trust it at first use.
-func hostKey(keyFile, certFile, name string) ([]ssh.Signer, *ssh.Certificate, error) {
-	mend := func(file string, err error) error {
-		return fault.New(fault.Usage, "make both with halligan ca issue", "the SSH host's %s: %w", file, err)
-	}
-	if err := durable.CheckPrivate(keyFile); err != nil {
-		return nil, nil, mend(keyFile, err)
-	}
-	data, err := os.ReadFile(keyFile)
-	if err != nil {
-		return nil, nil, mend(keyFile, err)
-	}
-	key, err := ssh.ParsePrivateKey(data)
-	if err != nil {
-		return nil, nil, mend(keyFile, err)
-	}
-	if data, err = os.ReadFile(certFile); err != nil {
-		return nil, nil, mend(certFile, err)
-	}
-	public, _, _, _, err := ssh.ParseAuthorizedKey(data)
-	if err != nil {
-		return nil, nil, mend(certFile, err)
-	}
-	cert, ok := public.(*ssh.Certificate)
-	switch {
-	case !ok || cert.CertType != ssh.HostCert:
-		return nil, nil, mend(certFile, errors.New("it is no host certificate"))
-	case !slices.Equal(cert.ValidPrincipals, []string{name}):
-		return nil, nil, mend(certFile, fmt.Errorf("it is for %q, and this is %s", cert.ValidPrincipals, name))
-	}
-	signer, err := ssh.NewCertSigner(cert, key)
-	if err != nil {
-		return nil, nil, mend(certFile, err)
-	}
-	return []ssh.Signer{signer}, cert, nil
 }
 
 // warnings tells what is degraded, each in one line.

@@ -34,6 +34,7 @@ import (
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/etcdcluster"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/sshserver"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/approval"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
@@ -381,7 +382,7 @@ func TestDoorThatCannotOpen(t *testing.T) {
 func TestHostKey(t *testing.T) {
 	n := &network{t: t, fleet: testfleet.New(t)}
 	c := n.hostFiles()
-	if _, cert, err := hostKey(c.HostKey, c.HostCertificate, testfleet.Server); err != nil || cert.KeyId != testfleet.Server {
+	if _, cert, err := sshserver.HostKey(c.HostKey, c.HostCertificate, testfleet.Server); err != nil || cert.KeyId != testfleet.Server {
 		t.Fatal(err)
 	}
 	other := write(t, filepath.Join(n.fleet.Dir, "other-cert.pub"), read(t, c.HostCertificate), 0o600)
@@ -396,7 +397,7 @@ func TestHostKey(t *testing.T) {
 		"no key":         {c.HostCertificate, c.HostCertificate, testfleet.Server, "0644"},
 		"missing":        {c.HostKey + "x", c.HostCertificate, testfleet.Server, "no such file"},
 	} {
-		if _, _, err := hostKey(try.key, try.cert, try.name); !fault.Is(err, fault.Usage) || !strings.Contains(fmt.Sprint(err), try.want) {
+		if _, _, err := sshserver.HostKey(try.key, try.cert, try.name); !fault.Is(err, fault.Usage) || !strings.Contains(fmt.Sprint(err), try.want) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

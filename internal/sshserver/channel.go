@@ -100,10 +100,16 @@ func (c *Channel) Accept() (Stream, error) {
 }
 
 // Refuse refuses the channel, with a line that the client shows.
-func (c *Channel) Refuse(why string) error {
+func (c *Channel) Refuse(why string) error { return c.reject(gossh.Prohibited, why) }
+
+// Fail says that the channel would be allowed and cannot be opened, with a line
+// that the client shows.
+func (c *Channel) Fail(why string) error { return c.reject(gossh.ConnectionFailed, why) }
+
+func (c *Channel) reject(reason gossh.RejectionReason, why string) error {
 	if c.decided {
 		return errDecided
 	}
 	c.decided = true
-	return c.asked.Reject(gossh.Prohibited, why)
+	return c.asked.Reject(reason, why)
 }

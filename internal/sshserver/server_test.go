@@ -403,3 +403,25 @@ func eventually(t testing.TB, what string, holds func() bool) {
 		}
 	}
 }
+
+// Only a server that says so takes an identity without a role, and none takes
+// one without a name.
+func TestRoleless(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		roleless bool
+		person   string
+		in       bool
+	}{{true, "ada", true}, {false, "ada", false}, {true, "", false}} {
+		s := serve(t, func(o *Options) { o.Roleless = c.roleless })
+		key := newSigner(t)
+		s.enrol(key.PublicKey(), trust.Identity{Person: c.person, Door: trust.SSH, Kind: trust.Person})
+		client, err := gossh.Dial("tcp", s.addr, &gossh.ClientConfig{User: "x", Auth: []gossh.AuthMethod{gossh.PublicKeys(key)}, HostKeyCallback: gossh.FixedHostKey(s.host.PublicKey()), Timeout: patience})
+		if (err == nil) != c.in {
+			t.Errorf("%+v: %v", c, err)
+		}
+		if err == nil {
+			client.Close()
+		}
+	}
+}

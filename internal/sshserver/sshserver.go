@@ -49,6 +49,9 @@ type Options struct {
 	// half was proven to be at hand. It is called for proven keys only. The text
 	// of a *fault.Error is shown to the client, that of others is not.
 	Authenticate func(key gossh.PublicKey, user string, remote net.Addr) (trust.Identity, error)
+	// Roleless says that nobody takes a role here, as at a bastion. Elsewhere an
+	// identity without one is nobody's.
+	Roleless bool
 	// Offer says cheaply whether a key that is merely offered is worth a
 	// signature; nil asks for one of every key. It must decide nothing else:
 	// who offers a key need not have it. A connection that offered a good key is
