@@ -2,7 +2,6 @@ package sshserver
 
 import (
 	"context"
-	"crypto/rsa"
 	"errors"
 	"maps"
 	"net"
@@ -19,6 +18,7 @@ import (
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 // farewell is how long a session may outlast its login, about: for a last word
@@ -176,10 +176,6 @@ func (c *conn) exchanged() {
 	_ = c.raw.SetDeadline(c.began.Add(c.server.o.Limits.Login)) // as in run
 }
 
-// leastRSA is the least size of an RSA key in bits, RFC 8332 section 5.1 by way
-// of NIST SP 800-131A.
-const leastRSA = 2048
-
 // offered says whether a key is worth a signature. Nothing is kept of it but
 // that this connection is not to be dropped first.
 func (c *conn) offered(key gossh.PublicKey) bool {
@@ -189,10 +185,8 @@ func (c *conn) offered(key gossh.PublicKey) bool {
 	if cert, ok := key.(*gossh.Certificate); ok {
 		key = cert.Key
 	}
-	if k, ok := key.(gossh.CryptoPublicKey); ok {
-		if k, ok := k.CryptoPublicKey().(*rsa.PublicKey); ok && k.N.BitLen() < leastRSA {
-			return false
-		}
+	if pubkey.Check(key) != nil {
+		return false
 	}
 	c.guest.Reached(admission.Known)
 	return true

@@ -18,6 +18,7 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 
 	"github.com/halligan-io/halligan/internal/admission"
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 // flood keeps opening connections without a login until stop is called, some
@@ -215,7 +216,7 @@ func TestAlgorithms(t *testing.T) {
 			t.Errorf("%s: taken where it should not be, or not where it should", cipher)
 		}
 	}
-	for _, key := range userKeys {
+	for _, key := range pubkey.Algorithms() {
 		if slices.Contains(weak.PublicKeyAuths, key) {
 			t.Errorf("%s is taken", key)
 		}

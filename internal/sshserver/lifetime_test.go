@@ -16,6 +16,7 @@ import (
 
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 // deaf is a connection whose owner can stop reading.
@@ -67,7 +68,7 @@ func TestNew(t *testing.T) {
 func TestNobody(t *testing.T) {
 	t.Run("a small RSA key", func(t *testing.T) {
 		s := serve(t, nil)
-		for bits, good := range map[int]bool{1024: false, 2048: true} {
+		for bits, good := range map[int]bool{2048: false, pubkey.MinRSA: true} {
 			key, err := rsa.GenerateKey(rand.Reader, bits)
 			if err != nil {
 				t.Fatal(err)

@@ -33,6 +33,7 @@ import (
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 // Panic is the alarm of a fault of this program that a client found.
@@ -177,10 +178,6 @@ var (
 	keyExchanges = []string{gossh.KeyExchangeMLKEM768X25519, gossh.KeyExchangeCurve25519}
 	ciphers      = []string{gossh.CipherAES128GCM, gossh.CipherAES256GCM}
 	macs         = []string{gossh.HMACSHA256ETM, gossh.HMACSHA512ETM}
-	// userKeys are those of people, in certificates too; without the SHA-1
-	// signatures of ssh-rsa, and without DSA.
-	userKeys = []string{gossh.KeyAlgoED25519, gossh.KeyAlgoSKED25519, gossh.KeyAlgoSKECDSA256, gossh.KeyAlgoECDSA256,
-		gossh.KeyAlgoECDSA384, gossh.KeyAlgoECDSA521, gossh.KeyAlgoRSASHA512, gossh.KeyAlgoRSASHA256}
 )
 
 // config is made anew for each connection. The library adds the host keys and
@@ -188,7 +185,7 @@ var (
 func (s *Server) config(c *conn) *gossh.ServerConfig {
 	return &gossh.ServerConfig{
 		Config:                    gossh.Config{KeyExchanges: keyExchanges, Ciphers: ciphers, MACs: macs},
-		PublicKeyAuthAlgorithms:   userKeys,
+		PublicKeyAuthAlgorithms:   pubkey.Algorithms(),
 		MaxAuthTries:              s.o.Limits.AuthTries,
 		PreAuthConnCallback:       func(gossh.ServerPreAuthConn) { c.exchanged() },
 		VerifiedPublicKeyCallback: c.login,

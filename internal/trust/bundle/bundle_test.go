@@ -187,9 +187,9 @@ func TestSchema(t *testing.T) {
 		{PolicyPart, line("host-ca"), strings.TrimSpace(string(ssh.MarshalAuthorizedKey(must(ssh.NewPublicKey(tlsKeys()[0].Public()))))), "authorities.host and in authorities.tlsClient"},
 		{PolicyPart, sealed("bob").Line(), sealed("alice").Line(), "sealed[0] and in sealed[1]"},
 		// Keys.
-		{PolicyPart, line("root-2"), cert, "is not accepted"},
-		{PolicyPart, line("root-2"), strings.TrimSpace(string(ssh.MarshalAuthorizedKey(weakPub))), "less than 3072 bits"},
-		{PolicyPart, line("root-2"), "no-touch-required " + line("root-2"), "is not accepted"},
+		{PolicyPart, line("root-2"), cert, "are not accepted"},
+		{PolicyPart, line("root-2"), strings.TrimSpace(string(ssh.MarshalAuthorizedKey(weakPub))), "1024 bits"},
+		{PolicyPart, line("root-2"), "no-touch-required " + line("root-2"), "are not accepted"},
 		{PolicyPart, line("root-2"), `"` + line("root-2") + `\u202e"`, "plain ASCII"},
 		{PolicyPart, line("root-2"), `"` + line("root-2") + `\n"`, "one line"},
 		{PolicyPart, "- " + line("user-ca"), "[]", "at least one user key"},

@@ -22,6 +22,8 @@ import (
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/tools/txtar"
+
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 var day = time.Date(2026, 3, 1, 9, 0, 0, 0, time.UTC)
@@ -110,7 +112,7 @@ var tlsKeys = sync.OnceValue(func() (keys [2]*ecdsa.PrivateKey) {
 	return keys
 })
 
-var rsaKey = sync.OnceValue(func() *rsa.PrivateKey { return must(rsa.GenerateKey(rand.Reader, minRSA)) })
+var rsaKey = sync.OnceValue(func() *rsa.PrivateKey { return must(rsa.GenerateKey(rand.Reader, pubkey.MinRSA)) })
 
 // fleet is a whole bundle before it is signed, of two roots in three.
 type fleet struct {

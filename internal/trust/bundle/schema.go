@@ -23,6 +23,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 // Header is what every part begins with, and the part's bytes and signatures.
@@ -190,11 +191,6 @@ type Key struct {
 	Comment string
 }
 
-const minRSA = 3072 // bits, as credential demands it
-
-var keyTypes = []string{ssh.KeyAlgoED25519, ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256,
-	ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoECDSA521, ssh.KeyAlgoRSA}
-
 // ParseKey reads a line of authorized_keys without options: TYPE BASE64
 // [COMMENT]. Certificates and weak keys are refused.
 func ParseKey(line string) (Key, error) {
@@ -202,8 +198,8 @@ func ParseKey(line string) (Key, error) {
 	if len(words) < 2 || strings.ContainsAny(line, "\n\r") {
 		return Key{}, fmt.Errorf("key %.32q is not one line TYPE BASE64 COMMENT", line)
 	}
-	if !slices.Contains(keyTypes, words[0]) {
-		return Key{}, fmt.Errorf("a key of type %.48q is not accepted; one of %s is", words[0], strings.Join(keyTypes, ", "))
+	if err := pubkey.CheckType(words[0]); err != nil {
+		return Key{}, err
 	}
 	blob, err := base64.StdEncoding.Strict().DecodeString(words[1])
 	if err != nil {
@@ -220,8 +216,8 @@ func ParseKey(line string) (Key, error) {
 	if strings.ContainsFunc(k.Comment, func(r rune) bool { return r < ' ' || r > '~' }) || len(k.Comment) > 128 {
 		return Key{}, fmt.Errorf("the comment of key %s is not at most 128 characters of plain ASCII", ssh.FingerprintSHA256(pub))
 	}
-	if rsa, ok := cryptoKey(pub).(interface{ Size() int }); ok && rsa.Size()*8 < minRSA {
-		return Key{}, fmt.Errorf("key %s has less than %d bits", k, minRSA)
+	if err := pubkey.Check(pub); err != nil {
+		return Key{}, fmt.Errorf("key %s: %w", k, err)
 	}
 	return k, nil
 }
@@ -496,9 +492,7 @@ func (p *Policy) checkRules() error {
 }
 
 func (s Sealed) check() error {
-	switch s.Key.Type() {
-	case ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256:
-	default:
+	if !pubkey.Security(s.Key) {
 		return fmt.Errorf("key %s is no FIDO2 key (sk-)", s.Key)
 	}
 	if !personForm.MatchString(s.Person) {

@@ -11,6 +11,7 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 // Client authenticates the holder of an X.509 client certificate, as a TLS
@@ -86,7 +87,7 @@ func leafCertificate(leaf *x509.Certificate, usage x509.ExtKeyUsage, longest tim
 		return fmt.Errorf("it lives %v; %v is the most", life, longest)
 	}
 	if key, ok := leaf.PublicKey.(*rsa.PublicKey); ok {
-		return checkRSA(key)
+		return pubkey.CheckRSA(key)
 	}
 	return nil
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 // Bundles is where the bundle in force comes from: a *bundle.Store.
@@ -123,7 +124,7 @@ func (a *Authority) Offered(key gossh.PublicKey) bool {
 	if cert, ok := key.(*gossh.Certificate); ok {
 		return cert.CertType == gossh.UserCert && r.isUserCA(gossh.FingerprintSHA256(cert.SignatureKey))
 	}
-	return IsSecurityKey(key) && slices.ContainsFunc(r.sealed, func(s sealedKey) bool { return s.fingerprint == gossh.FingerprintSHA256(key) })
+	return pubkey.Security(key) && slices.ContainsFunc(r.sealed, func(s sealedKey) bool { return s.fingerprint == gossh.FingerprintSHA256(key) })
 }
 
 // admit applies the clock rule, and says whether the identity is late.

@@ -2,7 +2,6 @@ package credential
 
 import (
 	"crypto/ecdsa"
-	"crypto/rsa"
 	"fmt"
 	"net/url"
 	"path"
@@ -14,6 +13,7 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 // Critical options and extensions of our own in an SSH user certificate.
@@ -52,20 +52,6 @@ const (
 // halligan://CLUSTER[,CLUSTER]/ROLE?actions=..&namespaces=..&nodes=..[&drill].
 const URIScheme = "halligan"
 
-// SignatureAlgorithms are the SSH signature algorithms that are accepted, in a
-// certificate as well as at login: no SHA-1, no DSA.
-func SignatureAlgorithms() []string { return slices.Clone(signatureAlgorithms) }
-
-var signatureAlgorithms = []string{
-	gossh.KeyAlgoED25519, gossh.KeyAlgoSKED25519,
-	gossh.KeyAlgoECDSA256, gossh.KeyAlgoECDSA384, gossh.KeyAlgoECDSA521, gossh.KeyAlgoSKECDSA256,
-	gossh.KeyAlgoRSASHA512, gossh.KeyAlgoRSASHA256,
-}
-
-// minRSA is what NIST SP 800-57 asks for beyond 2030; maxRSA bounds the work
-// that a stranger's key can cause.
-const minRSA, maxRSA = 3072, 8192
-
 // Most entries of a list in a certificate, and most bytes of each.
 const maxEntries, maxEntry = 64, 253
 
@@ -78,37 +64,6 @@ var (
 // automation: the key ID of an SSH certificate, the common name of an X.509 one.
 func ValidPerson(name string) bool { return personPattern.MatchString(name) }
 
-// CheckKey refuses public keys that are too weak or of a kind that is not in
-// use here. Certificates are not keys.
-func CheckKey(key gossh.PublicKey) error {
-	if key == nil {
-		return fmt.Errorf("no key")
-	}
-	switch key.Type() {
-	case gossh.KeyAlgoED25519, gossh.KeyAlgoSKED25519, gossh.KeyAlgoSKECDSA256,
-		gossh.KeyAlgoECDSA256, gossh.KeyAlgoECDSA384, gossh.KeyAlgoECDSA521:
-		return nil
-	case gossh.KeyAlgoRSA:
-		c, ok := key.(gossh.CryptoPublicKey)
-		if !ok {
-			return fmt.Errorf("an RSA key of unknown size")
-		}
-		return checkRSA(c.CryptoPublicKey())
-	}
-	return fmt.Errorf("keys of type %s are not accepted", key.Type())
-}
-
-func checkRSA(key any) error {
-	rsaKey, ok := key.(*rsa.PublicKey)
-	if !ok {
-		return fmt.Errorf("an RSA key of unknown size")
-	}
-	if bits := rsaKey.N.BitLen(); bits < minRSA || bits > maxRSA {
-		return fmt.Errorf("an RSA key of %d bits; %d to %d are accepted", bits, minRSA, maxRSA)
-	}
-	return nil
-}
-
 // sshKey returns the key of an X.509 certificate as an SSH one, so that one
 // list of revoked keys serves both.
 func sshKey(key any) (gossh.PublicKey, error) {
@@ -119,12 +74,7 @@ func sshKey(key any) (gossh.PublicKey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("a key of a kind that is not accepted")
 	}
-	return k, CheckKey(k)
-}
-
-// IsSecurityKey reports whether the key is a FIDO2 one.
-func IsSecurityKey(key gossh.PublicKey) bool {
-	return key != nil && (key.Type() == gossh.KeyAlgoSKED25519 || key.Type() == gossh.KeyAlgoSKECDSA256)
+	return k, pubkey.Check(k)
 }
 
 // list splits a comma-separated list: never empty, no empty or doubled entry.

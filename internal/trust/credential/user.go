@@ -14,6 +14,7 @@ import (
 
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 // certified authenticates the holder of an SSH user certificate at a door.
@@ -105,7 +106,7 @@ func userCertificate(cert *gossh.Certificate, r *rules, detached bool) (id trust
 			}
 		case optionSourceAddress:
 		case optionVerifyRequired:
-			if !detached || !IsSecurityKey(cert.Key) || value != "" {
+			if !detached || !pubkey.Security(cert.Key) || value != "" {
 				return fail(fmt.Errorf("%s cannot be enforced at a login; the key itself can ask for its PIN (ssh-keygen -O verify-required)", optionVerifyRequired))
 			}
 		default:
@@ -138,13 +139,13 @@ func common(cert *gossh.Certificate, kind uint32, what string, isCA func(fingerp
 	if cert.CertType != kind {
 		return trust.Identity{}, refuse("a certificate of type %d where a %s certificate belongs", cert.CertType, what)
 	}
-	if err := CheckKey(cert.Key); err != nil {
+	if err := pubkey.Check(cert.Key); err != nil {
 		return trust.Identity{}, refuse("the certificate's key: %w", err)
 	}
-	if err := CheckKey(cert.SignatureKey); err != nil {
+	if err := pubkey.Check(cert.SignatureKey); err != nil {
 		return trust.Identity{}, refuse("the certificate's authority: %w", err)
 	}
-	if !slices.Contains(signatureAlgorithms, cert.Signature.Format) {
+	if !pubkey.Signature(cert.Signature.Format) {
 		return trust.Identity{}, refuse("the certificate is signed with %s, which is not accepted", cert.Signature.Format)
 	}
 	id := trust.Identity{
@@ -202,7 +203,7 @@ func fromAllowed(source net.Addr, allowed string) error {
 // sealed authenticates the holder of a FIDO2 key that the policy lists itself.
 func (a *Authority) sealed(key gossh.PublicKey, role trust.Role) (trust.Identity, error) {
 	r, fingerprint := a.rules(), ""
-	if IsSecurityKey(key) {
+	if pubkey.Security(key) {
 		fingerprint = gossh.FingerprintSHA256(key)
 	}
 	reason := refuseNext("use a certificate", "a plain key of type %s, which the policy does not list as sealed", key.Type())

@@ -220,8 +220,8 @@ func TestUserRefusesForged(t *testing.T) {
 		{"no key", func(c *gossh.Certificate) { c.Key = nil }, "incomplete"},
 		{"an end before its beginning", func(c *gossh.Certificate) { c.ValidBefore = c.ValidAfter - 1 }, "no end"},
 		{"an end beyond all time", func(c *gossh.Certificate) { c.ValidBefore = 1 << 63 }, "no end"},
-		{"signed by a certificate", func(c *gossh.Certificate) { c.SignatureKey = signed(func(*gossh.Certificate) {}) }, "authority: keys of type ssh-ed25519-cert"},
-		{"for a certificate", func(c *gossh.Certificate) { c.Key = signed(func(*gossh.Certificate) {}) }, "key: keys of type ssh-ed25519-cert"},
+		{"signed by a certificate", func(c *gossh.Certificate) { c.SignatureKey = signed(func(*gossh.Certificate) {}) }, "authority: keys of type \"ssh-ed25519-cert"},
+		{"for a certificate", func(c *gossh.Certificate) { c.Key = signed(func(*gossh.Certificate) {}) }, "key: keys of type \"ssh-ed25519-cert"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			id, err := a.User(signed(c.change), "observer", from)

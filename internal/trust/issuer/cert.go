@@ -21,6 +21,7 @@ import (
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/credential"
+	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
 // How long certificates last. A person's is over within a week whatever the
@@ -149,7 +150,7 @@ func (k *Key) User(key ssh.PublicKey, h Holder, serial uint64, v Validity) (*ssh
 	if err := h.Check(); err != nil {
 		return nil, err
 	}
-	if h.VerifyRequired && !strings.HasPrefix(key.Type(), "sk-") {
+	if h.VerifyRequired && !pubkey.Security(key) {
 		return nil, mistake("leave out --verify-required, or make the key with ssh-keygen -t ed25519-sk", "a key of type %s has no PIN", key.Type())
 	}
 	if h.VerifyRequired && !slices.Equal(h.Roles, []trust.Role{trust.Approver}) {
@@ -236,7 +237,7 @@ func (k *Key) certify(cert *ssh.Certificate, v Validity) (*ssh.Certificate, erro
 	case nil, *ssh.Certificate:
 		return nil, mistake("give the .pub file of the key itself", "a certificate cannot be certified again")
 	}
-	if err := credential.CheckKey(cert.Key); err != nil {
+	if err := pubkey.Check(cert.Key); err != nil {
 		return nil, mistake("make one with ssh-keygen -t ed25519", "%w", err)
 	}
 	if slices.Equal(cert.Key.Marshal(), k.Public().Marshal()) {
