@@ -216,7 +216,7 @@ func remark(o *halliganv1.Object) string {
 	if strings.Contains(o.GetNote(), o.GetName()) {
 		return o.GetNote()
 	}
-	return objectName(o.GetResource(), o.GetNamespace(), o.GetName()) + ": " + o.GetNote()
+	return objectName(line, o.GetResource(), o.GetNamespace(), o.GetName()) + ": " + o.GetNote()
 }
 
 // Note says something beside the answer.

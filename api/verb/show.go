@@ -36,19 +36,28 @@ func row(w io.Writer, name, text string) {
 	}
 }
 
-func (v *Verbs) ShowPlan(w io.Writer, p *halliganv1.Plan) {
+// ShowPlan prints the beginning of a plan: what whoever made it has to see.
+func (v *Verbs) ShowPlan(w io.Writer, p *halliganv1.Plan) { showPlan(w, p, maxShown, line) }
+
+// ShowWhole prints every object of a plan and every text in full: whoever signs
+// that it may be applied has to have seen all of it.
+func (v *Verbs) ShowWhole(w io.Writer, p *halliganv1.Plan) {
+	showPlan(w, p, len(p.GetObjects()), neutral.Line)
+}
+
+func showPlan(w io.Writer, p *halliganv1.Plan, most int, line func(string) string) {
 	var b bytes.Buffer // one write, so that a pipe has all of it or nothing
 	fmt.Fprintf(&b, "Plan %s: %s\n", line(p.GetId()), line(p.GetSummary()))
 	row(&b, "who", fmt.Sprintf("%s as %s", line(p.GetActor()), line(p.GetRole())))
-	row(&b, "reason", reason(p.GetReason(), p.GetIncident()))
-	row(&b, "where", fmt.Sprintf("%s, cluster %s, revision %d", line(p.GetNode()), aside(orElse(p.GetClusterName(), line(p.GetCluster())), clusterID(p)), p.GetRevision()))
+	row(&b, "reason", reason(line, p.GetReason(), p.GetIncident()))
+	row(&b, "where", fmt.Sprintf("%s, cluster %s, revision %d", line(p.GetNode()), aside(line(orElse(p.GetClusterName(), p.GetCluster())), clusterID(p)), p.GetRevision()))
 	row(&b, "via", aside(line(p.GetVia()), line(p.GetViaReason())))
 	row(&b, "undoes", line(p.GetUndoes()))
 	if len(p.GetObjects()) > 0 {
 		row(&b, "expires", moment(p.GetExpires()))
 	}
-	for _, o := range p.GetObjects()[:min(maxShown, len(p.GetObjects()))] {
-		fmt.Fprintf(&b, "%s %s\n", line(o.GetOperation()), objectName(o.GetResource(), o.GetNamespace(), o.GetName()))
+	for _, o := range p.GetObjects()[:min(most, len(p.GetObjects()))] {
+		fmt.Fprintf(&b, "%s %s\n", line(o.GetOperation()), objectName(line, o.GetResource(), o.GetNamespace(), o.GetName()))
 		row(&b, "key", line(o.GetKey()))
 		seen := "the key must not exist"
 		if o.GetRevision() != 0 {
@@ -56,13 +65,13 @@ func (v *Verbs) ShowPlan(w io.Writer, p *halliganv1.Plan) {
 		}
 		row(&b, "uid", orElse(o.GetUid(), "unknown")+", "+seen)
 		for _, c := range o.GetChanges() {
-			fmt.Fprintf(&b, "  %s: %s -> %s\n", line(c.GetPath()), side(c.GetBefore()), side(c.GetAfter()))
+			fmt.Fprintf(&b, "  %s: %s -> %s\n", line(c.GetPath()), side(line, c.GetBefore()), side(line, c.GetAfter()))
 		}
 		for _, t := range o.GetWarnings() {
 			fmt.Fprintf(&b, "  warning: %s\n", line(t))
 		}
 	}
-	if more := len(p.GetObjects()) - maxShown; more > 0 {
+	if more := len(p.GetObjects()) - most; more > 0 {
 		fmt.Fprintf(&b, "and %d more objects, %d in all; -o json shows each\n", more, len(p.GetObjects()))
 	}
 	for _, part := range []struct {
@@ -91,7 +100,7 @@ func clusterID(p *halliganv1.Plan) string {
 }
 
 // side is one side of a diff.
-func side(s string) string {
+func side(line func(string) string, s string) string {
 	if s == "" {
 		return "(absent)"
 	}
@@ -105,7 +114,7 @@ func aside(s, more string) string {
 	return s + " (" + more + ")"
 }
 
-func reason(why, incident string) string {
+func reason(line func(string) string, why, incident string) string {
 	why = line(why)
 	if incident != "" {
 		why += " [" + line(incident) + "]"
@@ -113,7 +122,7 @@ func reason(why, incident string) string {
 	return strings.TrimSpace(why)
 }
 
-func objectName(resource, namespace, name string) string {
+func objectName(line func(string) string, resource, namespace, name string) string {
 	if namespace != "" {
 		name = namespace + "/" + name
 	}

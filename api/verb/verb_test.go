@@ -1,6 +1,8 @@
 package verb
 
 import (
+	"bytes"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -57,5 +59,27 @@ func TestSmallForms(t *testing.T) {
 	}
 	if got := flagName(&halliganv1.Parameter{Name: "allNamespaces"}); got != "all-namespaces" {
 		t.Errorf("flag %s", got)
+	}
+}
+
+// TestShowWhole: what an approver signs cannot stand behind "and more", nor
+// behind the first bytes of a text.
+func TestShowWhole(t *testing.T) {
+	plan := &halliganv1.Plan{Id: "p", ClusterName: "prod\x1b[2J", Reason: strings.Repeat("r", 2*maxText) + "why"}
+	for i := range 2 * maxShown {
+		plan.Objects = append(plan.Objects, &halliganv1.PlannedObject{Resource: "pods", Name: fmt.Sprint("pod-", i),
+			Changes: []*halliganv1.FieldChange{{Path: "subjects", After: strings.Repeat("x", 2*maxText) + "evil"}}})
+	}
+	var part, whole bytes.Buffer
+	v := &Verbs{}
+	v.ShowPlan(&part, plan)
+	v.ShowWhole(&whole, plan)
+	for _, text := range []string{"pod-19", "xevil\n", "rwhy\n"} {
+		if strings.Contains(part.String(), text) || !strings.Contains(whole.String(), text) {
+			t.Errorf("%q: in part %v, in whole %v", text, strings.Contains(part.String(), text), strings.Contains(whole.String(), text))
+		}
+	}
+	if strings.Contains(whole.String(), "more objects") || strings.Contains(part.String()+whole.String(), "\x1b") {
+		t.Error(whole.String())
 	}
 }

@@ -71,7 +71,7 @@ func (a *app) approve(ctx context.Context, v *verb.Verbs, what string, yes, tabl
 	if err != nil {
 		return err
 	}
-	v.ShowPlan(a.Err, plan)
+	v.ShowWhole(a.Err, plan)
 	fmt.Fprintf(a.Err, "sha256: %s\n", statement.PlanSHA256)
 	if !yes {
 		if err := a.agree(ctx, fmt.Sprintf("Approve this plan of %s as %s, until %s? [y/N] ", plan.GetActor(), f.login.Person, stamp(statement.Expires))); err != nil {
