@@ -10,6 +10,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/alarm"
@@ -390,5 +391,37 @@ func TestUndoAddsAuthority(t *testing.T) {
 				t.Errorf("%q, was %q", l.value(c.key), before)
 			}
 		})
+	}
+}
+
+// TestUndoShowsWhatItGives: who approves that a binding comes back sees for whom
+// and to what, which is nowhere else any more.
+func TestUndoShowsWhatItGives(t *testing.T) {
+	l := newLab(t, 1)
+	many := make([]rbacv1.Subject, 0, 64)
+	for i := range 64 {
+		many = append(many, user(fmt.Sprint("user-", i)))
+	}
+	l.put(binding("collector", append(many, account("telemetry", "evil"))...))
+	l.put(&rbacv1.ClusterRole{ObjectMeta: labelled("", "collector", "rbac.authorization.k8s.io/aggregate-to-admin", "true"), Rules: []rbacv1.PolicyRule{{Verbs: []string{"*"}, APIGroups: []string{"*"}, Resources: []string{"*"}}}})
+	for target, want := range map[string]string{
+		"clusterrolebinding/collector": `roleRef: {"apiGroup":"rbac.authorization.k8s.io","kind":"ClusterRole","name":"collector"}` + "\n" + `subjects[0]: {"kind":"User"`,
+		"clusterrole/collector":        `rules[0]: {"verbs":["*"],"apiGroups":["*"],"resources":["*"]}`,
+	} {
+		r := l.do(resultApplied, "delete", map[string]any{"target": target})
+		p, err := l.planAs(by("carol", trust.Commander), "undo", map[string]any{"action": r.Action})
+		if err != nil || !p.AddsAuthority || len(p.Objects) != 1 {
+			t.Fatalf("%v, %v", p, err)
+		}
+		var shown []string
+		for _, c := range p.Objects[0].Changes {
+			shown = append(shown, c.Path+": "+c.After)
+		}
+		all := strings.Join(shown, "\n")
+		if !strings.Contains(all, want) || strings.Contains(target, "binding") != strings.Contains(all, `subjects[64]: {"kind":"ServiceAccount","name":"evil","namespace":"telemetry"}`) ||
+			strings.Contains(target, "role/") != strings.Contains(all, "metadata.labels: {") {
+			t.Errorf("%s shows %s", target, all)
+		}
+		l.do(resultApplied, "undo", map[string]any{"action": r.Action})
 	}
 }

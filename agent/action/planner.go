@@ -110,6 +110,8 @@ type planner struct {
 	gone map[string]bool
 	// expired counts objects whose lease ran out.
 	expired int
+	// given is how many bytes are shown of what an undo puts back.
+	given int
 }
 
 func (p *planner) summary(format string, args ...any) { p.plan.Summary = fmt.Sprintf(format, args...) }

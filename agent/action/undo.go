@@ -1,8 +1,11 @@
 package action
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -257,8 +260,75 @@ func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, na
 		}
 		s.lease = ref.Lease
 	}
-	p.add(s, nil)
+	planned := p.add(s, nil)
+	if kind.Authority {
+		if err := p.showGiven(ctx, kind, namespace, name, planned, s.image); err != nil {
+			planned.Warnings = append(planned.Warnings, short("what it gives cannot be shown: "+fault.Of(err).Message, maxShown))
+		}
+	}
 	return nil
+}
+
+// maxGiven bounds, in bytes, what a plan shows of objects that it puts back.
+const maxGiven = 256 << 10
+
+// showGiven shows what an object that gives rights gives, once it is back: who
+// approves that sees it nowhere else.
+func (p *planner) showGiven(ctx context.Context, kind *storage.Kind, namespace, name string, planned *halliganv1.PlannedObject, image *imageOf) error {
+	if p.given > maxGiven {
+		return nil // it is said
+	}
+	raw, err := p.engine.journal.Value(image.action, image.ref)
+	if err != nil {
+		return err
+	}
+	o, err := p.open(ctx, kind, namespace, name, etcd.KV{Key: image.ref.Key, Value: raw})
+	if err != nil {
+		return err
+	}
+	data, note, err := o.JSON()
+	if err != nil {
+		return err
+	}
+	var fields, meta map[string]json.RawMessage
+	if err := json.Unmarshal(data, &fields); err != nil {
+		return err
+	}
+	if err := json.Unmarshal(fields["metadata"], &meta); err != nil {
+		return err
+	}
+	if labels, ok := meta["labels"]; ok { // they add a role to aggregated ones
+		fields["metadata.labels"] = labels
+	}
+	for _, known := range []string{"apiVersion", "kind", "metadata", "status"} {
+		delete(fields, known)
+	}
+	for _, path := range slices.Sorted(maps.Keys(fields)) {
+		var list []json.RawMessage
+		if err := json.Unmarshal(fields[path], &list); err != nil || len(list) == 0 {
+			p.give(planned, path, fields[path])
+		}
+		for i, v := range list {
+			p.give(planned, fmt.Sprintf("%s[%d]", path, i), v)
+		}
+	}
+	if note != "" {
+		planned.Warnings = append(planned.Warnings, note)
+	}
+	return nil
+}
+
+// give adds a line to the diff, as long as there is room.
+func (p *planner) give(planned *halliganv1.PlannedObject, path string, value json.RawMessage) {
+	var text bytes.Buffer
+	if err := json.Compact(&text, value); err != nil {
+		return
+	}
+	if p.given += len(path) + text.Len(); p.given > maxGiven {
+		p.warn("not all that this gives is shown: take it back in smaller parts, or look at the record first")
+		return
+	}
+	planned.Changes = append(planned.Changes, &halliganv1.FieldChange{Path: path, After: text.String()})
 }
 
 // addressTaken looks whether another Service got an address or a node port of
