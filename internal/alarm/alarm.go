@@ -24,6 +24,7 @@ type Kind string
 const (
 	Login   Kind = "login"   // somebody came in
 	Refusal Kind = "refusal" // somebody was refused
+	Relay   Kind = "relay"   // a bastion was asked for what it does not relay to
 	Alone   Kind = "alone"   // an action is applied without the approvals that it needs
 	Sealed  Kind = "sealed"  // a sealed credential was used
 	Late    Kind = "late"    // a credential was admitted past an edge of its validity
@@ -32,7 +33,7 @@ const (
 )
 
 // Loud reports whether the event must come through even where others flood.
-func (k Kind) Loud() bool { return k != Login && k != Refusal }
+func (k Kind) Loud() bool { return k != Login && k != Refusal && k != Relay }
 
 // Event is one alarm, as it is sent in JSON.
 type Event struct {
