@@ -8,7 +8,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -20,6 +19,7 @@ import (
 	"github.com/halligan-io/halligan/internal/daemonlog"
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
 )
 
 // Config is the agent's configuration file, YAML with strict keys. All of it
@@ -245,12 +245,6 @@ func (c *Config) trust() TrustConfig {
 	return *c.Trust
 }
 
-// What a name looks like in a server certificate's NODE.CLUSTER.
-var (
-	nodeForm    = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,120}[a-z0-9])?$`)
-	clusterForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
-)
-
 // checkDoors refuses doors that could not know anybody, or be known.
 func (c *Config) checkDoors() error {
 	for i, a := range c.Alarms {
@@ -266,9 +260,9 @@ func (c *Config) checkDoors() error {
 		return errors.New("cluster is a name in the bundle: set trust, or leave it out")
 	case c.Trust == nil:
 		return nil
-	case !clusterForm.MatchString(c.Cluster):
+	case !trust.ValidCluster(c.Cluster):
 		return fmt.Errorf("cluster: %q is not the name of a cluster: lower-case letters, digits and dashes", c.Cluster)
-	case !nodeForm.MatchString(c.Node):
+	case !trust.ValidNode(c.Node):
 		return fmt.Errorf("node: %q does not fit into a certificate's NODE.CLUSTER: lower-case letters, digits, dots and dashes", c.Node)
 	case t.Threshold < 0 || t.Threshold > len(t.Roots):
 		return fmt.Errorf("trust.threshold: %d of %d roots", t.Threshold, len(t.Roots))

@@ -122,7 +122,7 @@ func (o *InitOptions) check(dir string) error {
 	n := cmp.Or(len(o.RootKeys), o.Roots)
 	o.Threshold = cmp.Or(o.Threshold, n/2+1)
 	switch {
-	case !fleetForm.MatchString(o.Fleet):
+	case !trust.ValidCluster(o.Fleet):
 		return fault.New(fault.Usage, "give --fleet NAME of a-z, 0-9 and -", "%q is not a fleet's name", o.Fleet)
 	case n < 1 || n > maxRoots:
 		return fault.New(fault.Usage, fmt.Sprintf("give --roots 1 to %d; 3 is a good number", maxRoots), "%d root keys cannot be", n)

@@ -11,8 +11,8 @@ import (
 
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
-	"github.com/halligan-io/halligan/internal/trust/credential"
 	"github.com/halligan-io/halligan/internal/trust/issuer"
 )
 
@@ -73,7 +73,7 @@ func (t *tool) revoke() *cobra.Command {
 				}
 			}
 			for _, p := range persons {
-				if !credential.ValidPerson(p) {
+				if !trust.ValidPerson(p) {
 					return usage(cmd, "%q is nobody's name", p)
 				}
 				r.KeyIDs = with(r.KeyIDs, p)

@@ -32,8 +32,6 @@ var parts = []string{bundle.PolicyPart, bundle.InventoryPart, bundle.Revocations
 // bundleFile is the signed bundle in the folder: what agents and people get.
 const bundleFile = "bundle"
 
-var fleetForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
-
 func (t *tool) bundle() *cobra.Command {
 	c := &cobra.Command{
 		Use: "bundle", Short: "Sign and verify the bundle that every agent and person has", Args: cobra.ArbitraryArgs, RunE: group,

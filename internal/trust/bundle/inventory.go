@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
 )
 
 // BastionDomain is the last label of a bastion's identity, NAME.bastion; no
@@ -90,7 +91,7 @@ func decodeInventory(data []byte) (*Inventory, error) {
 	for i := range inv.Clusters {
 		c := &inv.Clusters[i]
 		switch {
-		case !label.MatchString(c.Name) || c.Name == BastionDomain:
+		case !trust.ValidCluster(c.Name) || c.Name == BastionDomain:
 			return nil, fmt.Errorf("clusters[%d]: %.64q is not a name of a-z, 0-9 and -, other than %s", i, c.Name, BastionDomain)
 		case names[c.Name]:
 			return nil, fmt.Errorf("cluster %s is there twice", c.Name)
@@ -123,7 +124,7 @@ func hosts(list []Host, cluster string) error {
 	for i := range list {
 		h := &list[i]
 		h.Cluster = cluster
-		if !nodeForm.MatchString(h.Name) {
+		if !trust.ValidNode(h.Name) {
 			return fmt.Errorf("%s: %.64q is not a name of a-z, 0-9, - and dots", cluster, h.Name)
 		}
 		if names[h.Name] {

@@ -64,14 +64,9 @@ func First(part, fleet string, signed time.Time) Header {
 	return Header{Format: 1, Part: part, Fleet: fleet, Version: 1, Signed: signed.UTC().Truncate(time.Second)}
 }
 
-// The forms of names. A node's may have dots, a cluster's may not, so that
-// NODE.CLUSTER has one reading.
 var (
-	label      = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
-	nodeForm   = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,120}[a-z0-9])?$`)
-	personForm = regexp.MustCompile(`^[a-z0-9._@-]{1,64}$`)
-	hashForm   = regexp.MustCompile(`^[0-9a-f]{64}$`)
-	etcdForm   = regexp.MustCompile(`^[0-9a-f]{1,16}$`)
+	hashForm = regexp.MustCompile(`^[0-9a-f]{64}$`)
+	etcdForm = regexp.MustCompile(`^[0-9a-f]{1,16}$`)
 )
 
 func (h *Header) check(part string) error {
@@ -80,7 +75,7 @@ func (h *Header) check(part string) error {
 		return fmt.Errorf("format %d is not known to this build, which knows 1", h.Format)
 	case h.Part != part:
 		return fmt.Errorf("says that it is part %.64q", h.Part)
-	case !label.MatchString(h.Fleet):
+	case !trust.ValidCluster(h.Fleet):
 		return fmt.Errorf("fleet %.64q is not a name of a-z, 0-9 and -", h.Fleet)
 	case h.Version == 0:
 		return errors.New("version: from 1")
@@ -495,7 +490,7 @@ func (s Sealed) check() error {
 	if !pubkey.Security(s.Key) {
 		return fmt.Errorf("key %s is no FIDO2 key (sk-)", s.Key)
 	}
-	if !personForm.MatchString(s.Person) {
+	if !trust.ValidPerson(s.Person) {
 		return fmt.Errorf("person %.64q is not a name of a-z, 0-9 and . _ @ -", s.Person)
 	}
 	if _, err := trust.ParseRole(s.Role); err != nil {
@@ -505,7 +500,7 @@ func (s Sealed) check() error {
 		return errors.New("clusters: want at least one")
 	}
 	for _, c := range s.Clusters {
-		if !label.MatchString(c) {
+		if !trust.ValidCluster(c) {
 			return fmt.Errorf("cluster %.64q is not a name of a-z, 0-9 and -", c)
 		}
 	}
@@ -642,7 +637,7 @@ func decodeRevocations(data []byte) (*Revocations, error) {
 		}
 	}
 	for i, id := range r.KeyIDs {
-		if !personForm.MatchString(id) {
+		if !trust.ValidPerson(id) {
 			return nil, fmt.Errorf("keyIDs[%d]: %.64q is not a name of a-z, 0-9 and . _ @ -", i, id)
 		}
 		if err := r.add(idEntry(id), time.Time{}); err != nil {

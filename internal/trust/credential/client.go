@@ -11,6 +11,7 @@ import (
 	gossh "golang.org/x/crypto/ssh"
 
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
@@ -46,7 +47,7 @@ func (a *Authority) Client(certs []*x509.Certificate, source net.Addr) (trust.Id
 }
 
 func clientCertificate(leaf *x509.Certificate, r *rules, now time.Time) (id trust.Identity, clusters []string, err error) {
-	if err := leafCertificate(leaf, x509.ExtKeyUsageClientAuth, MaxClient); err != nil {
+	if err := leafCertificate(leaf, x509.ExtKeyUsageClientAuth, bundle.MaxCertificate); err != nil {
 		return id, nil, err
 	}
 	if life := leaf.NotAfter.Sub(leaf.NotBefore); life > r.maxCertificate {
@@ -55,7 +56,7 @@ func clientCertificate(leaf *x509.Certificate, r *rules, now time.Time) (id trus
 	if len(leaf.URIs) != 1 || len(leaf.DNSNames)+len(leaf.EmailAddresses)+len(leaf.IPAddresses) > 0 {
 		return id, nil, fmt.Errorf("it must name exactly one URI and nothing else")
 	}
-	if !ValidPerson(leaf.Subject.CommonName) {
+	if !trust.ValidPerson(leaf.Subject.CommonName) {
 		return id, nil, fmt.Errorf("its common name %q is not a name: up to 64 of a-z 0-9 . _ @ -", leaf.Subject.CommonName)
 	}
 	id = trust.Identity{Person: leaf.Subject.CommonName, Door: trust.GRPC, Kind: trust.Automation, Serial: leaf.SerialNumber.String(), NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter}

@@ -140,7 +140,7 @@ func TestClientRefuses(t *testing.T) {
 		{name: "for nothing named", change: func(c *x509.Certificate) { c.ExtKeyUsage = nil }, wants: "usage"},
 		{name: "an authority", change: func(c *x509.Certificate) { c.IsCA = true }, wants: "authority's"},
 		{name: "that may sign", change: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign; c.IsCA = true }, wants: "authority's"},
-		{name: "too long by a second", change: func(c *x509.Certificate) { c.NotAfter = c.NotBefore.Add(credential.MaxClient + time.Second) }, wants: "is the most"},
+		{name: "too long by a second", change: func(c *x509.Certificate) { c.NotAfter = c.NotBefore.Add(bundle.MaxCertificate + time.Second) }, wants: "is the most"},
 		{name: "no URI", change: func(c *x509.Certificate) { c.URIs = nil }, wants: "exactly one URI"},
 		{name: "two URIs", change: func(c *x509.Certificate) { c.URIs = append(c.URIs, c.URIs[0]) }, wants: "exactly one URI"},
 		{name: "a DNS name too", change: func(c *x509.Certificate) { c.DNSNames = []string{"cp-1.prod"} }, wants: "exactly one URI"},

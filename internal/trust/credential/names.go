@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/url"
 	"path"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -40,13 +39,9 @@ const (
 	extensionNoTouch     = "no-touch-required"
 )
 
-// Longest lives of certificates. That of a user certificate is the policy's,
-// and never more than MaxClient either.
-const (
-	MaxClient = 7 * 24 * time.Hour
-	MaxServer = 366 * 24 * time.Hour
-	MaxSealed = 90 * 24 * time.Hour
-)
+// MaxServer is the longest life of a server's certificate; those of others are
+// bounded by the policy, and what it may allow by trust/bundle.
+const MaxServer = 366 * 24 * time.Hour
 
 // URIScheme is the scheme of the one URI SAN of an X.509 client certificate:
 // halligan://CLUSTER[,CLUSTER]/ROLE?actions=..&namespaces=..&nodes=..[&drill].
@@ -54,15 +49,6 @@ const URIScheme = "halligan"
 
 // Most entries of a list in a certificate, and most bytes of each.
 const maxEntries, maxEntry = 64, 253
-
-var (
-	personPattern  = regexp.MustCompile(`^[a-z0-9._@-]{1,64}$`)
-	clusterPattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
-)
-
-// ValidPerson reports whether the name can stand for a person or an
-// automation: the key ID of an SSH certificate, the common name of an X.509 one.
-func ValidPerson(name string) bool { return personPattern.MatchString(name) }
 
 // sshKey returns the key of an X.509 certificate as an SSH one, so that one
 // list of revoked keys serves both.
@@ -99,7 +85,7 @@ func list(what, value string, valid func(string) error) ([]string, error) {
 
 func clusterNames(value string) ([]string, error) {
 	return list(OptionClusters, value, func(name string) error {
-		if !clusterPattern.MatchString(name) {
+		if !trust.ValidCluster(name) {
 			return fmt.Errorf("%q is not a cluster's name; patterns are not accepted here", name)
 		}
 		return nil

@@ -108,7 +108,7 @@ func TestRelaySealed(t *testing.T) {
 	f := newFleet(t)
 	a, key := f.relay(), securityKey(t)
 	f.policy.Sealed = []bundle.Sealed{{
-		Person: "carol", Key: bundle.Key{PublicKey: key}, Role: "responder", Clusters: []string{"prod", "staging"}, NotBefore: t0, NotAfter: t0.Add(credential.MaxSealed),
+		Person: "carol", Key: bundle.Key{PublicKey: key}, Role: "responder", Clusters: []string{"prod", "staging"}, NotBefore: t0, NotAfter: t0.Add(bundle.MaxSealed),
 	}}
 	f.sign()
 	id, err := a.User(key, "whoever", from)

@@ -44,7 +44,7 @@ func rulesOf(cached *atomic.Pointer[rules], b *bundle.Bundle) *rules {
 	r := &rules{
 		of: b, userCAs: fingerprints(p.Authorities.User), hostCAs: fingerprints(p.Authorities.Host),
 		tlsClient: authorities(p.Authorities.TLSClient), tlsServer: authorities(p.Authorities.TLSServer),
-		grace: time.Duration(p.Grace), maxCertificate: min(time.Duration(p.MaxCertificate), MaxClient),
+		grace: time.Duration(p.Grace), maxCertificate: min(time.Duration(p.MaxCertificate), bundle.MaxCertificate),
 	}
 	for _, s := range p.Sealed {
 		role, err := trust.ParseRole(s.Role)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
 
@@ -81,7 +82,7 @@ func userCertificate(cert *gossh.Certificate, r *rules, detached bool) (id trust
 	if id, err = common(cert, gossh.UserCert, "user", r.isUserCA); err != nil {
 		return id, nil, err
 	}
-	if !ValidPerson(id.Person) {
+	if !trust.ValidPerson(id.Person) {
 		return id, nil, refuse("the certificate's key ID %q is not a person's name: up to 64 of a-z 0-9 . _ @ -", cert.KeyId)
 	}
 	fail := func(err error) (trust.Identity, []string, error) {
@@ -230,7 +231,7 @@ func (a *Authority) sealed(key gossh.PublicKey, role trust.Role) (trust.Identity
 // checkSealed checks a sealed credential against the policy's list, but for the
 // time: it must be listed with at least the role taken.
 func (a *Authority) checkSealed(id trust.Identity, r *rules) *fault.Error {
-	if !ValidPerson(id.Person) {
+	if !trust.ValidPerson(id.Person) {
 		return refuse("the policy's sealed key %s names no person", id.Fingerprint)
 	}
 	i := slices.IndexFunc(r.sealed, func(s sealedKey) bool {
@@ -248,8 +249,8 @@ func (a *Authority) checkSealed(id trust.Identity, r *rules) *fault.Error {
 			return refuse("the sealed key of %s is no longer for cluster %s", id.Person, c)
 		}
 	}
-	if !s.notAfter.After(s.notBefore) || s.notAfter.Sub(s.notBefore) > MaxSealed {
-		return refuse("the sealed key of %s is not bounded to %v", id.Person, MaxSealed)
+	if !s.notAfter.After(s.notBefore) || s.notAfter.Sub(s.notBefore) > bundle.MaxSealed {
+		return refuse("the sealed key of %s is not bounded to %v", id.Person, bundle.MaxSealed)
 	}
 	if err := a.here(id, s.clusters); err != nil {
 		return err

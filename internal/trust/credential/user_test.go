@@ -405,7 +405,7 @@ func TestSealed(t *testing.T) {
 	a := f.authority()
 	key := securityKey(t)
 	f.policy.Sealed = []bundle.Sealed{{
-		Person: "carol", Key: bundle.Key{PublicKey: key}, Role: "responder", Clusters: []string{"prod"}, NotBefore: t0, NotAfter: t0.Add(credential.MaxSealed),
+		Person: "carol", Key: bundle.Key{PublicKey: key}, Role: "responder", Clusters: []string{"prod"}, NotBefore: t0, NotAfter: t0.Add(bundle.MaxSealed),
 	}}
 	f.sign()
 	id, err := a.User(key, "responder", from)
@@ -424,12 +424,12 @@ func TestSealed(t *testing.T) {
 	}
 	got, err := a.User(securityKey(t), "observer", from)
 	refused(t, got, err, "does not list")
-	for at, wants := range map[time.Duration]string{-time.Nanosecond: "not valid before", credential.MaxSealed: "ended at"} { // no grace
+	for at, wants := range map[time.Duration]string{-time.Nanosecond: "not valid before", bundle.MaxSealed: "ended at"} { // no grace
 		f.clock.set(t0.Add(at))
 		got, err := a.User(key, "observer", from)
 		refused(t, got, err, wants)
 	}
-	f.clock.set(t0.Add(credential.MaxSealed - time.Nanosecond))
+	f.clock.set(t0.Add(bundle.MaxSealed - time.Nanosecond))
 	if _, err := a.User(key, "observer", from); err != nil {
 		t.Error(err)
 	}

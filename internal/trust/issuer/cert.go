@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"net/url"
 	"path"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -20,6 +19,7 @@ import (
 
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/trust/credential"
 	"github.com/halligan-io/halligan/internal/trust/pubkey"
 )
@@ -29,7 +29,7 @@ import (
 // long outage of whoever renews it.
 const (
 	DefaultLife     = 24 * time.Hour
-	MaxLife         = credential.MaxClient
+	MaxLife         = bundle.MaxCertificate
 	DefaultNodeLife = 90 * 24 * time.Hour
 	MaxNodeLife     = credential.MaxServer
 	// caLife is how long an X.509 authority's own certificate lasts; the policy
@@ -37,11 +37,6 @@ const (
 	caLife = 10 * 365 * 24 * time.Hour
 	// skew is how far before now a certificate begins, for clocks that are behind.
 	skew = 5 * time.Minute
-)
-
-var (
-	clusterForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
-	nodeForm    = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,120}[a-z0-9])?$`)
 )
 
 // Validity is when a certificate holds.
@@ -111,7 +106,7 @@ type Holder struct {
 // Check refuses what no agent would accept, or what cannot be meant.
 func (h Holder) Check() error {
 	switch {
-	case !credential.ValidPerson(h.Person):
+	case !trust.ValidPerson(h.Person):
 		return mistake("take 1 to 64 of a-z 0-9 . _ @ -, and always the same for one person", "%q is not a person's name here", h.Person)
 	case len(h.Roles) == 0:
 		return mistake("give --roles, some of observer, responder, commander, approver", "a certificate without a role opens nothing")
@@ -124,7 +119,7 @@ func (h Holder) Check() error {
 		}
 	}
 	for _, c := range h.Clusters {
-		if !clusterForm.MatchString(c) {
+		if !trust.ValidCluster(c) {
 			return mistake("take a name of a-z, 0-9 and -; a pattern is not accepted", "%q is not a cluster's name", c)
 		}
 	}
@@ -255,7 +250,7 @@ func (k *Key) certify(cert *ssh.Certificate, v Validity) (*ssh.Certificate, erro
 
 // CheckServer refuses what is not a name NODE.CLUSTER.
 func CheckServer(name string) error {
-	if i := strings.LastIndexByte(name, '.'); i <= 0 || !nodeForm.MatchString(name[:i]) || !clusterForm.MatchString(name[i+1:]) {
+	if !trust.ValidServer(name) {
 		return mistake("write NODE.CLUSTER, such as cp-1.prod", "%q is not a server's name", name)
 	}
 	return nil

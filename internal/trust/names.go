@@ -1,0 +1,30 @@
+package trust
+
+import (
+	"regexp"
+	"strings"
+)
+
+// The forms of names, in the bundle, in certificates and in configurations. A
+// node's may have dots, a cluster's may not, so that NODE.CLUSTER has one reading.
+var (
+	personForm  = regexp.MustCompile(`^[a-z0-9._@-]{1,64}$`)
+	clusterForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+	nodeForm    = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,120}[a-z0-9])?$`)
+)
+
+// ValidPerson reports whether the name can stand for a person or an automation:
+// the key ID of an SSH certificate, the common name of an X.509 one.
+func ValidPerson(name string) bool { return personForm.MatchString(name) }
+
+// ValidCluster reports whether the name can be a cluster's, or a fleet's.
+func ValidCluster(name string) bool { return clusterForm.MatchString(name) }
+
+// ValidNode reports whether the name can be a node's, or a bastion's.
+func ValidNode(name string) bool { return nodeForm.MatchString(name) }
+
+// ValidServer reports whether the name can be a server's, NODE.CLUSTER.
+func ValidServer(name string) bool {
+	i := strings.LastIndexByte(name, '.')
+	return i > 0 && ValidNode(name[:i]) && ValidCluster(name[i+1:])
+}
