@@ -9,6 +9,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -129,6 +130,40 @@ func (t *tool) issueHost() *cobra.Command {
 	return c
 }
 
+// longest returns how long a certificate of the kind may live: the policy in the
+// bundle may say less than most, and agents refuse what lives longer.
+func (f *Folder) longest(kind string, most time.Duration) (time.Duration, error) {
+	current, err := f.current()
+	if err == nil && current.Policy != nil && (kind == "user" || kind == "client") {
+		most = min(most, time.Duration(current.Policy.MaxCertificate))
+	}
+	return most, err
+}
+
+// doubt says why agents would refuse a certificate under the bundle that is here.
+func (f *Folder) doubt(kind string, clusters []string, by ssh.PublicKey) error {
+	current, err := f.current()
+	if err != nil || current.Policy == nil {
+		return err
+	}
+	a := current.Policy.Authorities
+	authorities := map[string][]bundle.Key{"user": a.User, "host": a.Host}[kind]
+	for _, cert := range map[string]bundle.CAs{"client": a.TLSClient, "server": a.TLSServer}[kind].Certificates {
+		if key, err := ssh.NewPublicKey(cert.PublicKey); err == nil {
+			authorities = append(authorities, bundle.Key{PublicKey: key})
+		}
+	}
+	if !slices.ContainsFunc(authorities, func(k bundle.Key) bool { return same(k, by) }) {
+		f.say("  REFUSED by every agent until a policy in the bundle names %s as its authority", ssh.FingerprintSHA256(by))
+	}
+	for _, c := range clusters {
+		if _, known := current.Inventory.Cluster(c); !known {
+			f.say("  the inventory in the bundle has no cluster %s", c)
+		}
+	}
+	return nil
+}
+
 func keyFlags(c *cobra.Command, key, out *string) {
 	c.Flags().StringVar(key, "key", "", "public key to certify: a `file` such as ssh-keygen writes, NAME.pub")
 	c.Flags().StringVar(out, "out", "", "`file` of the certificate (default: NAME-cert.pub beside the key)")
@@ -148,6 +183,9 @@ func (f *Folder) ssh(ca string, s signFlags, keyFile, out, kind, name string, mo
 		out = strings.TrimSuffix(keyFile, ".pub") + "-cert.pub"
 	}
 	if err := f.refuseRevoked(name, public); err != nil {
+		return err
+	}
+	if most, err = f.longest(kind, most); err != nil {
 		return err
 	}
 	v, err := issuer.From(f.now(), s.life, most)
@@ -186,6 +224,9 @@ func (f *Folder) hand(out, kind string, cert *ssh.Certificate) error {
 	f.say("%s: %s certificate", out, kind)
 	f.what(line)
 	f.say("  signed by %s", ssh.FingerprintSHA256(cert.SignatureKey))
+	if err := f.doubt(kind, line.Clusters, cert.SignatureKey); err != nil {
+		return err
+	}
 	f.say("see all of it: ssh-keygen -L -f %s", out)
 	return nil
 }
@@ -265,6 +306,10 @@ func (f *Folder) tls(ca string, s signFlags, csr, out, kind, name string, most t
 	if out == "" {
 		out = name
 	}
+	most, err := f.longest(kind, most)
+	if err != nil {
+		return err
+	}
 	v, err := issuer.From(f.now(), s.life, most)
 	if err != nil {
 		return err
@@ -304,11 +349,11 @@ func (f *Folder) tls(ca string, s signFlags, csr, out, kind, name string, most t
 			return err
 		}
 	}
-	return f.handTLS(out+".crt", kind, cert, key)
+	return f.handTLS(out+".crt", kind, cert, key, k.Public())
 }
 
 // handTLS records an X.509 certificate, writes it and says what it is.
-func (f *Folder) handTLS(out, kind string, cert *x509.Certificate, key ssh.PublicKey) error {
+func (f *Folder) handTLS(out, kind string, cert *x509.Certificate, key, by ssh.PublicKey) error {
 	line := issued{Time: f.now().UTC().Truncate(time.Second), Kind: kind, Name: cert.Subject.CommonName, Serial: cert.SerialNumber.Uint64(), NotAfter: cert.NotAfter, Key: ssh.FingerprintSHA256(key)}
 	if kind == "client" && len(cert.URIs) == 1 {
 		line.Roles, line.Clusters = []string{strings.TrimPrefix(cert.URIs[0].Path, "/")}, strings.Split(cert.URIs[0].Host, ",")
@@ -322,6 +367,9 @@ func (f *Folder) handTLS(out, kind string, cert *x509.Certificate, key ssh.Publi
 	f.say("%s: TLS %s certificate", out, kind)
 	f.what(line)
 	f.say("  signed by %s", cert.Issuer.CommonName)
+	if err := f.doubt(kind, line.Clusters, by); err != nil {
+		return err
+	}
 	f.say("see all of it: openssl x509 -noout -text -in %s", out)
 	return nil
 }
@@ -385,11 +433,17 @@ func (t *tool) renew() *cobra.Command {
 }
 
 // again is the validity of a new certificate after an old one.
-func (f *Folder) again(old issuer.Validity, life, most time.Duration) (issuer.Validity, error) {
-	if life == 0 {
-		life = old.Life()
+func (f *Folder) again(kind string, old issuer.Validity, life, most time.Duration) (issuer.Validity, error) {
+	longest, err := f.longest(kind, most)
+	if err != nil {
+		return issuer.Validity{}, err
 	}
-	return issuer.From(f.now(), life, most)
+	if life == 0 {
+		if life = old.Life(); life <= most { // else it was made by somebody else
+			life = min(life, longest)
+		}
+	}
+	return issuer.From(f.now(), life, longest)
 }
 
 func (f *Folder) renewSSH(file string, s signFlags) error {
@@ -416,7 +470,7 @@ func (f *Folder) renewSSH(file string, s signFlags) error {
 	if err := k.CheckSSH(old); err != nil {
 		return err
 	}
-	v, err := f.again(issuer.Of(old), s.life, most)
+	v, err := f.again(kind, issuer.Of(old), s.life, most)
 	if err != nil {
 		return err
 	}
@@ -452,7 +506,7 @@ func (f *Folder) renewTLS(file string, s signFlags) error {
 		return err
 	}
 	defer k.Close()
-	v, err := f.again(issuer.Validity{NotBefore: old.NotBefore, NotAfter: old.NotAfter}, s.life, most)
+	v, err := f.again(kind, issuer.Validity{NotBefore: old.NotBefore, NotAfter: old.NotAfter}, s.life, most)
 	if err != nil {
 		return err
 	}
@@ -464,5 +518,5 @@ func (f *Folder) renewTLS(file string, s signFlags) error {
 	if err != nil {
 		return err
 	}
-	return f.handTLS(file, kind, cert, key)
+	return f.handTLS(file, kind, cert, key, k.Public())
 }
