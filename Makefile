@@ -3,8 +3,10 @@ SHELL := /bin/bash
 GO ?= go
 BIN := $(CURDIR)/bin
 TOOLS := $(CURDIR)/internal/tools/bin
-# Tests and benchmarks look at etcd with etcdctl, as the independent eye.
+# Tests and benchmarks look at etcd with etcdctl, as the independent eye, and come
+# to agents with grpcurl, as the independent caller.
 export HALLIGAN_ETCDCTL := $(TOOLS)/etcdctl
+export HALLIGAN_GRPCURL := $(TOOLS)/grpcurl
 # Tests run a real Kubernetes control plane from here.
 export HALLIGAN_KUBE ?= $(BIN)/kube
 # -buildvcs=false: a clone owned by somebody else builds all the same.
@@ -31,7 +33,7 @@ demo: build $(if $(filter-out 0,$(KUBE)),kube) ## stage an outage and heal it th
 	$(BIN)/halligan-lab demo $(if $(filter-out 0,$(KUBE)),--kube)
 
 .PHONY: test
-test: build kube $(TOOLS)/etcdctl ## run all tests
+test: build kube $(TOOLS)/etcdctl $(TOOLS)/grpcurl ## run all tests
 	$(GO) test -buildvcs=false -timeout 15m $$($(GO) list ./... | grep -v /cmd/internal/lab$$)
 	$(GO) test -buildvcs=false -timeout 15m ./cmd/internal/lab # alone: its storms take the whole machine
 
