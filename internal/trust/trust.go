@@ -108,9 +108,10 @@ type Identity struct {
 	// admitted by the clock rule.
 	Late  bool
 	Scope Scope
-	// Clusters are those that the credential is for. Only a bastion notes them:
-	// an agent has one cluster, and lets in nobody who is not for it.
+	// Clusters and Roles are those that the credential is for. Only a bastion
+	// notes them: an agent has one cluster, and takes people in one role.
 	Clusters []string
+	Roles    []Role
 }
 
 // May reports whether the identity has at least the role.

@@ -38,7 +38,7 @@ func (a *Authority) Client(certs []*x509.Certificate, source net.Addr) (trust.Id
 		return trust.Identity{}, err
 	}
 	if a.Relay {
-		id.Role, id.Clusters = trust.None, clusters
+		id.Role, id.Roles, id.Clusters = trust.None, []trust.Role{id.Role}, clusters
 	}
 	if source != nil {
 		id.Source = source.String()

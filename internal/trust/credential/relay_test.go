@@ -27,7 +27,8 @@ func TestRelay(t *testing.T) {
 	for _, user := range []string{"responder", "commander", "root", "alice", "", "\x1b[2J"} {
 		id, err := a.User(cert, user, from)
 		if err != nil || id.Person != "alice@acme.test" || id.Role != trust.None || id.Kind != trust.Person ||
-			!slices.Equal(id.Clusters, []string{"staging", "prod"}) || !slices.Equal(id.Scope.Nodes, []string{"cp-9"}) {
+			!slices.Equal(id.Clusters, []string{"staging", "prod"}) || !slices.Equal(id.Scope.Nodes, []string{"cp-9"}) ||
+			!slices.Equal(id.Roles, []trust.Role{trust.Observer, trust.Responder}) {
 			t.Errorf("as %q: %+v, %v", user, id, err)
 		}
 		if err := a.Check(id); err != nil {
@@ -96,7 +97,7 @@ func TestRelayAutomation(t *testing.T) {
 	key := newECDSA(t)
 	leaf := create(t, client(t), f.clients.cert, key.Public(), f.clients.key)
 	id, err := f.relay().Client([]*x509.Certificate{leaf}, from)
-	if err != nil || id.Role != trust.None || id.Kind != trust.Automation || !slices.Equal(id.Clusters, []string{"staging", "prod"}) || !id.Scope.Drill {
+	if err != nil || id.Role != trust.None || !slices.Equal(id.Roles, []trust.Role{trust.Responder}) || id.Kind != trust.Automation || !slices.Equal(id.Clusters, []string{"staging", "prod"}) || !id.Scope.Drill {
 		t.Errorf("%+v, %v", id, err)
 	}
 	if err := f.relay().Check(id); err != nil {
@@ -112,7 +113,7 @@ func TestRelaySealed(t *testing.T) {
 	}}
 	f.sign()
 	id, err := a.User(key, "whoever", from)
-	if err != nil || id.Person != "carol" || id.Kind != trust.Sealed || id.Role != trust.None || !slices.Equal(id.Clusters, []string{"prod", "staging"}) {
+	if err != nil || id.Person != "carol" || id.Kind != trust.Sealed || id.Role != trust.None || !slices.Equal(id.Roles, []trust.Role{trust.Responder}) || !slices.Equal(id.Clusters, []string{"prod", "staging"}) {
 		t.Fatalf("%+v, %v", id, err)
 	}
 	if err := a.Check(id); err != nil {

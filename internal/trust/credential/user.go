@@ -37,14 +37,14 @@ func (a *Authority) certified(cert *gossh.Certificate, role trust.Role, source n
 // has verified its user; a login does not show that.
 func (a *Authority) vouched(cert *gossh.Certificate, role trust.Role, detached bool) (trust.Identity, error) {
 	r := a.rules()
-	id, clusters, err := userCertificate(cert, r, detached)
+	id, clusters, roles, err := userCertificate(cert, r, detached)
 	if err != nil {
 		return trust.Identity{}, err
 	}
 	principal := role.String()
 	if a.Relay && role == trust.None {
-		principal = cert.ValidPrincipals[0] // any is, and there is one
-		id.Clusters = clusters
+		principal = cert.ValidPrincipals[0] // any will do, and there is one
+		id.Clusters, id.Roles = clusters, roles
 	}
 	if !slices.Contains(cert.ValidPrincipals, principal) {
 		return trust.Identity{}, refuse("the certificate of %s is for %q, not for %s", id.Person, cert.ValidPrincipals, role)
@@ -78,23 +78,25 @@ func (r *rules) late(id trust.Identity, now time.Time) (bool, error) {
 
 // userCertificate checks what a certificate says of itself against the rules:
 // everything but the role, the place, the time and the signature.
-func userCertificate(cert *gossh.Certificate, r *rules, detached bool) (id trust.Identity, clusters []string, err error) {
+func userCertificate(cert *gossh.Certificate, r *rules, detached bool) (id trust.Identity, clusters []string, roles []trust.Role, err error) {
 	if id, err = common(cert, gossh.UserCert, "user", r.isUserCA); err != nil {
-		return id, nil, err
+		return id, nil, nil, err
 	}
 	if !trust.ValidPerson(id.Person) {
-		return id, nil, refuse("the certificate's key ID %q is not a person's name: up to 64 of a-z 0-9 . _ @ -", cert.KeyId)
+		return id, nil, nil, refuse("the certificate's key ID %q is not a person's name: up to 64 of a-z 0-9 . _ @ -", cert.KeyId)
 	}
-	fail := func(err error) (trust.Identity, []string, error) {
-		return trust.Identity{}, nil, refuse("the certificate of %s: %w", id.Person, err)
+	fail := func(err error) (trust.Identity, []string, []trust.Role, error) {
+		return trust.Identity{}, nil, nil, refuse("the certificate of %s: %w", id.Person, err)
 	}
 	if len(cert.ValidPrincipals) == 0 {
 		return fail(fmt.Errorf("it names no principals, which would be anybody"))
 	}
 	for _, p := range cert.ValidPrincipals {
-		if _, err := trust.ParseRole(p); err != nil {
+		role, err := trust.ParseRole(p)
+		if err != nil {
 			return fail(err)
 		}
+		roles = append(roles, role)
 	}
 	if life := id.NotAfter.Sub(id.NotBefore); life > r.maxCertificate {
 		return fail(fmt.Errorf("it lives %v; the policy allows %v", life, r.maxCertificate))
@@ -126,9 +128,9 @@ func userCertificate(cert *gossh.Certificate, r *rules, detached bool) (id trust
 		id.Kind = trust.Automation
 	}
 	if err := r.revoked(id); err != nil {
-		return trust.Identity{}, nil, err
+		return trust.Identity{}, nil, nil, err
 	}
-	return id, clusters, nil
+	return id, clusters, roles, nil
 }
 
 // common checks what user and host certificates share: kind, keys, signature
@@ -214,7 +216,7 @@ func (a *Authority) sealed(key gossh.PublicKey, role trust.Role) (trust.Identity
 		}
 		id := trust.Identity{Person: s.person, Role: role, Door: trust.SSH, Kind: trust.Sealed, Fingerprint: fingerprint, NotBefore: s.notBefore, NotAfter: s.notAfter}
 		if a.Relay {
-			id.Clusters = s.clusters
+			id.Clusters, id.Roles = s.clusters, []trust.Role{s.role}
 		}
 		err := a.checkSealed(id, r)
 		if err == nil {
