@@ -34,11 +34,8 @@ var links = []struct{ binary, forbidden, why string }{
 	{"cmd/halligan", module + "/agent", "it meets the agent in api"},
 	{"cmd/halligan", module + "/bastion", "it meets the bastion in api"},
 	{"cmd/halligan", "github.com/gliderlabs/ssh", "it serves nobody"},
-	{"cmd/halligan", module + "/internal/trust/testfleet", "a test's keys have no place with people"},
-	{"cmd/halligan", module + "/internal/sshclient/testagent", "a played token has no place with people"},
 	{"cmd/halligan-agent", "go.etcd.io/etcd/server", "it has little memory at rest, and runs no etcd"},
 	{"cmd/halligan-agent", module + "/internal/labpki", "a lab's keys have no place on a node"},
-	{"cmd/halligan-agent", module + "/internal/trust/testfleet", "a test's keys have no place on a node"},
 	{"cmd/halligan-agent", module + "/internal/trust/issuer", "a node vouches for nobody"},
 }
 
@@ -66,6 +63,15 @@ var mustNot = []struct{ path, forbidden, why string }{
 	{"api/verb", "syscall", "many shells run in one process, which is not theirs"},
 	{"api/verb", "k8s.io", "the command that is made of it must start in milliseconds"},
 	{"api/verb", "go.etcd.io", "the command that is made of it must start in milliseconds"},
+	{"agent/sshd", "os", "whoever logs in gets verbs, and nothing of the machine"}, // os/exec too
+	{"agent/sshd", "syscall", "whoever logs in gets verbs, and nothing of the machine"},
+	{"internal/sshserver", "os/exec", "it starts nothing; what is asked in a session is its daemon's"},
+	{"internal/sshserver", module + "/internal/trust/bundle", "it is told who may come in, and for how long"},
+	{"internal/sshserver", module + "/internal/trust/credential", "it is told who may come in, and for how long"},
+	{"internal/trust", "net/http", "it needs nothing but files and clocks, since all else may be what failed"},
+	{"internal/trust", "os/exec", "it needs nothing but files and clocks, since all else may be what failed"},
+	{"internal/trust", "google.golang.org/grpc", "it never looks at a request to find out who sent it"},
+	{"cmd/internal/ca", "net", "it is for a machine that is offline"}, // the ssh-agent is trust/issuer's
 	{"agent/node", "net/http", "it only reads files, since what runs may be what failed"},
 	{"agent/node", "os/exec", "it only reads files, since what runs may be what failed"},
 }
@@ -83,6 +89,10 @@ var importers = []struct {
 	{"go.etcd.io/etcd/client/v3", []string{"agent/etcd", "cmd", "internal/etcdcluster"},
 		"agent/etcd has the deadlines and knows which writes may be retried"},
 	{"github.com/gliderlabs/ssh", []string{"internal/sshserver"}, "only there are its traps closed"},
+	{"github.com/hiddeco/sshsig", []string{"internal/trust/bundle", "internal/trust/approval"}, "only there are namespaces and hashes pinned"},
+	{"golang.org/x/crypto/ssh/agent", []string{"internal/sshclient", "internal/trust/issuer"}, "nothing that serves holds or forwards keys"},
+	{module + "/internal/trust/testfleet", nil, "a test's keys have no place with people, nor on a node"},
+	{module + "/internal/sshclient/testagent", nil, "a played token has no place with people"},
 	{"log", nil, "daemons log through internal/daemonlog"}, // log/slog too
 }
 
