@@ -27,6 +27,7 @@ import (
 	"github.com/halligan-io/halligan/agent/door"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/api/verb"
+	"github.com/halligan-io/halligan/internal/execline"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/sshserver"
@@ -210,7 +211,7 @@ func (sh *shell) self() *halliganv1.StatusResponse {
 
 // line runs one line and returns its exit status.
 func (sh *shell) line(text string) int {
-	words, err := Words(text)
+	words, err := execline.Words(text)
 	if err != nil {
 		sh.say("halligan: %s", fault.Of(err).Error())
 		return fault.CodeOf(err).Exit()
@@ -248,14 +249,14 @@ func (sh *shell) say(text string, args ...any) {
 // the status of the first that failed.
 func (sh *shell) script() (status int) {
 	lines := bufio.NewScanner(sh.session)
-	lines.Buffer(nil, maxLine+2)
+	lines.Buffer(nil, execline.MaxLine+2)
 	for !sh.left && sh.Context().Err() == nil && lines.Scan() {
 		if s := sh.line(lines.Text()); status == 0 {
 			status = s
 		}
 	}
 	if errors.Is(lines.Err(), bufio.ErrTooLong) {
-		sh.say("halligan: %s", malformed("a line has more than %d bytes", maxLine).Error())
+		sh.say("halligan: %s", execline.TooLong().Error())
 		return fault.Usage.Exit()
 	}
 	return status

@@ -1,4 +1,10 @@
-package sshd
+// Package execline reads the lines that people send to a daemon by SSH, as words
+// and nothing else: both daemons' exec form and their shells.
+//
+// It must never expand, run, redirect or look up anything that a line names. The
+// grammar is that of a POSIX shell, so that quoting works as people expect. It
+// stands on floor 0.
+package execline
 
 import (
 	"strings"
@@ -11,23 +17,22 @@ import (
 	"github.com/halligan-io/halligan/internal/neutral"
 )
 
-const (
-	// maxLine bounds a line in bytes; approvals by others are what is long.
-	maxLine = 64 << 10
-	// maxNested bounds what could open something nested. The parser recurses for
-	// each, and 64 KiB of "$((" would cost it a quarter of a GiB.
-	maxNested = 200
-)
+// MaxLine bounds a line in bytes; approvals by others are what is long.
+const MaxLine = 64 << 10
+
+// maxNested bounds what could open something nested. The parser recurses for
+// each, and 64 KiB of "$((" would cost it a quarter of a GiB.
+const maxNested = 200
 
 // Words takes a line apart as a POSIX shell would, where it is one simple
 // command of literal words; whatever a shell would expand, run or redirect is
-// refused, and patterns stay as they are. An empty line and one that is a comment
-// have no words.
+// refused (fault.Usage), and patterns stay as they are. An empty line and one that
+// is a comment have no words.
 func Words(line string) ([]string, error) {
 	line = strings.TrimRight(line, "\r\n")
 	switch {
-	case len(line) > maxLine:
-		return nil, malformed("the line has %d bytes; %d are the most", len(line), maxLine)
+	case len(line) > MaxLine:
+		return nil, malformed("the line has %d bytes; %d are the most", len(line), MaxLine)
 	case !utf8.ValidString(line):
 		return nil, malformed("the line is not UTF-8")
 	case strings.ContainsFunc(line, func(r rune) bool { return unicode.IsControl(r) && r != '\t' }):
@@ -48,6 +53,9 @@ func Words(line string) ([]string, error) {
 	}
 	return words, nil
 }
+
+// TooLong is the error of a line that is longer than MaxLine.
+func TooLong() *fault.Error { return malformed("a line has more than %d bytes", MaxLine) }
 
 func malformed(text string, args ...any) *fault.Error {
 	return fault.New(fault.Usage, "write VERB ARGUMENT --flag VALUE, with 'single quotes' around what holds blanks or other signs", text, args...)

@@ -1,4 +1,4 @@
-package sshd
+package execline
 
 import (
 	"os/exec"
@@ -39,7 +39,7 @@ func TestWords(t *testing.T) {
 var refusedLines = []string{
 	"a | b", "a; b", "a && b", "a || b", "a &", "a > f", "a 2>&1", "a < f", "a << f", "$(id)", "a `id`", "a $HOME", `a "$HOME"`, `a "$(id)"`, "a $((1+1))", "a ${x:-y}",
 	"(a)", "a b)", "f() { a; }", "a 'b", `a "b`, "a\nb", "a\x00b", "a \x1b[31m", "a \u009b31m", "a \xff", "a <(b)", "a\rb", "!(a|b)",
-	strings.Repeat("a ", maxLine), strings.Repeat("$((", 1000), strings.Repeat("(", maxLine-1), strings.Repeat(`"$(`, 1000), strings.Repeat("`", 1000), "$((" + strings.Repeat("(", maxLine-3),
+	strings.Repeat("a ", MaxLine), strings.Repeat("$((", 1000), strings.Repeat("(", MaxLine-1), strings.Repeat(`"$(`, 1000), strings.Repeat("`", 1000), "$((" + strings.Repeat("(", MaxLine-3),
 }
 
 func TestWordsRefuses(t *testing.T) {
