@@ -531,6 +531,17 @@ func (a *application) compute(ctx context.Context, s *step, kv etcd.KV, now int6
 	write := etcd.Write{Key: s.key, ModRevision: s.revision, Since: now}
 	image := journal.Image{Key: s.key, UID: s.uid, Revision: s.revision, Since: now, Lease: kv.Lease, Value: kv.Value}
 	if s.op == opCreate {
+		// With an approval, that somebody made it again meanwhile is no longer
+		// what the leave rests on.
+		if s.since > 0 && len(a.access.ApprovedBy) == 0 {
+			quiet, err := a.engine.etcd.QuietSince(ctx, s.key, s.since)
+			if err == nil && !quiet {
+				err = fault.New(fault.Stale, "plan again", "%s/%s was made again and deleted since the plan", s.kind.Resource(), s.name)
+			}
+			if err != nil {
+				return write, image, err
+			}
+		}
 		value, err := a.stored(ctx, s)
 		if err != nil {
 			return write, image, err

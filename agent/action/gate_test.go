@@ -425,3 +425,59 @@ func TestUndoShowsWhatItGives(t *testing.T) {
 		l.do(resultApplied, "undo", map[string]any{"action": r.Action})
 	}
 }
+
+// TestUndoOfWhatCameAndWent: the binding that one took away may have been made
+// again and deleted by somebody else, before or after the undo was planned. To put
+// it back is for a commander then, with an approval; also where etcd forgot.
+func TestUndoOfWhatCameAndWent(t *testing.T) {
+	l := newLab(t, 1)
+	l.engine.approvals = signed(nil)
+	key := l.put(binding("collector", account("telemetry", "collector")))
+	before := l.value(key)
+	remove := map[string]any{"target": "clusterrolebinding/collector"}
+	comeAndGo := func() {
+		t.Helper()
+		l.putRaw(key, before)
+		if _, err := l.raw.Delete(l.ctx(), key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	undo := map[string]any{"action": l.do(resultApplied, "delete", remove).Action}
+	p, err := l.plan("undo", undo)
+	if err != nil || p.AddsAuthority {
+		t.Fatalf("%v, %v", p, err)
+	}
+	comeAndGo()
+	l.apply(responder, p, resultStale, "made again and deleted since the plan", false)
+	l.refuses(fault.Stale, "a commander can take it back", "undo", undo)
+	carol := by("carol", trust.Commander)
+	first := undo
+	if p, err = l.planAs(carol, "undo", undo); err != nil || p.ApprovalsNeeded != 1 {
+		t.Fatalf("%v, %v", p, err)
+	}
+	l.apply(carol, p, resultApplied, "", false, "bob/k1")
+
+	// A commander's own, of which etcd tells nothing any more.
+	if p, err = l.planAs(carol, "delete", remove); err != nil {
+		t.Fatal(err)
+	}
+	undo = map[string]any{"action": l.apply(carol, p, resultApplied, "", false).Action}
+	for range 2 {
+		got, err := l.raw.Put(l.ctx(), "/other", "x")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := l.raw.Compact(l.ctx(), got.Header.Revision); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if p, err = l.planAs(carol, "undo", undo); err != nil || !p.AddsAuthority || p.ApprovalsNeeded != 1 || !strings.Contains(strings.Join(p.Warnings, "\n"), "unless etcd's history forgot") {
+		t.Fatalf("%v, %v", p, err)
+	}
+	l.apply(carol, p, resultAwaiting, "adds authority", false)
+	l.apply(carol, p, resultApplied, "", false, "bob/k1")
+	if !bytes.Equal(l.value(key), before) {
+		t.Error("it is not as it was")
+	}
+	l.refuses(fault.Stale, "taken back already", "undo", first)
+}

@@ -52,8 +52,10 @@ type step struct {
 	revert []storage.Change
 	// changes are what the computation gave when it was planned.
 	changes []storage.Change
-	// image is what a creation stores.
+	// image is what a creation stores, and since the revision after which nothing
+	// may have happened to the key until then, 0 for no such.
 	image *imageOf
+	since int64
 }
 
 type imageOf struct {

@@ -152,13 +152,16 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 			return fault.New(fault.Refused, "its bytes are in the record of "+entry.ID+" on this node", "%s/%s could not be read: put back, it would break every LIST of its kind again",
 				kind.Resource(), name)
 		}
+		since := int64(0)
 		if authority {
 			quiet, err := p.engine.etcd.QuietSince(ctx, ref.Key, wrote.Revision)
 			if err != nil {
 				return err
 			}
-			if !quiet {
-				return changedSince("was made again and deleted, or etcd's history does not tell,")
+			if quiet {
+				since = wrote.Revision
+			} else if err := p.unsure(kind, name, entry); err != nil {
+				return err
 			}
 		}
 		if gone, err := p.namespaceGone(ctx, namespace); err != nil || gone {
@@ -167,7 +170,7 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 			}
 			return err
 		}
-		return p.restore(ctx, kind, namespace, name, entry, ref)
+		return p.restore(ctx, kind, namespace, name, entry, ref, since)
 	}
 	obj, err := p.open(ctx, kind, namespace, name, kv)
 	if err != nil {
@@ -236,10 +239,28 @@ func (p *planner) namespaceGone(ctx context.Context, namespace string) (bool, er
 	return !found, err
 }
 
-// restore plans to store a deleted object again.
-func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, name string, entry journal.Entry, ref journal.ImageRef) error {
+// unsure is about an object that gives rights and is gone, which somebody else may
+// have made again and deleted: etcd forgets within minutes. Putting it back is
+// for a commander and another person then.
+func (p *planner) unsure(kind *storage.Kind, name string, entry journal.Entry) error {
+	if p.request.AddsAuthority {
+		return nil
+	}
+	what := kind.Resource() + "/" + name
+	request := p.request
+	request.AddsAuthority = true
+	if p.policy.Decide(p.who, request) != nil {
+		return fault.New(fault.Stale, "a commander can take it back with an approval: halligan undo "+entry.ID,
+			"%s was made again and deleted since %s, or etcd's history does not tell", what, entry.ID)
+	}
+	return p.addAuthority("putting back " + what + ", which was made again and deleted since " + entry.ID + " unless etcd's history forgot,")
+}
+
+// restore plans to store a deleted object again. since is the revision after which
+// nothing happened to its key, 0 where that does not matter.
+func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, name string, entry journal.Entry, ref journal.ImageRef, since int64) error {
 	s := &step{kind: kind, namespace: namespace, name: name, key: ref.Key, uid: ref.UID, op: opCreate, size: ref.Size,
-		image: &imageOf{action: entry.ID, ref: ref}}
+		image: &imageOf{action: entry.ID, ref: ref}, since: since}
 	if kind.Group == "" && kind.Kind == "Service" {
 		taken, err := p.addressTaken(ctx, kind, entry, ref)
 		if err != nil {
