@@ -305,6 +305,9 @@ func (c *conn) end(cause error, cancel context.CancelCauseFunc) {
 	defer c.handlers.Done()
 	defer c.server.recovered("farewell", c.remote, nil)
 	defer c.raw.Close()
+	// Closing a channel waits for the network, which takes nothing for a client
+	// that has stopped reading.
+	defer time.AfterFunc(farewell, func() { c.raw.Close() }).Stop()
 	c.server.o.Log.Info().Str("source", c.remote).Str("why", neutral.LineMax(cause.Error(), 512)).Msg("login ended")
 	line := "halligan: this session ends: " + neutral.LineMax(fault.Of(cause).Error(), 512)
 	open := c.open()

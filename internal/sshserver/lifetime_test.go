@@ -276,6 +276,57 @@ func TestEnds(t *testing.T) {
 		s.end("ada", fault.New(fault.Unauthenticated, "", "revoked"))
 		eventually(t, "the login is over", func() bool { return s.logins.Taken() == 0 })
 	})
+	t.Run("who takes nothing any more is cut off", func(t *testing.T) {
+		t.Parallel()
+		var sent atomic.Int64
+		s := serve(t, func(o *Options) {
+			o.Limits.Write = time.Hour // only the end of the login can cut it off in time
+			o.Handlers.Session = func(s *Session) {
+				for chunk := make([]byte, 32<<10); ; {
+					n, err := s.Write(chunk)
+					if sent.Add(int64(n)); err != nil {
+						return
+					}
+				}
+			}
+		})
+		conn, err := net.Dial("tcp", s.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if err := conn.(*net.TCPConn).SetReadBuffer(64 << 10); err != nil {
+			t.Fatal(err)
+		}
+		stubborn := &deaf{Conn: conn}
+		client, _, _, err := gossh.NewClientConn(stubborn, s.addr, &gossh.ClientConfig{User: "responder", Auth: []gossh.AuthMethod{gossh.PublicKeys(s.person(t, "ada", nil))}, HostKeyCallback: gossh.FixedHostKey(s.host.PublicKey())})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var channels []gossh.Channel
+		for range 8 { // the windows of all together are larger than what the kernel holds
+			ch, _, err := client.OpenChannel("session", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			channels = append(channels, ch)
+		}
+		stubborn.deaf.Store(true)
+		for _, ch := range channels {
+			if _, err := ch.SendRequest("exec", false, str("flood")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		last := int64(0)
+		eventually(t, "the network takes nothing any more", func() bool {
+			time.Sleep(200 * time.Millisecond)
+			before := last
+			last = sent.Load()
+			return last > 0 && last == before
+		})
+		s.end("ada", fault.New(fault.Unauthenticated, "", "revoked"))
+		eventually(t, "the login is over", func() bool { return s.logins.Taken() == 0 })
+	})
 	t.Run("held longer than the connection", func(t *testing.T) {
 		t.Parallel()
 		began, finish, ended := make(chan struct{}), make(chan struct{}), make(chan error, 2)
