@@ -481,3 +481,19 @@ func TestUndoOfWhatCameAndWent(t *testing.T) {
 	}
 	l.refuses(fault.Stale, "taken back already", "undo", first)
 }
+
+// TestDeletingWhatForbids is allowed, told, and held to the rule that asks for a
+// second person.
+func TestDeletingWhatForbids(t *testing.T) {
+	l := newLab(t, 1)
+	l.put(&corev1.ResourceQuota{ObjectMeta: labelled("shop", "q")})
+	remove := map[string]any{"target": "quota/q", "namespace": "shop"}
+	p, err := l.plan("delete", remove)
+	if err != nil || p.ApprovalsNeeded != 0 || !strings.Contains(strings.Join(p.Objects[0].Warnings, "\n"), "is allowed once it is gone") {
+		t.Fatalf("%v, %v", p, err)
+	}
+	l.under(7, trust.Rules{Approvals: []trust.ApprovalRule{{Actions: []string{"delete"}, Resources: []string{"resourcequotas"}, Count: 1, Alone: true, Why: "what it forbids would be allowed"}}})
+	if p, err = l.plan("delete", remove); err != nil || p.ApprovalsNeeded != 1 || !p.AloneAllowed {
+		t.Fatalf("%v, %v", p, err)
+	}
+}

@@ -357,6 +357,9 @@ func (p *planner) remove(o *object) {
 	if len(o.Meta.Finalizers) > 0 {
 		warn("finalizers are bypassed: %s", strings.Join(o.Meta.Finalizers, ", "))
 	}
+	if o.kind.Forbids {
+		warn("what it refuses or limits is allowed once it is gone")
+	}
 	if owner := controllerOf(o); owner != "" {
 		warn("its controller %s may make another", owner)
 	}

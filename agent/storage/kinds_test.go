@@ -317,6 +317,10 @@ func TestAuthorityRows(t *testing.T) {
 		if want := whole[k.Group] || k.Resource() == "serviceaccounts"; k.Authority != want {
 			t.Errorf("%s: Authority is %v", k.Resource(), k.Authority)
 		}
+		limits := []string{"limitranges", "resourcequotas", "networkpolicies.networking.k8s.io", "poddisruptionbudgets.policy"}
+		if want := k.Group == "admissionregistration.k8s.io" || slices.Contains(limits, k.Resource()); k.Forbids != want {
+			t.Errorf("%s: Forbids is %v", k.Resource(), k.Forbids)
+		}
 	}
 }
 

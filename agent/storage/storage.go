@@ -94,6 +94,10 @@ type Kind struct {
 	// or decide what the API server admits or where it sends requests. To put
 	// one back adds authority.
 	Authority bool
+	// Forbids says that objects of the kind refuse or limit what others do: with
+	// one less more is allowed. That is no adding of authority, since taking such
+	// an object away can be the rescue; it is told to who does it.
+	Forbids bool
 	// PodTemplate says that objects of the kind hold what pods are made of, or
 	// are pods. Of custom kinds it is not known, and so false.
 	PodTemplate bool
