@@ -86,8 +86,8 @@ var importers = []struct {
 	allowed []string
 	why     string
 }{
-	{"go.etcd.io/etcd/client/v3", []string{"agent/etcd", "cmd", "internal/etcdcluster"},
-		"agent/etcd has the deadlines and knows which writes may be retried"},
+	{"go.etcd.io/etcd/client/v3", []string{"agent/etcd", "bastion/store", "cmd", "internal/etcdcluster"},
+		"agent/etcd has the deadlines and knows which writes may be retried; bastion/store has an etcd of its own"},
 	{"github.com/gliderlabs/ssh", []string{"internal/sshserver"}, "only there are its traps closed"},
 	{"github.com/hiddeco/sshsig", []string{"internal/trust/bundle", "internal/trust/approval"}, "only there are namespaces and hashes pinned"},
 	{"golang.org/x/crypto/ssh/agent", []string{"internal/sshclient", "internal/trust/issuer"}, "nothing that serves holds or forwards keys"},
