@@ -374,6 +374,9 @@ func TestUndoAddsAuthority(t *testing.T) {
 				}
 			}
 			refused(by("dave", trust.Responder), "another responder")
+			robot := responder
+			robot.Kind = trust.Automation
+			refused(robot, "automation of the same name")
 			now = now.Add(undoOwn + time.Minute)
 			refused(responder, "one's own, a day later")
 			p, err := l.planAs(carol, "undo", undo)

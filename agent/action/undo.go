@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/structpb"
@@ -55,7 +56,7 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	switch {
 	case entry.Result == "":
 		return fault.New(fault.Stale, "look again in a moment: halligan history "+entry.ID, "action %s is still unfinished", entry.ID)
-	case entry.Actor != p.who.Person || p.engine.now().Sub(entry.Time) > undoOwn:
+	case !own(entry, p.who) || p.engine.now().Sub(entry.Time) > undoOwn:
 		if err := p.addAuthority(fmt.Sprintf("taking back %s, which %s did %s,", entry.ID, entry.Actor, entry.Time.Format(stamp))); err != nil {
 			return err
 		}
@@ -127,6 +128,13 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	p.summary("take back %s: %s", entry.ID, entry.Summary)
 	p.bypass(bypassUpdate...)
 	return nil
+}
+
+// own reports whether somebody did it. Automation is not the person whose name it
+// happens to have.
+func own(entry journal.Entry, who trust.Identity) bool {
+	automated := strings.HasPrefix(entry.Credential, string(trust.Automation))
+	return entry.Actor == who.Person && automated == (who.Kind == trust.Automation)
 }
 
 // undoOne plans the reversal of one object's change.
