@@ -186,6 +186,9 @@ func (e *Engine) ShowPlan(_ context.Context, who trust.Identity, id string) (*ha
 		return p.plan.Id == id && (p.plan.Actor == who.Person || who.Role == trust.Approver)
 	})
 	if i < 0 {
+		if entry, err := e.journal.Find(id); err == nil && entry.ID == id && (entry.Actor == who.Person || who.Role == trust.Approver) {
+			return nil, fault.New(fault.Stale, "see: halligan history "+id, "plan %s was applied already", id)
+		}
 		return nil, fault.New(fault.NotFound, "ask whoever sent it: it may be applied, too old, or on another node; an agent that was restarted forgets it", "no plan %.64q waits here for %s", id, who.Person)
 	}
 	p := e.plans[i]
