@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/halligan-io/halligan/agent/door"
+	"github.com/halligan-io/halligan/api/grpcdoor"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 )
@@ -64,7 +64,7 @@ type conn struct {
 	release func()
 }
 
-var _ door.Conn = (*conn)(nil)
+var _ grpcdoor.Conn = (*conn)(nil)
 
 func (c *conn) Identity() (trust.Identity, error) { return c.who, c.refusal }
 

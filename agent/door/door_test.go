@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -18,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/halligan-io/halligan/api"
+	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -272,23 +272,6 @@ func TestApplyOutlivesTheCallerButNotTheAgent(t *testing.T) {
 	}
 }
 
-func TestEveryMethodHasARow(t *testing.T) {
-	for _, m := range halliganv1.Agent_ServiceDesc.Methods {
-		if methods["/"+halliganv1.Agent_ServiceDesc.ServiceName+"/"+m.MethodName].least == trust.None {
-			t.Errorf("%s has no row", m.MethodName)
-		}
-	}
-	for _, s := range halliganv1.Agent_ServiceDesc.Streams {
-		if methods["/"+halliganv1.Agent_ServiceDesc.ServiceName+"/"+s.StreamName].least == trust.None {
-			t.Errorf("%s has no row", s.StreamName)
-		}
-	}
-	added := map[string]grpc.ServiceInfo{"halligan.v1.Agent": {Methods: []grpc.MethodInfo{{Name: "Reboot"}}}}
-	if err := checkMethods(added); err == nil || !strings.Contains(err.Error(), "/halligan.v1.Agent/Reboot") {
-		t.Errorf("a method without a row: %v", err)
-	}
-}
-
 func TestReflection(t *testing.T) {
 	server, _ := open(t, &scripted{})
 	stream, err := reflectionpb.NewServerReflectionClient(connect(t, server, alice, t.Context())).ServerReflectionInfo(t.Context())
@@ -324,17 +307,14 @@ func TestRoles(t *testing.T) {
 			for _, d := range []trust.Door{trust.Console, trust.SSH, trust.GRPC} {
 				want := role.Has(least) || role == trust.Approver && slices.Contains(words, "approver")
 				who := trust.Identity{Person: "p", Role: role, Door: d}
-				if err := allow(who, method); (err == nil) != want || err != nil && !fault.Is(err, fault.Refused) {
-					t.Errorf("%s as %s at %s: %v, want %v", method, role, d, err, want)
+				if got := methods[method].has(who); got != want {
+					t.Errorf("%s as %s at %s: %v, want %v", method, role, d, got, want)
 				}
-				if who.Person = ""; allow(who, method) == nil {
+				if who.Person = ""; methods[method].has(who) {
 					t.Errorf("%s as nobody with the role %s", method, role)
 				}
 			}
 		}
-	}
-	if allow(alice, "/halligan.v1.Agent/Reboot") == nil {
-		t.Error("a method without a row is allowed")
 	}
 }
 
@@ -522,7 +502,7 @@ func TestBusy(t *testing.T) {
 	}})
 	c := dial(t, server, alice, t.Context())
 	var calls sync.WaitGroup
-	for range maxCallsEach {
+	for range grpcdoor.MaxCallsEach {
 		calls.Go(func() {
 			if _, err := dial(t, server, alice, t.Context()).Plan(t.Context(), &halliganv1.PlanRequest{}); err != nil {
 				t.Error(err)
@@ -556,10 +536,10 @@ func TestUnfinishedRequests(t *testing.T) {
 	}
 	first := connect(t, server, alice, t.Context())
 	var open []grpc.ClientStream
-	for range maxCallsEach {
+	for range grpcdoor.MaxCallsEach {
 		open = append(open, begin(first))
 	}
-	eventually(t, "all places to be taken", func() bool { return server.calls.Taken() == maxCallsEach })
+	eventually(t, "all places to be taken", func() bool { return server.Calls() == grpcdoor.MaxCallsEach })
 	remote := alice
 	remote.Door = trust.GRPC
 	second := connect(t, server, remote, t.Context())
@@ -574,16 +554,16 @@ func TestUnfinishedRequests(t *testing.T) {
 	for _, stream := range open {
 		_ = stream.CloseSend() // without a request: refused, and the place is free
 	}
-	eventually(t, "the places to be free", func() bool { return server.calls.Taken() == 0 })
+	eventually(t, "the places to be free", func() bool { return server.Calls() == 0 })
 
 	// Who goes on all the same is hung up on.
-	for range maxCallsEach {
+	for range grpcdoor.MaxCallsEach {
 		begin(first)
 	}
-	eventually(t, "all places to be taken again", func() bool { return server.calls.Taken() == maxCallsEach })
+	eventually(t, "all places to be taken again", func() bool { return server.Calls() == grpcdoor.MaxCallsEach })
 	client := halliganv1.NewAgentClient(second)
 	for calls := 0; len(h.of(alarm.Login)) < 2; calls++ { // until the client had to come in again
-		if _, err := client.Status(t.Context(), &halliganv1.StatusRequest{}); err == nil || calls > 2*maxBusy {
+		if _, err := client.Status(t.Context(), &halliganv1.StatusRequest{}); err == nil || calls > 2000 {
 			t.Fatalf("after %d calls: %v", calls, err)
 		}
 	}
@@ -596,26 +576,5 @@ func eventually(t *testing.T, what string, is func() bool) {
 		if time.Since(began) > 20*time.Second {
 			t.Fatal("waited too long for " + what)
 		}
-	}
-}
-
-// TestUnknownConnections: what no door has authenticated is not served.
-func TestUnknownConnections(t *testing.T) {
-	server, _ := open(t, &scripted{})
-	near, far := net.Pipe()
-	defer near.Close()
-	if err := server.handed.put(far); err != nil {
-		t.Fatal(err)
-	}
-	_ = near.SetReadDeadline(time.Now().Add(20 * time.Second))
-	if _, err := near.Read(make([]byte, 1)); err != io.EOF {
-		t.Errorf("a plain connection is served: %v", err)
-	}
-	server.Shutdown()
-	if err := server.Hand(&local{Conn: far, who: alice, held: t.Context()}); !fault.Is(err, fault.Unreachable) {
-		t.Errorf("a connection for a stopped agent: %v", err)
-	}
-	if _, err := dial(t, server, alice, t.Context()).Describe(t.Context(), nil); err == nil {
-		t.Error("a stopped agent answers")
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/halligan-io/halligan/api"
+	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/version"
@@ -23,22 +24,22 @@ func (s *Server) Describe(context.Context, *halliganv1.DescribeRequest) (*hallig
 
 // Status tells what works, for this caller.
 func (s *Server) Status(ctx context.Context, _ *halliganv1.StatusRequest) (*halliganv1.StatusResponse, error) {
-	info, err := caller(ctx)
+	info, err := grpcdoor.CallerOf(ctx)
 	if err != nil {
 		return nil, err
 	}
-	out, err := s.engine.Status(ctx, info.who)
+	out, err := s.engine.Status(ctx, info.Who)
 	if err != nil {
 		return nil, err
 	}
-	out.Cluster, out.Door = s.cluster, string(info.who.Door)
+	out.Cluster, out.Door = s.cluster, string(info.Who.Door)
 	if s.bundles != nil {
 		out.Bundle = s.bundles.Status()
 	}
-	if !info.who.NotAfter.IsZero() {
-		out.CredentialExpires = timestamppb.New(info.who.NotAfter)
+	if !info.Who.NotAfter.IsZero() {
+		out.CredentialExpires = timestamppb.New(info.Who.NotAfter)
 	}
-	if info.who.Late {
+	if info.Who.Late {
 		out.Warnings = append(out.Warnings, "your credential is past an edge of its validity: you are admitted since clocks may lie; renew it (halligan ca renew)")
 	}
 	out.Warnings = append(out.Warnings, s.warnings()...)
@@ -47,11 +48,11 @@ func (s *Server) Status(ctx context.Context, _ *halliganv1.StatusRequest) (*hall
 
 // Plan computes what an action would do.
 func (s *Server) Plan(ctx context.Context, req *halliganv1.PlanRequest) (*halliganv1.Plan, error) {
-	info, err := caller(ctx)
+	info, err := grpcdoor.CallerOf(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return s.engine.Plan(ctx, info.who, req)
+	return s.engine.Plan(ctx, info.Who, req)
 }
 
 // Undo is Plan with the action undo.
@@ -66,17 +67,17 @@ func (s *Server) Undo(ctx context.Context, req *halliganv1.UndoRequest) (*hallig
 
 // ShowPlan returns a plan that waits.
 func (s *Server) ShowPlan(ctx context.Context, req *halliganv1.ShowPlanRequest) (*halliganv1.Plan, error) {
-	info, err := caller(ctx)
+	info, err := grpcdoor.CallerOf(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return s.engine.ShowPlan(ctx, info.who, req.GetPlanId())
+	return s.engine.ShowPlan(ctx, info.Who, req.GetPlanId())
 }
 
 // ExchangeBundle takes over what is newer of the caller's bundle, and returns
 // the agent's own where the caller's is another.
 func (s *Server) ExchangeBundle(ctx context.Context, req *halliganv1.ExchangeBundleRequest) (*halliganv1.ExchangeBundleResponse, error) {
-	info, err := caller(ctx)
+	info, err := grpcdoor.CallerOf(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -87,7 +88,7 @@ func (s *Server) ExchangeBundle(ctx context.Context, req *halliganv1.ExchangeBun
 	if len(req.GetBundle()) > 0 {
 		if _, err := s.bundles.Offer(req.GetBundle()); err != nil {
 			out.Refused = api.ErrorOf(err)
-			s.refused(info.who, fmt.Errorf("the bundle that was brought: %w", err))
+			s.Refused(info.Who, fmt.Errorf("the bundle that was brought: %w", err))
 		}
 	}
 	if raw := s.bundles.Raw(); !bytes.Equal(raw, req.GetBundle()) {
@@ -101,7 +102,7 @@ func (s *Server) ExchangeBundle(ctx context.Context, req *halliganv1.ExchangeBun
 // stopped neither ends nor slows it. A revocation of the caller's credential
 // stops it between two objects.
 func (s *Server) Apply(req *halliganv1.ApplyRequest, stream grpc.ServerStreamingServer[halliganv1.ApplyEvent]) error {
-	info, err := caller(stream.Context())
+	info, err := grpcdoor.CallerOf(stream.Context())
 	if err != nil {
 		return err
 	}
@@ -130,44 +131,44 @@ func (s *Server) Apply(req *halliganv1.ApplyRequest, stream grpc.ServerStreaming
 
 // apply returns a result even where the engine panics, since something may
 // have been written: that is not known.
-func (s *Server) apply(info authInfo, req *halliganv1.ApplyRequest, progress func(*halliganv1.Progress)) (result *halliganv1.Result) {
+func (s *Server) apply(info grpcdoor.Caller, req *halliganv1.ApplyRequest, progress func(*halliganv1.Progress)) (result *halliganv1.Result) {
 	var err error
 	defer func() {
 		if err != nil {
 			result = &halliganv1.Result{Action: req.GetPlanId(), Result: "unknown", Error: api.ErrorOf(api.FromStatus(err))}
 		}
 		if e := result.GetError(); e.GetCode() == string(fault.Refused) || e.GetCode() == string(fault.Unauthenticated) {
-			s.refused(info.who, &fault.Error{Code: fault.Code(e.GetCode()), Message: "applying " + req.GetPlanId() + ": " + e.GetMessage()})
+			s.Refused(info.Who, &fault.Error{Code: fault.Code(e.GetCode()), Message: "applying " + req.GetPlanId() + ": " + e.GetMessage()})
 		}
 	}()
-	defer s.rescue(halliganv1.Agent_Apply_FullMethodName, &err)
-	ctx, cancel := context.WithCancelCause(s.stopping)
+	defer s.Rescue(halliganv1.Agent_Apply_FullMethodName, &err)
+	ctx, cancel := context.WithCancelCause(s.Stopping())
 	defer cancel(nil)
-	defer context.AfterFunc(info.held, func() {
-		if revoked(info.held) {
-			cancel(context.Cause(info.held))
+	defer context.AfterFunc(info.Held, func() {
+		if grpcdoor.Revoked(info.Held) {
+			cancel(context.Cause(info.Held))
 		}
 	})()
-	return s.engine.Apply(ctx, info.who, req, progress)
+	return s.engine.Apply(ctx, info.Who, req, progress)
 }
 
 // Stop ends an action under way between two objects.
 func (s *Server) Stop(ctx context.Context, req *halliganv1.StopRequest) (*halliganv1.StopResponse, error) {
-	info, err := caller(ctx)
+	info, err := grpcdoor.CallerOf(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return &halliganv1.StopResponse{}, s.engine.Stop(info.who, req.GetActionId())
+	return &halliganv1.StopResponse{}, s.engine.Stop(info.Who, req.GetActionId())
 }
 
 // Get streams objects.
 func (s *Server) Get(req *halliganv1.GetRequest, stream grpc.ServerStreamingServer[halliganv1.GetEvent]) error {
-	info, err := caller(stream.Context())
+	info, err := grpcdoor.CallerOf(stream.Context())
 	if err != nil {
 		return err
 	}
 	out := batch{stream: stream}
-	summary, err := s.engine.Get(stream.Context(), info.who, req, out.add)
+	summary, err := s.engine.Get(stream.Context(), info.Who, req, out.add)
 	if serr := out.send(); err == nil {
 		err = serr
 	}
@@ -212,9 +213,9 @@ func (b *batch) send() error {
 
 // History streams recorded actions.
 func (s *Server) History(req *halliganv1.HistoryRequest, stream grpc.ServerStreamingServer[halliganv1.HistoryEntry]) error {
-	info, err := caller(stream.Context())
+	info, err := grpcdoor.CallerOf(stream.Context())
 	if err != nil {
 		return err
 	}
-	return s.engine.History(stream.Context(), info.who, req, stream.Send)
+	return s.engine.History(stream.Context(), info.Who, req, stream.Send)
 }

@@ -21,7 +21,7 @@ import (
 
 	"github.com/rs/zerolog"
 
-	"github.com/halligan-io/halligan/agent/door"
+	"github.com/halligan-io/halligan/api/grpcdoor"
 	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
@@ -63,7 +63,7 @@ const (
 	maxOfRelay       = 32
 )
 
-// Listener accepts authenticated connections only; all are of type [door.Conn].
+// Listener accepts authenticated connections only; all are of type [grpcdoor.Conn].
 type Listener struct {
 	net.Listener
 	o       Options
@@ -199,7 +199,7 @@ type conn struct {
 	end  func()
 }
 
-var _ door.Conn = (*conn)(nil)
+var _ grpcdoor.Conn = (*conn)(nil)
 
 func (c *conn) Identity() (trust.Identity, error) { return c.who, nil }
 func (c *conn) Held() context.Context             { return c.held }

@@ -24,7 +24,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"github.com/halligan-io/halligan/agent/door"
+	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/api/verb"
 	"github.com/halligan-io/halligan/internal/execline"
@@ -37,12 +37,12 @@ import (
 // Subsystem is the name under which the agent's API is offered.
 const Subsystem = "halligan-grpc"
 
-// Door is the agent's API: a *door.Server.
+// Door is the agent's API: a *grpcdoor.Server.
 type Door interface {
 	// Dial returns a client that is taken for who, as long as held lasts.
 	Dial(who trust.Identity, held context.Context) (*grpc.ClientConn, error)
 	// Hand serves a connection. After an error it is closed.
-	Hand(door.Conn) error
+	Hand(grpcdoor.Conn) error
 }
 
 // Options say what is behind the SSH server, and what the prompt calls it.

@@ -1,4 +1,4 @@
-package door
+package grpcdoor
 
 import (
 	"context"
@@ -19,18 +19,20 @@ import (
 // transport hands the identity of a connection to gRPC.
 type transport struct{ server *Server }
 
-// authInfo is what a call finds out about its connection.
-type authInfo struct {
+// Caller is what a call finds out about its connection.
+type Caller struct {
 	credentials.CommonAuthInfo
-	who     trust.Identity
+	Who trust.Identity
+	// Held is the connection's, see [Conn].
+	Held    context.Context
 	refusal error
-	held    context.Context
 	// busy counts a call that was refused before it was read, and hangs up on
 	// who does not stop.
 	busy func()
 }
 
-func (authInfo) AuthType() string { return "door" }
+// AuthType is for gRPC.
+func (Caller) AuthType() string { return "door" }
 
 // ServerHandshake admits a connection that its door has authenticated, and sees
 // to it that it ends with its identity.
@@ -40,43 +42,43 @@ func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 		return nil, nil, errors.Join(errors.New("a connection that no door has authenticated"), raw.Close())
 	}
 	// The bytes never leave the kernel, or the door has encrypted them.
-	info := authInfo{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, held: c.Held()}
+	info := Caller{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, Held: c.Held()}
 	var refused atomic.Int32
 	info.busy = func() {
 		if refused.Add(1) == maxBusy {
 			go c.Close() // gRPC holds a lock, and TLS may take its time
 		}
 	}
-	info.who, info.refusal = c.Identity()
+	info.Who, info.refusal = c.Identity()
 	if info.refusal != nil {
-		t.server.refused(info.who, info.refusal)
+		t.server.Refused(info.Who, info.refusal)
 		return c, info, nil
 	}
-	release, err := t.server.connections.Take(info.who)
+	release, err := t.server.connections.Take(info.Who)
 	if err != nil {
-		t.server.log.Warn().Str("person", info.who.Person).Str("door", string(info.who.Door)).Msg("connection refused: " + fault.Of(err).Message)
+		t.server.o.Log.Warn().Str("person", info.Who.Person).Str("door", string(info.Who.Door)).Msg("connection refused: " + fault.Of(err).Message)
 		return nil, nil, errors.Join(err, c.Close())
 	}
-	if info.who.Door != trust.SSH { // which tells of logins itself: one may hold many of these
-		t.server.alarms.Raise(alarm.Of(alarm.Login, info.who, "came in as "+info.who.Role.String()))
+	if info.Who.Door != trust.SSH { // which tells of logins itself: one may hold many of these
+		t.server.o.Alarms.Raise(alarm.Of(alarm.Login, info.Who, cameIn(info.Who)))
 	}
-	open, end := context.WithCancel(info.held)
+	open, end := context.WithCancel(info.Held)
 	a := &admitted{Conn: c, release: sync.OnceFunc(func() { end(); release() })}
 	context.AfterFunc(open, func() {
-		if info.held.Err() == nil { // the peer went away
+		if info.Held.Err() == nil { // the peer went away
 			return
 		}
-		if revoked(info.held) {
-			t.server.refused(info.who, context.Cause(info.held))
+		if Revoked(info.Held) {
+			t.server.Refused(info.Who, context.Cause(info.Held))
 		}
 		time.AfterFunc(farewell, func() { a.Close() })
 	})
 	return a, info, nil
 }
 
-// refused tells the alarms of a refusal.
-func (s *Server) refused(who trust.Identity, err error) {
-	s.alarms.Raise(alarm.Of(alarm.Refusal, who, fault.Of(err).Message))
+// Refused tells the alarms of a refusal.
+func (s *Server) Refused(who trust.Identity, err error) {
+	s.o.Alarms.Raise(alarm.Of(alarm.Refusal, who, fault.Of(err).Message))
 }
 
 // admitted is a connection with a place.
@@ -102,15 +104,22 @@ func (t transport) Clone() credentials.TransportCredentials { return t }
 
 func (transport) OverrideServerName(string) error { return nil }
 
-// caller returns who makes the call, and how long that holds.
-func caller(ctx context.Context) (authInfo, error) {
+// CallerOf returns who makes the call, and how long that holds.
+func CallerOf(ctx context.Context) (Caller, error) {
 	p, _ := peer.FromContext(ctx)
 	if p == nil {
-		return authInfo{}, fault.New(fault.Unauthenticated, "", "a call without a connection")
+		return Caller{}, fault.New(fault.Unauthenticated, "", "a call without a connection")
 	}
-	info, ok := p.AuthInfo.(authInfo)
+	info, ok := p.AuthInfo.(Caller)
 	if !ok {
-		return authInfo{}, fault.New(fault.Unauthenticated, "", "a call without credentials")
+		return Caller{}, fault.New(fault.Unauthenticated, "", "a call without credentials")
 	}
 	return info, info.refusal
+}
+
+func cameIn(who trust.Identity) string {
+	if who.Role == trust.None { // at a bastion
+		return "came in"
+	}
+	return "came in as " + who.Role.String()
 }

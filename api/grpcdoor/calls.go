@@ -1,0 +1,133 @@
+package grpcdoor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/tap"
+
+	"github.com/halligan-io/halligan/api"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+func checkMethods(services map[string]grpc.ServiceInfo, rows map[string]func(trust.Identity) bool) error {
+	for service, info := range services {
+		for _, m := range info.Methods {
+			if name := "/" + service + "/" + m.Name; rows[name] == nil {
+				return fmt.Errorf("the method %s has no row in the table of the doors", name)
+			}
+		}
+	}
+	return nil
+}
+
+// allow decides whether somebody may call the method at all.
+func (s *Server) allow(who trust.Identity, method string) error {
+	if may := s.o.Methods[method]; may != nil && who.Person != "" && may(who) {
+		return nil
+	}
+	return fault.New(fault.Refused, "ask somebody who has the role", "%s may not call %s", who.Role, method)
+}
+
+// tap takes the place of a call when its headers have come: gRPC would read a
+// whole request before an interceptor sees the call, and one person's requests
+// that never end would fill the memory. The place is given back with the call's
+// context.
+func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
+	if s.o.Methods[call.FullMethodName] == nil {
+		return ctx, nil // gRPC refuses it, and reads nothing of it
+	}
+	info, err := CallerOf(ctx)
+	if err == nil {
+		var release func()
+		if release, err = s.calls.Take(info.Who); err == nil {
+			context.AfterFunc(ctx, release)
+			return ctx, nil
+		}
+	}
+	if info.busy != nil {
+		info.busy()
+	}
+	return ctx, s.ended(info, err)
+}
+
+// enter admits a call that has a place. Its context ends, with the cause, when the
+// identity no longer holds; leave is called at its end.
+func (s *Server) enter(ctx context.Context, method string) (_ context.Context, _ Caller, leave func(), err error) {
+	info, err := CallerOf(ctx)
+	if err != nil {
+		return nil, info, nil, err
+	}
+	if info.Held.Err() != nil {
+		return nil, info, nil, context.Cause(info.Held)
+	}
+	if err := s.allow(info.Who, method); err != nil {
+		return nil, info, nil, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	forget := context.AfterFunc(info.Held, func() { cancel(context.Cause(info.Held)) })
+	return ctx, info, func() { forget(); cancel(nil) }, nil
+}
+
+// ended turns the end of a call into what the caller hears, and tells the alarms
+// of refusals.
+func (s *Server) ended(info Caller, err error) error {
+	if err == nil {
+		return nil
+	}
+	f := api.FromStatus(err)
+	if f.Code == fault.Cancelled && info.Held != nil && info.Held.Err() != nil {
+		f = fault.Of(context.Cause(info.Held))
+	} else if info.refusal == nil && (f.Code == fault.Refused || f.Code == fault.Unauthenticated) {
+		s.Refused(info.Who, f) // those of the connection were told when it came
+	}
+	return api.ToStatus(f)
+}
+
+func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	defer s.Rescue(info.FullMethod, &err)
+	ctx, who, leave, err := s.enter(ctx, info.FullMethod)
+	if err != nil {
+		return nil, s.ended(who, err)
+	}
+	defer leave()
+	resp, err = handler(ctx, req)
+	return resp, s.ended(who, err)
+}
+
+// call is a stream with the context of its interceptor.
+type call struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (c call) Context() context.Context { return c.ctx }
+
+func (s *Server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	defer s.Rescue(info.FullMethod, &err)
+	ctx, who, leave, err := s.enter(stream.Context(), info.FullMethod)
+	if err != nil {
+		return s.ended(who, err)
+	}
+	defer leave()
+	return s.ended(who, handler(srv, call{stream, ctx}))
+}
+
+// Rescue, deferred, turns a panic in one call into that call's error.
+func (s *Server) Rescue(method string, err *error) {
+	r := recover()
+	if r == nil {
+		return
+	}
+	s.o.Log.Error().Str("method", method).Str("panic", neutral.LineMax(fmt.Sprint(r), 1024)).Bytes("stack", debug.Stack()).Msg("a call panicked")
+	*err = api.ToStatus(fault.New(fault.Failed, "report it with the daemon's log of this moment; `halligan history` tells what was recorded", "%s met a bug in the daemon", method))
+}
+
+// Revoked reports whether an identity ended because it was taken back, and not
+// because it lapsed or its session ended.
+func Revoked(held context.Context) bool { return errors.Is(context.Cause(held), trust.ErrRevoked) }

@@ -1,0 +1,156 @@
+package grpcdoor_test
+
+import (
+	"context"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+	"google.golang.org/grpc"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/halligan-io/halligan/api"
+	"github.com/halligan-io/halligan/api/grpcdoor"
+	"github.com/halligan-io/halligan/internal/alarm"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
+)
+
+// service answers that all is well, or panics for whoever wants that.
+type service struct {
+	healthpb.UnimplementedHealthServer
+}
+
+func (service) Check(_ context.Context, req *healthpb.HealthCheckRequest) (*healthpb.HealthCheckResponse, error) {
+	if req.GetService() == "panic" {
+		panic("as asked")
+	}
+	return &healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_SERVING}, nil
+}
+
+type silent struct{}
+
+func (silent) Raise(alarm.Event) {}
+
+// anybody is somebody.
+func anybody(trust.Identity) bool { return true }
+
+func ada(who trust.Identity) bool { return who.Person == "ada" }
+
+func options() grpcdoor.Options {
+	o := grpcdoor.Options{Alarms: silent{}, Log: zerolog.Nop(), Register: func(r grpc.ServiceRegistrar) { healthpb.RegisterHealthServer(r, service{}) },
+		Methods: map[string]func(trust.Identity) bool{healthpb.Health_Check_FullMethodName: ada, healthpb.Health_List_FullMethodName: anybody, healthpb.Health_Watch_FullMethodName: anybody}}
+	for _, m := range grpcdoor.Reflection {
+		o.Methods[m] = anybody
+	}
+	return o
+}
+
+func open(t *testing.T) *grpcdoor.Server {
+	t.Helper()
+	s, err := grpcdoor.New(options())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Shutdown)
+	return s
+}
+
+// TestRows: a server with a method that nobody has thought of does not start.
+func TestRows(t *testing.T) {
+	for method := range options().Methods {
+		o := options()
+		delete(o.Methods, method)
+		if _, err := grpcdoor.New(o); err == nil || !strings.Contains(err.Error(), method) {
+			t.Errorf("without a row for %s: %v", method, err)
+		}
+	}
+}
+
+// TestAllow: a row decides, nobody is nobody, and a panic ends one call.
+func TestAllow(t *testing.T) {
+	s := open(t)
+	check := func(who trust.Identity, name string) error {
+		c, err := s.Dial(who, t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		_, err = healthpb.NewHealthClient(c).Check(t.Context(), &healthpb.HealthCheckRequest{Service: name})
+		return err
+	}
+	for person, want := range map[string]fault.Code{"ada": "", "bob": fault.Refused, "": fault.Refused} {
+		err := check(trust.Identity{Person: person, Door: trust.SSH}, "")
+		if (err == nil) != (want == "") || err != nil && api.FromStatus(err).Code != want {
+			t.Errorf("%q: %v, want %q", person, err, want)
+		}
+	}
+	who := trust.Identity{Person: "ada", Door: trust.SSH}
+	if err := check(who, "panic"); err == nil || !strings.Contains(err.Error(), "met a bug") {
+		t.Errorf("a panic: %v", err)
+	}
+	if err := check(who, ""); err != nil {
+		t.Errorf("after a panic: %v", err)
+	}
+	if n := s.Calls(); n > 1 { // the last one may just end
+		t.Errorf("%d calls are under way", n)
+	}
+}
+
+// once is a listener with one connection.
+type once struct {
+	net.Listener
+	conn chan net.Conn
+}
+
+func (o once) Accept() (net.Conn, error) {
+	if c, ok := <-o.conn; ok {
+		return c, nil
+	}
+	return nil, io.EOF
+}
+
+func (once) Close() error   { return nil }
+func (once) Addr() net.Addr { return &net.UnixAddr{} }
+
+// somebody is an authenticated connection.
+type somebody struct {
+	net.Conn
+	held context.Context
+}
+
+func (s somebody) Identity() (trust.Identity, error) { return trust.Identity{Person: "ada"}, nil }
+func (s somebody) Held() context.Context             { return s.held }
+
+// TestUnknownConnections: what no door has authenticated is not served.
+func TestUnknownConnections(t *testing.T) {
+	s := open(t)
+	near, far := net.Pipe()
+	defer near.Close()
+	conns := make(chan net.Conn, 1)
+	conns <- far
+	close(conns)
+	if err := s.Serve(once{conn: conns}); err == nil {
+		t.Error("a listener without connections goes on")
+	}
+	_ = near.SetReadDeadline(time.Now().Add(20 * time.Second))
+	if _, err := near.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("a plain connection is served: %v", err)
+	}
+	s.Shutdown()
+	if s.Stopping().Err() == nil {
+		t.Error("a stopped server does not say so")
+	}
+	if err := s.Hand(somebody{far, t.Context()}); !fault.Is(err, fault.Unreachable) {
+		t.Errorf("a connection for a stopped server: %v", err)
+	}
+	if c, err := s.Dial(trust.Identity{Person: "ada"}, t.Context()); err == nil {
+		defer c.Close()
+		if _, err := healthpb.NewHealthClient(c).Check(t.Context(), nil); err == nil {
+			t.Error("a stopped server answers")
+		}
+	}
+}
