@@ -371,10 +371,33 @@ func (f *Folder) pack(d *draft, current *bundle.File) error {
 		return cmp.Or(err, f.complete(store.Current()))
 	case err != nil:
 		f.say("not in the bundle: %s", strings.TrimPrefix(fault.Of(err).Message, "bundle: "))
+		if orphan := orphaned(next.Policy, current); orphan != "" {
+			f.say("the new policy drops who signed the %s; let a root of both policies sign the next version of it first", orphan)
+			f.say("next: halligan ca --dir %[1]s bundle next %[2]s; halligan ca --dir %[1]s bundle sign %[2]s --signer ROOT-KEY", f.dir, orphan)
+			return nil
+		}
 		return f.missing(d.Part)
 	}
 	f.say("%s: has it already", f.Bundle())
 	return nil
+}
+
+// orphaned returns the part of the bundle that nobody has signed whom the policy
+// knows, "" for none.
+func orphaned(p *bundle.Policy, current *bundle.File) string {
+	if p == nil {
+		return ""
+	}
+	keys := slices.Concat(p.Delegates, p.Roots.Keys)
+	for _, h := range []*bundle.Header{&current.Inventory.Header, &current.Revocations.Header} {
+		if !slices.ContainsFunc(split(h.Signatures()), func(armored []byte) bool {
+			by, err := bundle.VerifySignature(h.Bytes(), namespace(h.Part), armored)
+			return err == nil && slices.ContainsFunc(keys, func(k bundle.Key) bool { return same(k, by) })
+		}) {
+			return h.Part
+		}
+	}
+	return ""
 }
 
 // first makes the first bundle, once every part is signed.
