@@ -615,7 +615,9 @@ func TestStop(t *testing.T) {
 	var once sync.Once
 	r := l.engine.Apply(l.ctx(), responder, toApply(p), func(*halliganv1.Progress) {
 		once.Do(func() {
-			for _, who := range []trust.Identity{by("dave", trust.Responder), by(responder.Person, trust.Observer)} {
+			drill, narrow := by("dave", trust.Commander), by("dave", trust.Commander)
+			drill.Scope.Drill, narrow.Scope.Namespaces = true, []string{"b"}
+			for _, who := range []trust.Identity{by("dave", trust.Responder), by(responder.Person, trust.Observer), drill, narrow} {
 				if err := l.engine.Stop(who, p.Id); !fault.Is(err, fault.Refused) {
 					t.Errorf("%v stopped it: %v", who, err)
 				}

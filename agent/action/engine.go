@@ -421,6 +421,9 @@ func (e *Engine) Stop(who trust.Identity, id string) error {
 	if !ok {
 		return fault.New(fault.NotFound, "see: halligan history", "no action %.64q is under way", id)
 	}
+	if !mayRecall(who, r.actor) { // it may be at work where the credential does not reach
+		return fault.New(fault.Refused, "ask somebody with the whole role", "the credential of %s is narrowed, and action %s is %s's", who.Person, id, r.actor)
+	}
 	r.stop(errStopped)
 	return nil
 }

@@ -51,7 +51,7 @@ func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv
 		if err != nil {
 			return err
 		}
-		if !mayRecall(who, entry) {
+		if !mayRecall(who, entry.Actor) {
 			return fault.New(fault.Refused, "ask somebody with the whole role", "the credential of %s is narrowed, and action %s was %s's", who.Person, entry.ID, entry.Actor)
 		}
 		out := e.historyEntry(entry)
@@ -64,7 +64,7 @@ func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv
 		limit = defaultHistory
 	}
 	for _, entry := range e.journal.Entries() {
-		if !mayRecall(who, entry) {
+		if !mayRecall(who, entry.Actor) {
 			continue
 		}
 		if limit--; limit < 0 || ctx.Err() != nil {
@@ -77,10 +77,11 @@ func (e *Engine) History(ctx context.Context, who trust.Identity, req *halliganv
 	return nil
 }
 
-// mayRecall reports whether somebody may see what was done: records show objects
-// of every namespace, so that a narrowed credential shows one's own only.
-func mayRecall(who trust.Identity, j journal.Entry) bool {
-	return j.Actor == who.Person || len(who.Scope.Namespaces) == 0 && !who.Scope.Drill
+// mayRecall reports whether somebody may see or stop what an actor does: that is
+// about objects of every namespace, so that a narrowed credential is for one's own
+// only.
+func mayRecall(who trust.Identity, actor string) bool {
+	return actor == who.Person || len(who.Scope.Namespaces) == 0 && !who.Scope.Drill
 }
 
 func (e *Engine) historyEntry(j journal.Entry) *halliganv1.HistoryEntry {
