@@ -14,8 +14,8 @@ import (
 
 	"github.com/halligan-io/halligan/agent/console"
 	"github.com/halligan-io/halligan/agent/door"
-	"github.com/halligan-io/halligan/agent/mtls"
 	"github.com/halligan-io/halligan/agent/sshd"
+	"github.com/halligan-io/halligan/api/mtls"
 	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"

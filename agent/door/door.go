@@ -1,6 +1,6 @@
 // Package door is the agent's gRPC API over the surgical engine, the same for
 // everybody who came in, whichever way. The packages that open the ways
-// (agent/console, agent/mtls, agent/sshd) hand their connections to it; see
+// (agent/console, api/mtls, agent/sshd) hand their connections to it; see
 // api/grpcdoor.
 //
 // It must never decide what a person may do to the cluster: that is the engine's

@@ -43,10 +43,10 @@ var links = []struct{ binary, forbidden, why string }{
 // import, outside of tests. What is not in it has no place there.
 var inAgent = map[string][]string{
 	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/door": nil,
-	"agent/console": nil, "agent/mtls": nil, "agent/sshd": nil,
+	"agent/console": nil, "agent/sshd": nil,
 	"agent/journal": {"agent/storage"},
 	"agent/action":  {"agent/storage", "agent/etcd", "agent/journal"},
-	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/mtls", "agent/sshd", "agent/journal", "agent/action"},
+	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/sshd", "agent/journal", "agent/action"},
 }
 
 // mustNot says what a package and those below it must not import themselves,

@@ -1,11 +1,11 @@
-// Package mtls is the agent's door for automation in any language: gRPC over
+// Package mtls is a daemon's door for automation in any language: gRPC over
 // TLS 1.3 in which both sides have certificates. A connection is handed on only
 // after the client's certificate has been proven and verified under the bundle
 // in force.
 //
 // It must never hand on a connection whose peer is unknown, resume an old
 // session, or let strangers who never finish a handshake keep out others. It
-// stands on floor 4.
+// stands on floor 1.
 package mtls
 
 import (
