@@ -80,7 +80,7 @@ func Resolve(inv *bundle.Inventory, who trust.Identity, r Request) (Target, erro
 			continue
 		}
 		named = append(named, h)
-		if !inScope(who, h) {
+		if !InScope(who, h) {
 			continue
 		}
 		reachable = append(reachable, h)
@@ -108,9 +108,9 @@ func Resolve(inv *bundle.Inventory, who trust.Identity, r Request) (Target, erro
 	return Target{}, unknown(inv, r)
 }
 
-// inScope reports whether the credential is for the node. The node decides
+// InScope reports whether a credential is for the node. The node itself decides
 // that again.
-func inScope(who trust.Identity, h bundle.Host) bool {
+func InScope(who trust.Identity, h bundle.Host) bool {
 	return slices.Contains(who.Clusters, h.Cluster) && (len(who.Scope.Nodes) == 0 || slices.ContainsFunc(who.Scope.Nodes, func(pattern string) bool {
 		ok, _ := path.Match(pattern, h.Name)
 		return ok
