@@ -158,7 +158,11 @@ func (c *conn) Write(p []byte) (int, error) {
 			return 0, err
 		}
 	}
-	return c.raw.Write(p)
+	n, err := c.raw.Write(p)
+	if err != nil {
+		c.raw.Close() // else its reader would wait for as long as the client likes, and keep its places
+	}
+	return n, err
 }
 
 // SetDeadline does nothing: the library sets one, of no time, before every read.

@@ -276,11 +276,11 @@ func TestEnds(t *testing.T) {
 		s.end("ada", fault.New(fault.Unauthenticated, "", "revoked"))
 		eventually(t, "the login is over", func() bool { return s.logins.Taken() == 0 })
 	})
-	t.Run("who takes nothing any more is cut off", func(t *testing.T) {
+	takesNothing := func(t *testing.T, write time.Duration, end func(*served)) {
 		t.Parallel()
 		var sent atomic.Int64
 		s := serve(t, func(o *Options) {
-			o.Limits.Write = time.Hour // only the end of the login can cut it off in time
+			o.Limits.Write = write
 			o.Handlers.Session = func(s *Session) {
 				for chunk := make([]byte, 32<<10); ; {
 					n, err := s.Write(chunk)
@@ -324,8 +324,14 @@ func TestEnds(t *testing.T) {
 			last = sent.Load()
 			return last > 0 && last == before
 		})
-		s.end("ada", fault.New(fault.Unauthenticated, "", "revoked"))
+		end(s)
 		eventually(t, "the login is over", func() bool { return s.logins.Taken() == 0 })
+	}
+	t.Run("who takes nothing any more is cut off at the end", func(t *testing.T) {
+		takesNothing(t, time.Hour, func(s *served) { s.end("ada", fault.New(fault.Unauthenticated, "", "revoked")) })
+	})
+	t.Run("who takes nothing any more is cut off in time", func(t *testing.T) {
+		takesNothing(t, time.Second, func(*served) {})
 	})
 	t.Run("held longer than the connection", func(t *testing.T) {
 		t.Parallel()
