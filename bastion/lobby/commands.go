@@ -208,7 +208,7 @@ func whoami(ctx context.Context, a *asked, _ []string) error {
 	t.row("roles", strings.Join(s.GetRoles(), ", "))
 	t.row("door", s.GetDoor()+" of bastion "+s.GetBastion())
 	if end := s.GetCredentialExpires(); end != nil {
-		t.row("credential", verb.Ends(end.AsTime(), a.now))
+		t.row("credential", strings.TrimPrefix(verb.Ends(end.AsTime(), a.now), "credential "))
 	}
 	t.end()
 	if end := s.GetCredentialExpires(); end != nil {

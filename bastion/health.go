@@ -1,0 +1,100 @@
+package bastion
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/version"
+)
+
+// serveHealth serves metrics and health until the context ends. Labels hold
+// nothing that a client has chosen, and nobody's name.
+func (b *bastion) serveHealth(ctx context.Context, l net.Listener) error {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(b.metrics(), promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
+	// Alive: somebody answers. Restarting helps against nothing else.
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
+	// Ready: people can come in, though something may be degraded.
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		state, code := "ready", http.StatusOK
+		if !b.doors.ready() {
+			state, code = "not ready", http.StatusServiceUnavailable
+		}
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		w.WriteHeader(code)
+		lines := []string{state}
+		for _, warning := range b.degraded() {
+			lines = append(lines, neutral.LineMax(warning, 512))
+		}
+		_, _ = fmt.Fprintln(w, strings.Join(lines, "\n")) // who is gone need not know
+	})
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	defer context.AfterFunc(ctx, func() { server.Close() })()
+	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// metrics are gathered when somebody asks.
+func (b *bastion) metrics() *prometheus.Registry {
+	registry := prometheus.NewRegistry()
+	name := func(name, help string) prometheus.Opts {
+		return prometheus.Opts{Namespace: "halligan", Subsystem: "bastion", Name: name, Help: help}
+	}
+	gauge := func(n, help string, value func() float64) {
+		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts(name(n, help)), value))
+	}
+	counter := func(n, help string, labels prometheus.Labels, value func() int64) {
+		o := prometheus.CounterOpts(name(n, help))
+		o.ConstLabels = labels
+		registry.MustRegister(prometheus.NewCounterFunc(o, func() float64 { return float64(value()) }))
+	}
+	yes := func(b bool) float64 {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	relay := b.relay
+	gauge("relays", "Connections that are relayed now.", func() float64 { return float64(relay.Stats().Open) })
+	counter("relays_total", "Connections that were relayed.", nil, func() int64 { return relay.Stats().Begun })
+	counter("relays_refused_total", "Connections that were asked for and are not relayed.", nil, func() int64 { return relay.Stats().Refused })
+	counter("relays_failed_total", "Connections to nodes that could not be reached.", nil, func() int64 { return relay.Stats().Failed })
+	counter("relayed_bytes_total", "Bytes that were relayed.", prometheus.Labels{"direction": "up"}, func() int64 { return relay.Stats().BytesUp })
+	counter("relayed_bytes_total", "Bytes that were relayed.", prometheus.Labels{"direction": "down"}, func() int64 { return relay.Stats().BytesDown })
+	counter("alarms_dropped_total", "Alarms that a sink did not get.", nil, func() int64 { return int64(b.alarms.Dropped()) }) // #nosec G115 -- far below
+	gauge("ready", "Whether people can come in.", func() float64 { return yes(b.doors.ready()) })
+	gauge("store_up", "Whether the store that bastions share works.", func() float64 { return yes(b.store.Degraded() == "") })
+	gauge("warnings", "How many things are degraded; the readiness page names them.", func() float64 { return float64(len(b.degraded())) })
+	gauge("bundle_fresh_until_seconds", "When the bundle in force becomes stale, in Unix time; 0: there is none.", func() float64 {
+		if s := b.trusted.Status(); s != nil {
+			return float64(s.GetFreshUntil().GetSeconds())
+		}
+		return 0
+	})
+	for part, get := range map[string]func() uint64{
+		"policy":      func() uint64 { return b.trusted.Status().GetPolicyVersion() },
+		"inventory":   func() uint64 { return b.trusted.Status().GetInventoryVersion() },
+		"revocations": func() uint64 { return b.trusted.Status().GetRevocationsVersion() },
+	} {
+		o := prometheus.GaugeOpts(name("bundle_version", "Versions of the bundle's parts in force; 0: there is none."))
+		o.ConstLabels = prometheus.Labels{"part": part}
+		registry.MustRegister(prometheus.NewGaugeFunc(o, func() float64 { return float64(get()) }))
+	}
+	o := prometheus.GaugeOpts(name("build_info", "Always 1."))
+	o.ConstLabels = prometheus.Labels{"version": version.String()}
+	registry.MustRegister(prometheus.NewGaugeFunc(o, func() float64 { return 1 }))
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return registry
+}
