@@ -46,7 +46,8 @@ func Dir(path string) error {
 }
 
 // CheckPrivate refuses what is no plain file of this process's user, and what
-// others may read or write. A link is no plain file.
+// others may read or write. A link is no plain file. A credential that the
+// service manager lends this process is private.
 func CheckPrivate(path string) error {
 	st, err := os.Lstat(path)
 	if err != nil {
@@ -55,10 +56,21 @@ func CheckPrivate(path string) error {
 	if !st.Mode().IsRegular() {
 		return fmt.Errorf("%s is not a plain file", path)
 	}
+	if lent(path, st) {
+		return nil
+	}
 	if st.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("%s has mode %04o; others may read it: chmod 600 it", path, st.Mode().Perm())
 	}
 	return owned(path, st)
+}
+
+// lent reports whether a file is one of root's that systemd gave to this service
+// alone (LoadCredential=, systemd.exec(5)). Where its user is not root, an access
+// control list says so, and that shows as a group that may read.
+func lent(path string, st fs.FileInfo) bool {
+	s, ok := st.Sys().(*syscall.Stat_t)
+	return ok && s.Uid == 0 && st.Mode().Perm()&^0o440 == 0 && filepath.IsAbs(path) && filepath.Dir(path) == os.Getenv("CREDENTIALS_DIRECTORY")
 }
 
 func owned(path string, st fs.FileInfo) error {

@@ -111,6 +111,45 @@ func TestOwner(t *testing.T) {
 	}
 }
 
+// TestLent: what the service manager gives to this service alone is private,
+// whatever an access control list makes its mode look like.
+func TestLent(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	dir, other := t.TempDir(), t.TempDir()
+	t.Setenv("CREDENTIALS_DIRECTORY", dir)
+	for _, c := range []struct {
+		dir  string
+		mode fs.FileMode
+		uid  int
+		ok   bool
+	}{
+		{dir, 0o440, 0, true}, {dir, 0o400, 0, true}, {dir, 0o400, os.Geteuid(), true},
+		{dir, 0o444, 0, false}, {dir, 0o460, 0, false}, {dir, 0o640, 0, false}, {dir, 0o440, 65534, false},
+		{filepath.Join(dir, "deeper"), 0o440, 0, false}, {other, 0o440, 0, false},
+	} {
+		file := filepath.Join(c.dir, "key")
+		if err := errors.Join(os.MkdirAll(c.dir, 0o700), os.WriteFile(file, nil, 0o600), os.Chown(file, c.uid, -1), os.Chmod(file, c.mode)); err != nil {
+			t.Fatal(err)
+		}
+		if err := CheckPrivate(file); (err == nil) != c.ok {
+			t.Errorf("%s, mode %v of user %d: %v", file, c.mode, c.uid, err)
+		}
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("CREDENTIALS_DIRECTORY", "")
+	file := filepath.Join(dir, "key")
+	if err := errors.Join(os.WriteFile(file, nil, 0o440), os.Chmod(file, 0o440)); err != nil {
+		t.Fatal(err)
+	}
+	if err := CheckPrivate(file); err == nil {
+		t.Error("a group may read a file that nobody lent")
+	}
+}
+
 func TestWrite(t *testing.T) {
 	dir := t.TempDir()
 	path, target, link := filepath.Join(dir, "file"), filepath.Join(dir, "target"), filepath.Join(dir, "link")
