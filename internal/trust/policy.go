@@ -43,8 +43,9 @@ type ActionRule struct {
 	Role string `json:"role"`
 }
 
-// Rule protects objects. Every list holds patterns of path.Match; an empty list
-// stands for everything. A rule matches an object that all its lists match.
+// Rule protects objects. Every list holds patterns of path.Match, of which * takes
+// a slash too; an empty list stands for everything. A rule matches an object that
+// all its lists match.
 type Rule struct {
 	// Actions are names of the action table. Undoing counts as the action
 	// "undo".
@@ -359,8 +360,18 @@ func (p *Policy) Caps() Caps { return p.rules.Caps }
 // AloneCaps returns those for who goes without approvals, never above Caps.
 func (p *Policy) AloneCaps() Caps { return p.rules.Caps.least(p.rules.AloneCaps) }
 
+// matches is among for what a policy says, whose empty list stands for everything,
+// and whose * takes a slash too: groups of OpenID Connect have some, and one of
+// keepSubjects must not lose its rights for that.
 func matches(patterns []string, s string) bool {
-	return len(patterns) == 0 || among(patterns, s)
+	if len(patterns) == 0 || among(patterns, s) {
+		return true
+	}
+	flat := strings.NewReplacer("/", "\x00")
+	return strings.Contains(s, "/") && slices.ContainsFunc(patterns, func(p string) bool {
+		ok, err := path.Match(flat.Replace(p), flat.Replace(s))
+		return ok && err == nil
+	})
 }
 
 func among(patterns []string, s string) bool {

@@ -120,6 +120,19 @@ func subject(p *Policy, name string) error {
 	return p.Decide(commander, Request{Action: "revoke", Rung: Responder, Mutates: true, Subject: name})
 }
 
+// TestSlashes: a subject with slashes in its name is protected like any other.
+func TestSlashes(t *testing.T) {
+	p, err := NewPolicy(Rules{KeepSubjects: []SubjectRule{{Subjects: []string{"oidc:*", "https://idp/on-call-?"}, Why: "on call"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, kept := range map[string]bool{"oidc:alice": true, "oidc:/admins": true, "oidc:a/b/c": true, "https://idp/on-call-1": true, "https://idp/on-call-12": false, "ldap:/admins": false} {
+		if err := subject(p, name); fault.Is(err, fault.Refused) != kept {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // TestUnknown: a rule with a slip of the keyboard protects nothing.
 func TestUnknown(t *testing.T) {
 	actions := []string{"get", "scale", "delete", "revoke", "undo", "history"}
