@@ -65,6 +65,9 @@ func decide(policy *trust.Policy, who trust.Identity, request trust.Request, ste
 	for _, s := range steps {
 		r := on(request, s.kind, s.namespace, s.name)
 		r.Deletes = s.op == opDelete
+		if r.Deletes && s.kind.Resource() == "serviceaccounts" { // which takes all rights, like revoke
+			r.Subject = serviceAccountPrefix + s.namespace + ":" + s.name
+		}
 		if err := policy.Decide(who, r); err != nil {
 			if len(steps) > 1 && r.Action == deleteName {
 				f := fault.Of(err)

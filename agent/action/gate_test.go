@@ -500,3 +500,17 @@ func TestDeletingWhatForbids(t *testing.T) {
 		t.Fatalf("%v, %v", p, err)
 	}
 }
+
+// TestKeptServiceAccount: what revoke refuses, deleting the ServiceAccount does not
+// get either.
+func TestKeptServiceAccount(t *testing.T) {
+	l := newLab(t, 1)
+	l.under(7, trust.Rules{KeepSubjects: []trust.SubjectRule{{Subjects: []string{"system:serviceaccount:ops:*"}, Why: "they run the cluster"}}})
+	for _, ns := range []string{"ops", "shop"} {
+		l.put(&corev1.ServiceAccount{ObjectMeta: labelled(ns, "robot", "app", "robot")})
+	}
+	l.refuses(fault.Refused, "they run the cluster", "revoke", map[string]any{"subject": "system:serviceaccount:ops:robot"})
+	l.refuses(fault.Refused, "they run the cluster", "delete", map[string]any{"target": "sa/robot", "namespace": "ops"})
+	l.refuses(fault.Refused, "they run the cluster", "delete", map[string]any{"target": "sa", "allNamespaces": true, "selector": "app=robot"})
+	l.do(resultApplied, "delete", map[string]any{"target": "sa/robot", "namespace": "shop"})
+}
