@@ -28,6 +28,10 @@ import (
 // may come up late, and a bundle or a certificate be copied later.
 const retryEvery = 2 * time.Second
 
+// stopWithin is when sessions are ended although the API has not: it cuts its
+// calls off before.
+const stopWithin = 6 * time.Second
+
 // doors are the ways in. The console must open, or the agent ends; what keeps
 // another from opening is told and tried again, since one door is better than
 // none.
@@ -76,8 +80,11 @@ func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, alarms
 	case <-ctx.Done():
 	}
 	// Calls under way first, so that a session can still hear what became of
-	// its own, then the sessions.
+	// its own, then the sessions; or both, where a client that takes nothing
+	// holds up its calls.
+	late := time.AfterFunc(stopWithin, leave)
 	d.server.Shutdown()
+	late.Stop()
 	leave()
 	outside.Wait()
 	log.Info().Msg("doors closed")
