@@ -34,9 +34,9 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/halligan-io/halligan/agent/action"
-	"github.com/halligan-io/halligan/agent/sshd"
 	"github.com/halligan-io/halligan/agent/storage"
 	"github.com/halligan-io/halligan/api"
+	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/etcdcluster"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -542,7 +542,7 @@ func subsystem(client *ssh.Client) (net.Conn, error) {
 		return nil, err
 	}
 	go ssh.DiscardRequests(requests) // until the channel is closed
-	ok, err := channel.SendRequest("subsystem", true, ssh.Marshal(struct{ Name string }{sshd.Subsystem}))
+	ok, err := channel.SendRequest("subsystem", true, ssh.Marshal(struct{ Name string }{grpcdoor.Subsystem}))
 	if err != nil || !ok {
 		return nil, errors.Join(errors.New("no subsystem"), err, channel.Close())
 	}

@@ -16,7 +16,6 @@ import (
 	"io"
 	"net"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -34,15 +33,12 @@ import (
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
-// Subsystem is the name under which the agent's API is offered.
-const Subsystem = "halligan-grpc"
-
 // Door is the agent's API: a *grpcdoor.Server.
 type Door interface {
 	// Dial returns a client that is taken for who, as long as held lasts.
 	Dial(who trust.Identity, held context.Context) (*grpc.ClientConn, error)
-	// Hand serves a connection. After an error it is closed.
-	Hand(grpcdoor.Conn) error
+	// ServeSession serves a session until it has ended.
+	ServeSession(grpcdoor.Session)
 }
 
 // Options say what is behind the SSH server, and what the prompt calls it.
@@ -60,7 +56,7 @@ func Handlers(o Options) sshserver.Handlers {
 	h := &handler{o}
 	return sshserver.Handlers{
 		Session:    func(s *sshserver.Session) { h.session(s) },
-		Subsystems: map[string]func(*sshserver.Session){Subsystem: func(s *sshserver.Session) { h.subsystem(s) }},
+		Subsystems: map[string]func(*sshserver.Session){grpcdoor.Subsystem: func(s *sshserver.Session) { o.Door.ServeSession(s) }},
 	}
 }
 
@@ -109,56 +105,6 @@ func (h *handler) session(s session) {
 	}
 	_ = s.Exit(status) // who is gone needs no status
 }
-
-// subsystem hands the session to the API and returns when it has ended.
-func (h *handler) subsystem(s session) {
-	c := newChannel(s)
-	if err := h.Door.Hand(c); err != nil {
-		_, _ = fmt.Fprintf(s.Stderr(), "halligan: %s\n", neutral.Line(fault.Of(err).Error()))
-	}
-	<-c.closed
-}
-
-// channel is a session as a connection of the API.
-type channel struct {
-	session
-	closed chan struct{}
-	close  func() error
-
-	mu    sync.Mutex // guards timer
-	timer *time.Timer
-}
-
-func newChannel(s session) *channel {
-	c := &channel{session: s, closed: make(chan struct{})}
-	c.close = sync.OnceValue(func() error { defer close(c.closed); return s.Exit(0) })
-	return c
-}
-
-func (c *channel) Identity() (trust.Identity, error) { return c.session.Identity(), nil }
-
-func (c *channel) Close() error {
-	_ = c.SetDeadline(time.Time{})
-	return c.close()
-}
-
-// SetDeadline closes the channel at that time, which is what gRPC, its only
-// user, would do next.
-func (c *channel) SetDeadline(at time.Time) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.timer != nil {
-		c.timer.Stop()
-		c.timer = nil
-	}
-	if !at.IsZero() {
-		c.timer = time.AfterFunc(time.Until(at), func() { _ = c.close() })
-	}
-	return nil
-}
-
-func (c *channel) SetReadDeadline(at time.Time) error  { return c.SetDeadline(at) }
-func (c *channel) SetWriteDeadline(at time.Time) error { return c.SetDeadline(at) }
 
 // agent is a connection to the API that ends with a verb.
 type agent struct {

@@ -25,6 +25,7 @@ import (
 
 	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/api"
+	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -516,7 +517,7 @@ func (pipe) SetWriteDeadline(time.Time) error { return nil }
 // TestSubsystem speaks the agent's API through ssh -s.
 func TestSubsystem(t *testing.T) {
 	h := open(t)
-	cmd := h.command(t.Context(), "-s", "cp-1", Subsystem)
+	cmd := h.command(t.Context(), "-s", "cp-1", grpcdoor.Subsystem)
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -549,32 +550,6 @@ func TestSubsystem(t *testing.T) {
 	}
 	if status, out, _ := h.ssh(t, "", nil, "-s", "cp-1", "sftp"); status == 0 || out != "" {
 		t.Error("there is sftp")
-	}
-}
-
-// stalled is a session that nothing comes out of.
-type stalled struct {
-	session
-	exited chan int
-}
-
-func (s stalled) Exit(status int) error { s.exited <- status; return nil }
-
-// TestSilentSubsystem: what gRPC wants of a connection's deadlines ends a client
-// that opens the subsystem and says nothing.
-func TestSilentSubsystem(t *testing.T) {
-	s := stalled{exited: make(chan int, 1)}
-	c := newChannel(s)
-	if err := c.SetDeadline(time.Now().Add(time.Hour)); err != nil {
-		t.Fatal(err)
-	}
-	if err := c.SetDeadline(time.Now().Add(-time.Second)); err != nil {
-		t.Fatal(err)
-	}
-	<-c.closed
-	<-s.exited
-	if err := errors.Join(c.Close(), c.Close()); err != nil {
-		t.Error(err)
 	}
 }
 
