@@ -13,15 +13,20 @@ import (
 	"net/netip"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/rs/zerolog"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/bastion/lobby"
 	"github.com/halligan-io/halligan/bastion/relay"
+	"github.com/halligan-io/halligan/bastion/rpc"
 	"github.com/halligan-io/halligan/bastion/store"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/sshserver"
+	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/version"
 )
@@ -65,16 +70,21 @@ func Run(ctx context.Context, c Config, log zerolog.Logger) error {
 	if err != nil {
 		return err
 	}
-	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Never: own, Loopback: loopback, Begin: b.begin, Log: log, Alarm: alarms.Raise})
-	b.doors = &doors{config: c, trusted: b.trusted, alarms: alarms, log: log, closed: map[string]string{}, open: map[string]bool{}, handlers: b.handlers()}
+	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Never: own, Loopback: loopback, Begin: func(s relay.Session) func() { return b.enter(s.Who, s.Target.Node.ID(), s.Since) }, Log: log, Alarm: alarms.Raise})
+	b.doors = &doors{config: c, trusted: b.trusted, alarms: alarms, log: log, closed: map[string]string{}, open: map[string]bool{}}
 	log.Info().Str("version", version.String()).Strs("ssh", c.SSH.Listen).Msg("bastion starts")
-	b.serve(ctx)
+	err = b.serve(ctx)
 	log.Info().Msg("bastion ends")
-	return nil
+	return err
 }
 
-// serve opens the doors and serves until the context ends.
-func (b *bastion) serve(ctx context.Context) {
+// stopWithin is when sessions are ended although the API has not: it cuts its
+// calls off before.
+const stopWithin = 6 * time.Second
+
+// serve opens the doors and serves until the context ends, then stops
+// gracefully.
+func (b *bastion) serve(ctx context.Context) error {
 	var inside sync.WaitGroup
 	defer inside.Wait()
 	if at := b.config.Metrics.Listen; at != "off" {
@@ -82,26 +92,54 @@ func (b *bastion) serve(ctx context.Context) {
 			b.doors.listen(ctx, "metrics", at, func(l net.Listener) error { return b.serveHealth(ctx, l) })
 		})
 	}
-	b.doors.keep(ctx, "bundle", b.trusted.open)
+	b.doors.keep(ctx, "bundle", b.trusted.Open)
 	if ctx.Err() != nil {
-		return
+		return nil
 	}
 	b.doors.opened("bundle")
-	inside.Go(func() { b.trusted.watch(ctx) })
-	inside.Go(func() { b.doors.ssh(ctx) })
+	bundles := b.trusted.opened.Load().store
+	server, err := rpc.New(rpc.Options{Bastion: b.config.Name, Store: b.store, Bundles: bundles, Relays: func() int64 { return b.relay.Stats().Open },
+		Warnings: b.doors.warnings, Now: b.trusted.clock.Now, Alarms: b.alarms, Log: b.log})
+	if err != nil {
+		return err
+	}
+	b.doors.handlers = b.handlers(server)
+	inside.Go(func() { b.trusted.Watch(ctx) })
+	inside.Go(func() { b.store.Share(ctx, bundles) })
+	network, leave := context.WithCancel(context.WithoutCancel(ctx))
+	defer leave()
+	inside.Go(func() { b.doors.ssh(network) })
+	if b.config.GRPC != nil {
+		inside.Go(func() { b.doors.grpc(network, server) })
+	}
+	<-ctx.Done()
+	// Calls under way first, so that a session can still hear what became of
+	// its own, then the sessions; or both, where a client takes nothing.
+	late := time.AfterFunc(stopWithin, leave)
+	defer late.Stop()
+	server.Shutdown()
+	return nil
 }
 
 // handlers are what the SSH door offers.
-func (b *bastion) handlers() sshserver.Handlers {
+func (b *bastion) handlers(server *rpc.Server) sshserver.Handlers {
+	look := lobby.Handler(lobby.Options{Dial: server.Dial, Bastion: b.config.Name, Now: b.trusted.clock.Now, Log: b.log})
+	entered := func(serve func(*sshserver.Session)) func(*sshserver.Session) {
+		return func(s *sshserver.Session) {
+			defer b.enter(s.Identity(), "", time.Now())()
+			serve(s)
+		}
+	}
 	return sshserver.Handlers{
-		Channels: map[string]func(*sshserver.Channel){relay.ChannelType: b.relay.Handle},
+		Session:    entered(look),
+		Subsystems: map[string]func(*sshserver.Session){grpcdoor.Subsystem: entered(func(s *sshserver.Session) { server.ServeSession(s) })},
+		Channels:   map[string]func(*sshserver.Channel){relay.ChannelType: b.relay.Handle},
 	}
 }
 
-// begin tells the other bastions who is relayed where.
-func (b *bastion) begin(s relay.Session) (end func()) {
-	return b.store.Enter(&halliganv1.Session{Person: s.Who.Person, Credential: string(s.Who.Kind), Door: string(s.Who.Door), Source: s.Who.Source,
-		Target: s.Target.Node.ID(), Started: timestamppb.New(s.Since)})
+// enter tells all bastions who is in, and where they are relayed to.
+func (b *bastion) enter(who trust.Identity, target string, since time.Time) (leave func()) {
+	return b.store.Enter(&halliganv1.Session{Person: who.Person, Credential: string(who.Kind), Door: string(who.Door), Source: who.Source, Target: target, Started: timestamppb.New(since)})
 }
 
 // degraded tells what does not work, each in one line.

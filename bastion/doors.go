@@ -2,6 +2,7 @@ package bastion
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"net"
 	"slices"
@@ -11,10 +12,14 @@ import (
 	"github.com/rs/zerolog"
 	"golang.org/x/crypto/ssh"
 
+	"github.com/halligan-io/halligan/api/mtls"
+	"github.com/halligan-io/halligan/bastion/rpc"
+	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/sshserver"
+	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 )
 
@@ -46,6 +51,8 @@ type doors struct {
 	closed map[string]string
 	open   map[string]bool
 	host   *ssh.Certificate // once it is loaded
+	// certificate is that of gRPC, once it is loaded.
+	certificate func() (*tls.Certificate, error)
 }
 
 // keep runs a way in until the context ends, and again when it fails.
@@ -133,7 +140,7 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	authority := d.trusted.opened.Load().authority
+	authority := d.trusted.Authority()
 	server, err := sshserver.New(sshserver.Options{HostSigners: signers, Authenticate: authority.User, Roleless: true, Offer: authority.Offered, Hold: authority.Hold,
 		Handlers: d.handlers, Limits: limits, Log: d.log, Alarm: d.alarms.Raise})
 	if err != nil {
@@ -143,6 +150,40 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 	defer d.mu.Unlock()
 	d.host = cert
 	return server, nil
+}
+
+// grpc serves the API over mTLS at all of its addresses until the context ends.
+func (d *doors) grpc(ctx context.Context, server *rpc.Server) {
+	d.keep(ctx, "grpc", func() error {
+		certificate, err := mtls.Load(d.config.GRPC.CertFile, d.config.GRPC.KeyFile, d.config.Name+"."+bundle.BastionDomain, d.log)
+		if err != nil {
+			return err
+		}
+		d.mu.Lock()
+		d.certificate = certificate
+		d.mu.Unlock()
+		d.opened("grpc")
+		o := mtls.Options{Certificate: certificate, Authority: d.trusted.Authority(), Log: d.log,
+			Refused: func(source net.Addr, err error) {
+				d.alarms.Raise(alarm.Of(alarm.Refusal, trust.Identity{Door: trust.GRPC, Source: source.String()}, fault.Of(err).Message))
+			},
+			Dropped: func(n uint64, source string) {
+				d.alarms.Raise(alarm.Of(admission.Flood, trust.Identity{Door: trust.GRPC, Source: source}, fmt.Sprintf("%d TLS handshakes were cut short to make room for others", n)))
+			}}
+		var all sync.WaitGroup
+		defer all.Wait()
+		for _, address := range d.config.GRPC.Listen {
+			all.Go(func() {
+				d.listen(ctx, "grpc", address, func(l net.Listener) error {
+					secure := mtls.NewListener(l, o)
+					defer secure.Close()
+					defer context.AfterFunc(ctx, func() { secure.Close() })()
+					return server.Serve(secure)
+				})
+			})
+		}
+		return nil
+	})
 }
 
 // ready reports whether somebody can come in by SSH.
@@ -161,10 +202,15 @@ func (d *doors) ready() bool {
 func (d *doors) warnings() []string {
 	all := append(d.trusted.warnings(), d.shut()...)
 	d.mu.Lock()
-	host := d.host
+	host, certificate := d.host, d.certificate
 	d.mu.Unlock()
+	if certificate != nil {
+		if cert, err := certificate(); err == nil {
+			all = append(all, d.trusted.ending("gRPC certificate", cert.Leaf.NotAfter)...)
+		}
+	}
 	if host != nil {
-		all = append(all, d.trusted.hostWarnings(host)...)
+		all = append(all, d.trusted.HostWarnings(host)...)
 	}
 	if n := d.alarms.Dropped(); n > 0 {
 		all = append(all, fmt.Sprintf("%d alarms were dropped since the bastion started: see its log", n))
