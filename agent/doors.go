@@ -60,7 +60,7 @@ func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, alarms
 	o := door.Options{Engine: engine, Cluster: c.Cluster, Warnings: d.warnings, Alarms: alarms, Log: log}
 	if c.Trust != nil {
 		o.Bundles = t
-		_ = t.open() // so that the first call has its policy; outside tries again, and tells
+		_ = t.Open() // so that the first call has its policy; outside tries again, and tells
 	}
 	if d.server, err = door.New(o); err != nil {
 		socket.Close()
@@ -95,15 +95,13 @@ func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, alarms
 // whom to let in.
 func (d *doors) outside(ctx context.Context) {
 	d.keep(ctx, "bundle", func() error {
-		if d.trusted.opened.Load() == nil {
-			if err := d.trusted.open(); err != nil {
-				return err
-			}
+		if err := d.trusted.Open(); err != nil {
+			return err
 		}
 		d.opened("bundle")
 		var inside sync.WaitGroup
 		defer inside.Wait()
-		inside.Go(func() { d.trusted.watch(ctx) })
+		inside.Go(func() { d.trusted.Watch(ctx) })
 		if c := d.config.SSH; c != nil {
 			for _, address := range c.Listen {
 				inside.Go(func() { d.keep(ctx, "ssh "+address, func() error { return d.ssh(ctx, address) }) })
@@ -160,7 +158,7 @@ func (d *doors) grpc(ctx context.Context, address string) error {
 	if err != nil {
 		return err
 	}
-	secure := mtls.NewListener(l, mtls.Options{Certificate: certificate, Authority: d.trusted.opened.Load().authority, Relay: d.trusted.relay, Log: d.log,
+	secure := mtls.NewListener(l, mtls.Options{Certificate: certificate, Authority: d.trusted.Authority(), Relay: d.trusted.relay, Log: d.log,
 		Refused: func(source net.Addr, err error) {
 			d.alarms.Raise(alarm.Of(alarm.Refusal, trust.Identity{Door: trust.GRPC, Source: source.String()}, fault.Of(err).Message))
 		}, Dropped: func(n uint64, source string) {
@@ -212,7 +210,7 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	authority := d.trusted.opened.Load().authority
+	authority := d.trusted.Authority()
 	server, err := sshserver.New(sshserver.Options{HostSigners: signers, Authenticate: authority.User, Offer: authority.Offered, Hold: authority.Hold,
 		Handlers: sshd.Handlers(sshd.Options{Door: d.server, Node: c.Node, Cluster: c.Cluster, Now: d.trusted.clock.Now, Log: d.log}),
 		Relay:    d.trusted.relay, Log: d.log, Alarm: d.alarms.Raise})
@@ -237,11 +235,11 @@ func (d *doors) warnings() []string {
 	all = append(all, shut...)
 	if certificate != nil {
 		if cert, err := certificate(); err == nil {
-			all = append(all, d.trusted.certificateWarnings(cert)...)
+			all = append(all, d.trusted.ServerWarnings(cert)...)
 		}
 	}
 	if host != nil {
-		all = append(all, d.trusted.hostWarnings(host)...)
+		all = append(all, d.trusted.HostWarnings(host)...)
 	}
 	if n := d.alarms.Dropped(); n > 0 {
 		all = append(all, fmt.Sprintf("%d alarms were dropped since the agent started: see its log", n))

@@ -42,7 +42,7 @@ func TestWarnsOfRulesThatMatchNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := believed.open(); err != nil {
+	if err := believed.Open(); err != nil {
 		t.Fatal(err)
 	}
 	all := strings.Join(believed.warnings(), "\n")

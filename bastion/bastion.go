@@ -97,7 +97,7 @@ func (b *bastion) serve(ctx context.Context) error {
 		return nil
 	}
 	b.doors.opened("bundle")
-	bundles := b.trusted.opened.Load().store
+	bundles := b.trusted.Store()
 	server, err := rpc.New(rpc.Options{Bastion: b.config.Name, Store: b.store, Bundles: bundles, Relays: func() int64 { return b.relay.Stats().Open },
 		Warnings: b.doors.warnings, Now: b.trusted.clock.Now, Alarms: b.alarms, Log: b.log})
 	if err != nil {

@@ -206,7 +206,7 @@ func (d *doors) warnings() []string {
 	d.mu.Unlock()
 	if certificate != nil {
 		if cert, err := certificate(); err == nil {
-			all = append(all, d.trusted.ending("gRPC certificate", cert.Leaf.NotAfter)...)
+			all = append(all, d.trusted.ServerWarnings(cert)...)
 		}
 	}
 	if host != nil {
