@@ -87,6 +87,8 @@ const stopWithin = 6 * time.Second
 func (b *bastion) serve(ctx context.Context) error {
 	var inside sync.WaitGroup
 	defer inside.Wait()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	if at := b.config.Metrics.Listen; at != "off" {
 		inside.Go(func() {
 			b.doors.listen(ctx, "metrics", at, func(l net.Listener) error { return b.serveHealth(ctx, l) })

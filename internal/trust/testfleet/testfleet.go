@@ -12,6 +12,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -114,6 +115,59 @@ func (f *Fleet) Policy(change func(*bundle.Policy)) []byte {
 	change(&next)
 	f.add(&next, bundle.PolicyNamespace)
 	return f.Bundle()
+}
+
+// Inventory signs the next inventory and returns the bundle with it.
+func (f *Fleet) Inventory(change func(*bundle.Inventory)) []byte {
+	f.t.Helper()
+	next := *f.file.Inventory
+	next.Header = next.Next(time.Now().UTC().Truncate(time.Second))
+	change(&next)
+	f.add(&next, bundle.InventoryNamespace)
+	return f.Bundle()
+}
+
+// HostFiles writes an SSH host's key and its certificate for a name.
+func (f *Fleet) HostFiles(name string, v issuer.Validity) (keyFile, certFile string) {
+	f.t.Helper()
+	_, private := f.key()
+	signer, err := gossh.NewSignerFromKey(private)
+	f.must(err)
+	block, err := gossh.MarshalPrivateKey(private, "")
+	f.must(err)
+	cert, err := f.Host.Host(signer.PublicKey(), name, f.next(), v)
+	f.must(err)
+	keyFile = filepath.Join(f.Dir, name+".hostkey")
+	certFile = keyFile + "-cert.pub"
+	f.must(os.WriteFile(keyFile, pem.EncodeToMemory(block), 0o600))
+	f.must(os.WriteFile(certFile, gossh.MarshalAuthorizedKey(cert), 0o600))
+	return keyFile, certFile
+}
+
+// PersonFiles writes an SSH key and its user certificate, which lies beside it
+// as ssh looks for it.
+func (f *Fleet) PersonFiles(h issuer.Holder, v issuer.Validity) (keyFile string) {
+	f.t.Helper()
+	_, private := f.key()
+	signer, err := gossh.NewSignerFromKey(private)
+	f.must(err)
+	block, err := gossh.MarshalPrivateKey(private, "")
+	f.must(err)
+	cert, err := f.User.User(signer.PublicKey(), h, f.next(), v)
+	f.must(err)
+	keyFile = filepath.Join(f.Dir, fmt.Sprintf("%s-%d", h.Person, cert.Serial))
+	f.must(os.WriteFile(keyFile, pem.EncodeToMemory(block), 0o600))
+	f.must(os.WriteFile(keyFile+"-cert.pub", gossh.MarshalAuthorizedKey(cert), 0o600))
+	return keyFile
+}
+
+// KnownHosts writes a file of known hosts by which every server of the fleet
+// that shows a certificate is known, and no other.
+func (f *Fleet) KnownHosts() (file string) {
+	f.t.Helper()
+	file = filepath.Join(f.Dir, "known_hosts")
+	f.must(os.WriteFile(file, []byte("@cert-authority * "+strings.TrimSpace(string(issuer.PublicLine(f.Host.Public(), "host")))+"\n"), 0o600))
+	return file
 }
 
 // Revoke signs the next revocations and returns the bundle with them.
