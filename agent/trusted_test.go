@@ -55,4 +55,7 @@ func TestWarnsOfRulesThatMatchNothing(t *testing.T) {
 	if n, _, _ := believed.Policy().Approvals(who, trust.Request{Action: "delete", Mutates: true}, 1); n != 1 {
 		t.Errorf("%d approvals for a deletion", n)
 	}
+	if st := believed.Status(); len(st.GetHash()) != 64 { // by which clients notice a fork
+		t.Errorf("%v", st)
+	}
 }

@@ -13,5 +13,5 @@ func BundleStatus(b *bundle.Bundle) *halliganv1.BundleStatus {
 		return nil
 	}
 	return &halliganv1.BundleStatus{PolicyVersion: b.Policy.Version, InventoryVersion: b.Inventory.Version, RevocationsVersion: b.Revocations.Version,
-		Signed: timestamppb.New(b.Signed()), FreshUntil: timestamppb.New(b.FreshUntil())}
+		Signed: timestamppb.New(b.Signed()), FreshUntil: timestamppb.New(b.FreshUntil()), Hash: b.Hash}
 }

@@ -549,8 +549,10 @@ type BundleStatus struct {
 	InventoryVersion   uint64                 `protobuf:"varint,2,opt,name=inventory_version,json=inventoryVersion,proto3" json:"inventory_version,omitempty"`
 	RevocationsVersion uint64                 `protobuf:"varint,3,opt,name=revocations_version,json=revocationsVersion,proto3" json:"revocations_version,omitempty"`
 	// When the newest of its parts was signed, and until when it counts as fresh.
-	Signed        *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=signed,proto3" json:"signed,omitempty"`
-	FreshUntil    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=fresh_until,json=freshUntil,proto3" json:"fresh_until,omitempty"`
+	Signed     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=signed,proto3" json:"signed,omitempty"`
+	FreshUntil *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=fresh_until,json=freshUntil,proto3" json:"fresh_until,omitempty"`
+	// SHA-256 in hex over the three parts: equal versions of other bytes are a fork.
+	Hash          string `protobuf:"bytes,6,opt,name=hash,proto3" json:"hash,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -618,6 +620,13 @@ func (x *BundleStatus) GetFreshUntil() *timestamppb.Timestamp {
 		return x.FreshUntil
 	}
 	return nil
+}
+
+func (x *BundleStatus) GetHash() string {
+	if x != nil {
+		return x.Hash
+	}
+	return ""
 }
 
 type EtcdStatus struct {
@@ -2631,14 +2640,15 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\x04door\x18\x10 \x01(\tR\x04door\x1a=\n" +
 	"\x0fEncryptionEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x84\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x98\x02\n" +
 	"\fBundleStatus\x12%\n" +
 	"\x0epolicy_version\x18\x01 \x01(\x04R\rpolicyVersion\x12+\n" +
 	"\x11inventory_version\x18\x02 \x01(\x04R\x10inventoryVersion\x12/\n" +
 	"\x13revocations_version\x18\x03 \x01(\x04R\x12revocationsVersion\x122\n" +
 	"\x06signed\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06signed\x12;\n" +
 	"\vfresh_until\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"freshUntil\"\xc7\x02\n" +
+	"freshUntil\x12\x12\n" +
+	"\x04hash\x18\x06 \x01(\tR\x04hash\"\xc7\x02\n" +
 	"\n" +
 	"EtcdStatus\x12\x1a\n" +
 	"\bendpoint\x18\x01 \x01(\tR\bendpoint\x12\x18\n" +
