@@ -238,7 +238,9 @@ func (t *Trust) HostWarnings(cert *ssh.Certificate) []string {
 // certificate.
 func (t *Trust) ServerWarnings(cert *tls.Certificate) []string {
 	return t.shown("gRPC certificate", cert.Leaf.NotAfter,
-		func(s *credential.Servers) error { return s.ServerCertificate(t.o.Server, []*x509.Certificate{cert.Leaf}) })
+		func(s *credential.Servers) error {
+			return s.ServerCertificate(t.o.Server, []*x509.Certificate{cert.Leaf})
+		})
 }
 
 // shown holds a certificate against its end, and against the rules of clients.
