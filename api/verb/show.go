@@ -239,6 +239,7 @@ func (v *Verbs) PrintMessage(m proto.Message) error {
 
 // PrintJSON prints JSON in the chosen form.
 func (v *Verbs) PrintJSON(text []byte) error {
+	text = neutral.JSON(text)
 	if v.output == "yaml" {
 		var err error
 		if text, err = yaml.JSONToYAML(text); err != nil {
@@ -388,7 +389,7 @@ func (j *jsonListWriter) object(o *halliganv1.Object) error {
 	if err := json.Compact(item, []byte(o.GetJson())); err != nil {
 		return noJSON(o, err)
 	}
-	return j.print(item.String())
+	return j.print(string(neutral.JSON(item.Bytes())))
 }
 
 const listHead = `{"apiVersion":"v1","kind":"List","items":[` + "\n"

@@ -2,10 +2,14 @@ package verb
 
 import (
 	"bytes"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
 	"time"
+
+	"sigs.k8s.io/yaml"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -81,5 +85,47 @@ func TestShowWhole(t *testing.T) {
 	}
 	if strings.Contains(whole.String(), "more objects") || strings.Contains(part.String()+whole.String(), "\x1b") {
 		t.Error(whole.String())
+	}
+}
+
+// TestHiddenText: what a tenant or a colleague wrote acts on no terminal behind a
+// pipe of ssh, keeps its meaning, and no form fails on it.
+func TestHiddenText(t *testing.T) {
+	const hidden = "\u009b31m \u202e \x7f \x1b[2J"
+	object, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": map[string]any{"a": hidden}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	shows := map[string]func(*Verbs) error{
+		"a message": func(v *Verbs) error {
+			return v.PrintMessage(&halliganv1.HistoryEntry{Plan: &halliganv1.Plan{Reason: hidden}})
+		},
+		"an object": func(v *Verbs) error { return (&jsonWriter{v}).object(&halliganv1.Object{Json: string(object)}) },
+		"a list": func(v *Verbs) error {
+			list := &jsonListWriter{Verbs: v}
+			return errors.Join(list.object(&halliganv1.Object{Json: string(object)}), list.end())
+		},
+		"documents": func(v *Verbs) error { return (&yamlWriter{Verbs: v}).object(&halliganv1.Object{Json: string(object)}) },
+	}
+	for name, show := range shows {
+		for _, form := range []string{"json", "yaml"} {
+			var out bytes.Buffer
+			v := &Verbs{flags: flags{output: form}}
+			v.Out = &out
+			if err := show(v); err != nil {
+				t.Errorf("%s as %s: %v", name, form, err)
+			}
+			acts := "\u009b\x7f\x1b"
+			if form == "json" {
+				acts += "\u202e"
+			}
+			if strings.ContainsAny(out.String(), acts) {
+				t.Errorf("%s as %s: %q", name, form, &out)
+			}
+			var back any
+			if err := yaml.Unmarshal(out.Bytes(), &back); err != nil || !strings.Contains(fmt.Sprint(back), hidden) {
+				t.Errorf("%s as %s: %q means %v (%v)", name, form, &out, back, err)
+			}
+		}
 	}
 }

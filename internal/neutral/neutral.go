@@ -9,14 +9,16 @@
 // U+0020, private and unassigned code points, and bytes that are not UTF-8.
 //
 // It must never be used to make text safe for a parser, such as a shell or
-// HTML. A backslash stays as it is, so that escaping twice changes nothing, and
+// HTML, but for JSON, which has escapes of its own. A backslash stays as it is, so that escaping twice changes nothing, and
 // the original cannot be had back. It stands on floor 0.
 package neutral
 
 import (
+	"bytes"
 	"fmt"
 	"strings"
 	"unicode"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -90,4 +92,27 @@ func escape(s string, layout bool) string {
 		i += n
 	}
 	return b.String()
+}
+
+// JSON returns a JSON text that means the same, with what its strings hold that
+// is not plainly visible as escapes of JSON: it leaves C1 and direction marks as
+// they are, which act on a terminal, and which parsers of YAML refuse.
+func JSON(text []byte) []byte {
+	hidden := func(r rune) bool { return r >= 0x7f && !unicode.IsPrint(r) || r == utf8.RuneError }
+	if !bytes.ContainsFunc(text, hidden) {
+		return text
+	}
+	var b bytes.Buffer
+	for _, r := range string(text) {
+		switch {
+		case !hidden(r):
+			b.WriteRune(r)
+		case r <= 0xFFFF:
+			fmt.Fprintf(&b, `\u%04x`, r)
+		default:
+			high, low := utf16.EncodeRune(r)
+			fmt.Fprintf(&b, `\u%04x\u%04x`, high, low)
+		}
+	}
+	return b.Bytes()
 }

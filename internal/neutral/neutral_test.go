@@ -1,6 +1,9 @@
 package neutral
 
 import (
+	"encoding/json"
+	"errors"
+	"reflect"
 	"strings"
 	"testing"
 	"unicode"
@@ -57,6 +60,24 @@ func TestLineMax(t *testing.T) {
 	} {
 		if got := LineMax(c.in, c.max); got != c.want || len(got) > c.max {
 			t.Errorf("LineMax(%q, %d) = %q, want %q", c.in, c.max, got, c.want)
+		}
+	}
+}
+
+func TestJSON(t *testing.T) {
+	for in, want := range map[string]string{
+		"{\n \"a\": \"naïve 名前\"}":      "{\n \"a\": \"naïve 名前\"}",
+		"[\"\u009b31m \u202e \x7f\"]":   `["\u009b31m \u202e \u007f"]`,
+		"[\"\U000e0041\", \"\\u0007\"]": `["\udb40\udc41", "\u0007"]`,
+		"[\"\xff\"]":                    `["\ufffd"]`,
+	} {
+		got := JSON([]byte(in))
+		if string(got) != want {
+			t.Errorf("%q: %s", in, got)
+		}
+		var before, after any
+		if err := errors.Join(json.Unmarshal([]byte(in), &before), json.Unmarshal(got, &after)); err != nil || !reflect.DeepEqual(before, after) {
+			t.Errorf("%q means %v, and was %v (%v)", got, after, before, err)
 		}
 	}
 }
