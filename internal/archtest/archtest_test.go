@@ -24,7 +24,7 @@ const module = "github.com/halligan-io/halligan"
 
 // floors says on which floor each top-level folder stands. Imports go down, or
 // stay inside one folder: agent and bastion share a floor, and meet in api.
-var floors = map[string]int{"internal": 0, "api": 1, "audit": 2, "runbooks": 3, "agent": 4, "bastion": 4, "cmd": 5}
+var floors = map[string]int{"internal": 0, "api": 1, "audit": 2, "runbooks": 3, "agent": 4, "bastion": 4, "cmd": 5, "deploy": 5}
 
 // links says what a binary must not link, not even through others, and why.
 var links = []struct{ binary, forbidden, why string }{
