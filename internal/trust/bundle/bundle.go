@@ -41,7 +41,8 @@
 //
 // # Every part
 //
-// YAML, one document. Unknown and doubled fields are refused.
+// YAML, one document. Unknown and doubled fields are refused, and characters that
+// whoever reads the file before signing it does not see.
 //
 //	format: 1
 //	part: policy                       # or inventory, revocations

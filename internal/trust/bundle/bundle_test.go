@@ -152,6 +152,9 @@ func TestSchema(t *testing.T) {
 	client, server := indent(f.pol.Authorities.TLSClient.text), indent(f.pol.Authorities.TLSServer.text)
 	notCA := indent(tlsCA(t, tlsKeys()[0], func(c *x509.Certificate) { c.IsCA, c.KeyUsage = false, x509.KeyUsageDigitalSignature }))
 
+	if err := decoders[PolicyPart](strings.Replace(texts[PolicyPart], "grace: 2h", "#\tpour l'été\ngrace: 2h", 1)); err != nil {
+		t.Error(err)
+	}
 	for i, c := range []struct{ part, old, new, want string }{
 		{PolicyPart, "grace: 2h", "graze: 2h", `unknown field "graze"`},
 		{PolicyPart, "grace: 2h", "Grace: 2h", `unknown field "Grace"`},
@@ -168,6 +171,13 @@ func TestSchema(t *testing.T) {
 		{PolicyPart, "version: 1", "version: 2", "previous"},
 		{PolicyPart, `signed: "2026-03-01T09:00:00Z"`, "", "signed"},
 		{PolicyPart, "signed: ", "---\nsigned: ", "more than one YAML document"},
+		// What an editor shows as one comment is more to YAML.
+		{PolicyPart, "grace: 2h", "# grace: 2h\u0085grace: 24h", "the character U+0085"},
+		{PolicyPart, "grace: 2h", "# \rgrace: 24h", "the character U+000D"},
+		{PolicyPart, "grace: 2h", "# \u2028grace: 24h", "the character U+2028"},
+		{PolicyPart, "grace: 2h", "# \u202e\ngrace: 2h", "the character U+202E"},
+		{PolicyPart, "grace: 2h", "# \x1b[1A\ngrace: 2h", "the character U+001B"},
+		{PolicyPart, "grace: 2h", "# \xff\ngrace: 2h", "the character U+FFFD"},
 		{PolicyPart, "threshold: 2", "threshold: 0", "outside 1 to 3"},
 		{PolicyPart, "threshold: 2", "threshold: 4", "outside 1 to 3"},
 		{PolicyPart, "grace: 2h", "grace: 25h", "outside"},

@@ -15,6 +15,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/hiddeco/sshsig"
 	yamlv3 "go.yaml.in/yaml/v3"
@@ -89,6 +91,22 @@ func (h *Header) check(part string) error {
 	return nil
 }
 
+// legible refuses what looks otherwise to whoever reads a part before signing it
+// than to what parses it: YAML also ends a line, and so a comment, at a carriage
+// return and at three characters of Unicode that most editors show as nothing.
+func legible(data []byte) error {
+	for number, line := range bytes.Split(data, []byte("\n")) {
+		i := bytes.IndexFunc(line, func(r rune) bool {
+			return r == utf8.RuneError || r != '\t' && unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Zl, unicode.Zp)
+		})
+		if i >= 0 {
+			r, _ := utf8.DecodeRune(line[i:])
+			return fmt.Errorf("line %d has the character %U, which a reader does not see as it is", number+1, r)
+		}
+	}
+	return nil
+}
+
 // decode reads one YAML document strictly: names are case-sensitive, and what
 // is unknown or doubled refuses it.
 func decode(data []byte, into any) error {
@@ -100,6 +118,9 @@ func decode(data []byte, into any) error {
 		if bytes.HasPrefix(line, []byte("---")) || bytes.HasPrefix(line, []byte("...")) {
 			return errors.New("more than one YAML document: want one, without lines of three dashes or dots")
 		}
+	}
+	if err := legible(data); err != nil {
+		return err
 	}
 	text, err := yaml.YAMLToJSONStrict(data)
 	if err != nil {
