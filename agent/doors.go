@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
-	"slices"
 	"sync"
 	"time"
 
@@ -16,17 +15,10 @@ import (
 	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/agent/sshd"
 	"github.com/halligan-io/halligan/api/mtls"
-	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
-	"github.com/halligan-io/halligan/internal/fault"
-	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/sshserver"
-	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/ways"
 )
-
-// retryEvery is how often what could not be opened is tried again: an address
-// may come up late, and a bundle or a certificate be copied later.
-const retryEvery = 2 * time.Second
 
 // stopWithin is when sessions are ended although the API has not: it cuts its
 // calls off before.
@@ -36,17 +28,16 @@ const stopWithin = 6 * time.Second
 // another from opening is told and tried again, since one door is better than
 // none.
 type doors struct {
+	*ways.Ways
 	config  Config
 	trusted *trusted
 	alarms  *alarm.Alarms
 	log     zerolog.Logger
 	server  *door.Server
 
-	mu          sync.Mutex // guards all below
-	closed      map[string]string
+	mu          sync.Mutex                       // guards all below
 	certificate func() (*tls.Certificate, error) // of gRPC, once it is loaded
-	sshServer   *sshserver.Server                // once its key is loaded
-	host        *ssh.Certificate                 // as sshServer
+	host        *ssh.Certificate                 // as certificate
 }
 
 // serve opens the doors and serves until the context ends, then stops
@@ -56,7 +47,7 @@ func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, alarms
 	if err != nil {
 		return err
 	}
-	d := &doors{config: c, trusted: t, alarms: alarms, log: log, closed: map[string]string{}}
+	d := &doors{Ways: ways.New(alarms.Raise, log), config: c, trusted: t, alarms: alarms, log: log}
 	o := door.Options{Engine: engine, Cluster: c.Cluster, Warnings: d.warnings, Alarms: alarms, Log: log}
 	if c.Trust != nil {
 		o.Bundles = t
@@ -94,117 +85,69 @@ func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, alarms
 // outside opens what leads to the network, once there is a bundle that says
 // whom to let in.
 func (d *doors) outside(ctx context.Context) {
-	d.keep(ctx, "bundle", func() error {
-		if err := d.trusted.Open(); err != nil {
-			return err
-		}
-		d.opened("bundle")
-		var inside sync.WaitGroup
-		defer inside.Wait()
-		inside.Go(func() { d.trusted.Watch(ctx) })
-		if c := d.config.SSH; c != nil {
-			for _, address := range c.Listen {
-				inside.Go(func() { d.keep(ctx, "ssh "+address, func() error { return d.ssh(ctx, address) }) })
-			}
-		}
-		if g := d.config.GRPC; g != nil {
-			for _, address := range g.Listen {
-				inside.Go(func() { d.keep(ctx, "grpc "+address, func() error { return d.grpc(ctx, address) }) })
-			}
-		}
-		return nil
-	})
-}
-
-// keep runs a way in until the context ends, and again when it fails.
-func (d *doors) keep(ctx context.Context, name string, run func() error) {
-	for {
-		err := run()
-		if ctx.Err() != nil || err == nil {
-			return
-		}
-		why := neutral.Line(fault.Of(err).Error())
-		d.mu.Lock()
-		again := d.closed[name] == why
-		d.closed[name] = why
-		d.mu.Unlock()
-		if !again {
-			d.log.Error().Str("door", name).Msg("not open: " + why)
-			d.alarms.Raise(alarm.Event{Kind: alarm.Closed, Text: name + ": " + why})
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(retryEvery):
-		}
+	d.Keep(ctx, "bundle", d.trusted.Open)
+	if ctx.Err() != nil {
+		return
+	}
+	d.Opened("bundle")
+	var inside sync.WaitGroup
+	defer inside.Wait()
+	inside.Go(func() { d.trusted.Watch(ctx) })
+	if c := d.config.SSH; c != nil {
+		inside.Go(func() {
+			d.Keep(ctx, "ssh", func() error {
+				server, err := d.newSSH()
+				if err == nil {
+					d.everywhere(ctx, "ssh", c.Listen, func(l net.Listener) error { return server.Serve(ctx, l) })
+				}
+				return err
+			})
+		})
+	}
+	if g := d.config.GRPC; g != nil {
+		inside.Go(func() {
+			d.Keep(ctx, "grpc", func() error {
+				o, err := d.newGRPC()
+				if err == nil {
+					d.everywhere(ctx, "grpc", g.Listen, func(l net.Listener) error { return d.grpc(ctx, mtls.NewListener(l, o)) })
+				}
+				return err
+			})
+		})
 	}
 }
 
-// opened tells that a way in works.
-func (d *doors) opened(name string) {
-	d.mu.Lock()
-	delete(d.closed, name)
-	d.mu.Unlock()
-	d.log.Info().Str("door", name).Msg("open")
+// everywhere serves at all addresses of a way in until the context ends.
+func (d *doors) everywhere(ctx context.Context, name string, addresses []string, serve func(net.Listener) error) {
+	d.Opened(name)
+	var all sync.WaitGroup
+	defer all.Wait()
+	for _, address := range addresses {
+		all.Go(func() { d.Listen(ctx, name, address, serve) })
+	}
 }
 
-// grpc serves gRPC over mTLS at one address until the context ends.
-func (d *doors) grpc(ctx context.Context, address string) error {
-	certificate, err := d.load()
+// grpc serves gRPC over mTLS until the context ends.
+func (d *doors) grpc(ctx context.Context, l *mtls.Listener) error {
+	defer l.Close()
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+	return d.server.Serve(l)
+}
+
+// newGRPC returns what all addresses of gRPC share.
+func (d *doors) newGRPC() (mtls.Options, error) {
+	certificate, err := mtls.Load(d.config.GRPC.CertFile, d.config.GRPC.KeyFile, d.config.Node+"."+d.config.Cluster, d.log)
 	if err != nil {
-		return err
+		return mtls.Options{}, err
 	}
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
-	if err != nil {
-		return err
-	}
-	secure := mtls.NewListener(l, mtls.Options{Certificate: certificate, Authority: d.trusted.Authority(), Relay: d.trusted.relay, Log: d.log,
-		Refused: func(source net.Addr, err error) {
-			d.alarms.Raise(alarm.Of(alarm.Refusal, trust.Identity{Door: trust.GRPC, Source: source.String()}, fault.Of(err).Message))
-		}, Dropped: func(n uint64, source string) {
-			d.alarms.Raise(alarm.Of(admission.Flood, trust.Identity{Door: trust.GRPC, Source: source}, fmt.Sprintf("%d handshakes were cut short to make room for others", n)))
-		}})
-	defer secure.Close()
-	defer context.AfterFunc(ctx, func() { secure.Close() })()
-	d.opened("grpc " + address)
-	return d.server.Serve(secure)
-}
-
-// load returns the source of the gRPC certificate, which all addresses share.
-func (d *doors) load() (func() (*tls.Certificate, error), error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.certificate == nil {
-		certificate, err := mtls.Load(d.config.GRPC.CertFile, d.config.GRPC.KeyFile, d.config.Node+"."+d.config.Cluster, d.log)
-		if err != nil {
-			return nil, err
-		}
-		d.certificate = certificate
-	}
-	return d.certificate, nil
-}
-
-// ssh serves SSH at one address until the context ends.
-func (d *doors) ssh(ctx context.Context, address string) error {
-	server, err := d.newSSH()
-	if err != nil {
-		return err
-	}
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
-	if err != nil {
-		return err
-	}
-	d.opened("ssh " + address)
-	return server.Serve(ctx, l)
+	d.certificate = certificate
+	return mtls.Options{Certificate: certificate, Authority: d.trusted.Authority(), Relay: d.trusted.relay, Alarm: d.alarms.Raise, Log: d.log}, nil
 }
 
 // newSSH returns the SSH server, which all addresses share.
 func (d *doors) newSSH() (*sshserver.Server, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.sshServer != nil {
-		return d.sshServer, nil
-	}
 	c := d.config
 	signers, cert, err := sshserver.HostKey(c.SSH.HostKey, c.SSH.HostCertificate, c.Node+"."+c.Cluster)
 	if err != nil {
@@ -217,22 +160,18 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.sshServer, d.host = server, cert
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.host = cert
 	return server, nil
 }
 
 // warnings tells what is degraded, each in one line.
 func (d *doors) warnings() []string {
-	all := d.trusted.warnings()
+	all := append(d.trusted.warnings(), d.Shut()...)
 	d.mu.Lock()
-	var shut []string
-	for name, why := range d.closed {
-		shut = append(shut, name+" is not open: "+why)
-	}
 	certificate, host := d.certificate, d.host
 	d.mu.Unlock()
-	slices.Sort(shut)
-	all = append(all, shut...)
 	if certificate != nil {
 		if cert, err := certificate(); err == nil {
 			all = append(all, d.trusted.ServerWarnings(cert)...)

@@ -29,6 +29,7 @@ import (
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/version"
+	"github.com/halligan-io/halligan/internal/ways"
 )
 
 // bastion is what Run puts together.
@@ -71,7 +72,7 @@ func Run(ctx context.Context, c Config, log zerolog.Logger) error {
 		return err
 	}
 	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Never: own, Loopback: loopback, Begin: func(s relay.Session) func() { return b.enter(s.Who, s.Target.Node.ID(), s.Since) }, Log: log, Alarm: alarms.Raise})
-	b.doors = &doors{config: c, trusted: b.trusted, alarms: alarms, log: log, closed: map[string]string{}, open: map[string]bool{}}
+	b.doors = &doors{Ways: ways.New(alarms.Raise, log), config: c, trusted: b.trusted, alarms: alarms, log: log}
 	log.Info().Str("version", version.String()).Strs("ssh", c.SSH.Listen).Msg("bastion starts")
 	err = b.serve(ctx)
 	log.Info().Msg("bastion ends")
@@ -91,14 +92,14 @@ func (b *bastion) serve(ctx context.Context) error {
 	defer stop()
 	if at := b.config.Metrics.Listen; at != "off" {
 		inside.Go(func() {
-			b.doors.listen(ctx, "metrics", at, func(l net.Listener) error { return b.serveHealth(ctx, l) })
+			b.doors.Listen(ctx, "metrics", at, func(l net.Listener) error { return b.serveHealth(ctx, l) })
 		})
 	}
-	b.doors.keep(ctx, "bundle", b.trusted.Open)
+	b.doors.Keep(ctx, "bundle", b.trusted.Open)
 	if ctx.Err() != nil {
 		return nil
 	}
-	b.doors.opened("bundle")
+	b.doors.Opened("bundle")
 	bundles := b.trusted.Store()
 	server, err := rpc.New(rpc.Options{Bastion: b.config.Name, Store: b.store, Bundles: bundles, Relays: func() int64 { return b.relay.Stats().Open },
 		Warnings: b.doors.warnings, Now: b.trusted.clock.Now, Alarms: b.alarms, Log: b.log})

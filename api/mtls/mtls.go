@@ -23,6 +23,7 @@ import (
 
 	"github.com/halligan-io/halligan/api/grpcdoor"
 	"github.com/halligan-io/halligan/internal/admission"
+	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 )
@@ -45,13 +46,10 @@ type Options struct {
 	// Relay reports whether an address is a bastion's, behind which many come;
 	// may be nil.
 	Relay func(netip.Addr) bool
-	// Refused is told of handshakes that failed because of who came; it does not
-	// block.
-	Refused func(source net.Addr, err error)
-	// Dropped is told of handshakes that were cut short to make room; see
-	// admission.RoomOptions. May be nil.
-	Dropped func(n uint64, source string)
-	Log     zerolog.Logger
+	// Alarm is told of handshakes that failed because of who came, and of floods
+	// of them. It must not block.
+	Alarm func(alarm.Event)
+	Log   zerolog.Logger
 }
 
 // The bounds of handshakes under way. One takes a round trip and a few
@@ -80,11 +78,11 @@ type Listener struct {
 
 // NewListener authenticates what l accepts. Closing it closes l.
 func NewListener(l net.Listener, o Options) *Listener {
-	if o.Refused == nil {
-		o.Refused = func(net.Addr, error) {}
-	}
 	m := &Listener{Listener: l, o: o, ready: make(chan *conn), closed: make(chan struct{}), ended: make(chan struct{})}
-	m.room = admission.NewRoom(admission.RoomOptions{Total: maxHandshakes, Each: maxOfSource, Relayed: maxOfRelay, Relay: o.Relay, Dropped: o.Dropped})
+	m.room = admission.NewRoom(admission.RoomOptions{Total: maxHandshakes, Each: maxOfSource, Relayed: maxOfRelay, Relay: o.Relay,
+		Dropped: func(n uint64, source string) {
+			o.Alarm(alarm.Of(admission.Flood, trust.Identity{Door: trust.GRPC, Source: source}, fmt.Sprintf("%d TLS handshakes were cut short to make room for others", n)))
+		}})
 	m.close = sync.OnceValue(func() error {
 		close(m.closed)
 		err := l.Close()
@@ -176,7 +174,7 @@ func (m *Listener) admit(raw net.Conn, guest *admission.Guest) {
 	if err := secure.HandshakeContext(ctx); err != nil {
 		raw.Close()
 		if refusal != nil {
-			m.o.Refused(raw.RemoteAddr(), refusal)
+			m.o.Alarm(alarm.Of(alarm.Refusal, trust.Identity{Door: trust.GRPC, Source: raw.RemoteAddr().String()}, fault.Of(refusal).Message))
 		} else {
 			m.o.Log.Debug().Stringer("source", raw.RemoteAddr()).Err(err).Msg("handshake failed")
 		}

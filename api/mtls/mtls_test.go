@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -23,6 +22,7 @@ import (
 	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/api/mtls"
+	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
@@ -76,10 +76,9 @@ type world struct {
 	store   *bundle.Store
 	address string
 
-	mu      sync.Mutex // guards refused
+	mu      sync.Mutex // guards what follows
 	refused []string
-
-	dropped atomic.Uint64
+	floods  int
 }
 
 func newWorld(t *testing.T) *world {
@@ -101,10 +100,15 @@ func newWorld(t *testing.T) *world {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	w.must(err)
 	w.address = l.Addr().String()
-	secure := mtls.NewListener(l, mtls.Options{Certificate: certificate, Authority: authority, Log: zerolog.Nop(), Dropped: func(n uint64, _ string) { w.dropped.Add(n) }, Refused: func(_ net.Addr, err error) {
+	secure := mtls.NewListener(l, mtls.Options{Certificate: certificate, Authority: authority, Log: zerolog.Nop(), Alarm: func(e alarm.Event) {
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		w.refused = append(w.refused, err.Error())
+		switch e.Kind {
+		case alarm.Refusal:
+			w.refused = append(w.refused, e.Text)
+		case admission.Flood:
+			w.floods++
+		}
 	}})
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(secure) }()
@@ -358,8 +362,10 @@ func TestFlood(t *testing.T) {
 	for _, from := range []string{"127.0.0.1", "127.0.0.9"} { // and from the address of the flood
 		within(t, "somebody gets in from "+from, func() bool { _, err := status(w.dial(t, cert, from)); return err == nil })
 	}
-	if w.dropped.Load() == 0 {
-		t.Error("nobody was told")
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.floods != 1 {
+		t.Errorf("the flood was told of %d times", w.floods)
 	}
 }
 
