@@ -514,3 +514,38 @@ func TestKeptServiceAccount(t *testing.T) {
 	l.refuses(fault.Refused, "they run the cluster", "delete", map[string]any{"target": "sa", "allNamespaces": true, "selector": "app=robot"})
 	l.do(resultApplied, "delete", map[string]any{"target": "sa/robot", "namespace": "shop"})
 }
+
+// TestDoingItAgain: an approval is used once. Taking back that something was taken
+// back does it again, and needs what the first time needed.
+func TestDoingItAgain(t *testing.T) {
+	l := newLab(t, 1)
+	l.engine.approvals = signed(nil)
+	l.put(collector())
+	l.put(&corev1.ConfigMap{ObjectMeta: labelled("shop", "c")})
+	for _, c := range []struct {
+		verb string
+		par  map[string]any
+	}{{"scale", stopCollector}, {"delete", map[string]any{"target": "cm/c", "namespace": "shop"}}} {
+		l.under(7, trust.Rules{Approvals: []trust.ApprovalRule{{Actions: []string{c.verb}, Count: 1, Why: "two pairs of eyes"}}})
+		id, needs := "", []uint32{1, 0, 1, 0}
+		for i, want := range needs {
+			verb, par := c.verb, c.par
+			if i > 0 {
+				verb, par = "undo", map[string]any{"action": id}
+			}
+			p, err := l.plan(verb, par)
+			if err != nil || p.ApprovalsNeeded != want || p.AddsAuthority {
+				t.Fatalf("%s, step %d: %v, %v", c.verb, i, p, err)
+			}
+			var approvals []string
+			if want > 0 {
+				l.apply(responder, p, resultAwaiting, "two pairs of eyes", false)
+				approvals = []string{"bob/k1"}
+			}
+			id = l.apply(responder, p, resultApplied, "", false, approvals...).Action
+		}
+		// Step 3 took the second doing back; for whom the verb is no more, so is that.
+		l.under(7, trust.Rules{Actions: map[string]trust.ActionRule{c.verb: {Role: "commander"}}})
+		l.refuses(fault.Refused, "needs the role commander", "undo", map[string]any{"action": id})
+	}
+}

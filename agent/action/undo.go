@@ -61,6 +61,9 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 			return err
 		}
 	}
+	if p.request.Again, err = p.again(entry); err != nil {
+		return err
+	}
 	if by := p.engine.journal.UndoneBy(entry.ID); by != "" {
 		return fault.New(fault.Stale, "see: halligan history "+by, "action %s was taken back already, by %s", entry.ID, by)
 	}
@@ -128,6 +131,23 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	p.summary("take back %s: %s", entry.ID, entry.Summary)
 	p.bypass(bypassUpdate...)
 	return nil
+}
+
+// again returns the action that is done once more by taking the entry back; "" where
+// it is not an undo.
+func (p *planner) again(entry journal.Entry) (string, error) {
+	redo := false
+	for entry.Undoes != "" {
+		next, err := p.engine.journal.Find(entry.Undoes)
+		if err != nil {
+			return "", err
+		}
+		entry, redo = next, !redo
+	}
+	if !redo {
+		return "", nil
+	}
+	return entry.Action, nil
 }
 
 // own reports whether somebody did it. Automation is not the person whose name it

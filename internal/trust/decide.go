@@ -44,6 +44,9 @@ type Request struct {
 	Mutates bool
 	// AddsAuthority: it gives rights to somebody or something.
 	AddsAuthority bool
+	// Again is the action that is done once more, by taking back that it was taken
+	// back; "" for none. What holds for it holds for that.
+	Again string
 	// Deletes: the object is removed, whatever the action is called.
 	Deletes bool
 	// Stale: the bundle is older than it may be without a second thought.
@@ -69,6 +72,18 @@ func (r Request) object() string {
 	return where
 }
 
+// besides are the names of actions whose rules hold too. A deletion is one whatever
+// its verb.
+func (r Request) besides() (names []string) {
+	if r.Again != "" {
+		names = append(names, r.Again)
+	}
+	if r.Deletes && r.Again != deleteAction {
+		names = append(names, deleteAction)
+	}
+	return names
+}
+
 // Decide is the one decision: nil allows, anything else is fault.Refused with
 // the reason. It is the same for every door.
 func (p *Policy) Decide(who Identity, r Request) error {
@@ -85,8 +100,8 @@ func (p *Policy) Decide(who Identity, r Request) error {
 		if err := p.Protected(r.Action, r.Resource, r.Namespace, r.Name); err != nil {
 			return err
 		}
-		if r.Deletes { // a deletion is one whatever its verb
-			if err := p.Protected(deleteAction, r.Resource, r.Namespace, r.Name); err != nil {
+		for _, name := range r.besides() {
+			if err := p.Protected(name, r.Resource, r.Namespace, r.Name); err != nil {
 				return err
 			}
 		}
@@ -105,6 +120,9 @@ func (p *Policy) Rung(r Request) Role {
 	rung := r.Rung
 	if moved, ok := p.actions[r.Action]; ok {
 		rung = moved
+	}
+	if moved, ok := p.actions[r.Again]; ok && r.Again != "" {
+		rung = max(rung, moved)
 	}
 	rung = max(rung, r.Floor)
 	if r.Mutates {
@@ -224,8 +242,10 @@ func (p *Policy) Approvals(who Identity, r Request, objects int) (count int, alo
 	if r.Stale {
 		demand(1, true, "the agent's bundle is stale, so that a revocation may be missing")
 	}
+	names := append(r.besides(), r.Action)
 	for _, rule := range p.rules.Approvals {
-		if objects > rule.OverObjects && matches(rule.Actions, r.Action) && matches(rule.Resources, r.Resource) && matches(rule.Namespaces, r.Namespace) {
+		named := slices.ContainsFunc(names, func(name string) bool { return matches(rule.Actions, name) })
+		if objects > rule.OverObjects && named && matches(rule.Resources, r.Resource) && matches(rule.Namespaces, r.Namespace) {
 			demand(rule.Count, rule.Alone, rule.Why)
 		}
 	}
