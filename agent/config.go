@@ -111,9 +111,9 @@ type SSHConfig struct {
 type GRPCConfig struct {
 	// Listen are IP:PORT.
 	Listen []string `json:"listen"`
-	// CertFile is the certificate for NODE.CLUSTER in PEM, with what lies
-	// between it and the CA; KeyFile its key, mode 0600 or stricter. Both are
-	// loaded again when they change.
+	// CertFile is the certificate for NODE.CLUSTER in PEM, signed by one of the
+	// bundle's authorities itself; KeyFile its key, mode 0600 or stricter. Both
+	// are loaded again when they change.
 	CertFile string `json:"certFile"`
 	KeyFile  string `json:"keyFile"`
 }

@@ -13,7 +13,6 @@ package credential
 
 import (
 	"context"
-	"errors"
 	"net"
 	"path"
 	"slices"
@@ -294,14 +293,4 @@ func (a *Authority) Approver(cert *gossh.Certificate) (who trust.Identity, needs
 	}
 	_, needsPIN = cert.CriticalOptions[optionVerifyRequired]
 	return id, needsPIN, nil
-}
-
-// Cause returns why a context of Hold has ended as a *fault.Error; nil when it
-// has not, or when its caller ended it.
-func Cause(ctx context.Context) *fault.Error {
-	var e *fault.Error
-	if errors.As(context.Cause(ctx), &e) {
-		return e
-	}
-	return nil
 }

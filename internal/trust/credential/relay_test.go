@@ -1,6 +1,7 @@
 package credential_test
 
 import (
+	"context"
 	"crypto/x509"
 	"slices"
 	"testing"
@@ -85,8 +86,8 @@ func TestRelay(t *testing.T) {
 	case <-time.After(20 * time.Second):
 		t.Fatal("a relayed session outlives its revocation")
 	}
-	if !isRevoked(credential.Cause(held)) {
-		t.Error(credential.Cause(held))
+	if !isRevoked(context.Cause(held)) {
+		t.Error(context.Cause(held))
 	}
 	got, err := a.User(cert, "x", from)
 	refused(t, got, err, "revoked")

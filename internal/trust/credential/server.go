@@ -54,15 +54,6 @@ func (s *Servers) HostKey(name string) gossh.HostKeyCallback {
 	}
 }
 
-// HostKeyAlgorithms is what a client must ask for, so that a server with both
-// shows its certificate and not a plain key.
-func HostKeyAlgorithms() []string {
-	return []string{
-		gossh.CertAlgoED25519v01, gossh.CertAlgoECDSA256v01, gossh.CertAlgoECDSA384v01, gossh.CertAlgoECDSA521v01,
-		gossh.CertAlgoRSASHA512v01, gossh.CertAlgoRSASHA256v01,
-	}
-}
-
 func (s *Servers) hostCertificate(cert *gossh.Certificate, name string) error {
 	r := s.rules()
 	id, err := common(cert, gossh.HostCert, "host", r.isHostCA)
