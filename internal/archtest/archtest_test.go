@@ -37,16 +37,26 @@ var links = []struct{ binary, forbidden, why string }{
 	{"cmd/halligan-agent", "go.etcd.io/etcd/server", "it has little memory at rest, and runs no etcd"},
 	{"cmd/halligan-agent", module + "/internal/labpki", "a lab's keys have no place on a node"},
 	{"cmd/halligan-agent", module + "/internal/trust/issuer", "a node vouches for nobody"},
+	{"cmd/halligan-bastion", "k8s.io/api", "it relays, and knows no Kubernetes"},
+	{"cmd/halligan-bastion", "k8s.io/client-go", "it relays, and knows no Kubernetes"},
+	{"cmd/halligan-bastion", module + "/agent", "it meets the agent in api"},
+	{"cmd/halligan-bastion", module + "/internal/sshclient", "it opens no session at a node, as anybody"},
+	{"cmd/halligan-bastion", module + "/internal/labpki", "a lab's keys have no place on a bastion"},
+	{"cmd/halligan-bastion", module + "/internal/trust/issuer", "a bastion vouches for nobody"},
 }
 
-// inAgent is the order inside agent: which of its packages each of them may
+// inside is the order inside agent and bastion: which of its packages each of them may
 // import, outside of tests. What is not in it has no place there.
-var inAgent = map[string][]string{
+var inside = map[string][]string{
 	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/door": nil,
 	"agent/console": nil, "agent/sshd": nil,
 	"agent/journal": {"agent/storage"},
 	"agent/action":  {"agent/storage", "agent/etcd", "agent/journal"},
 	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/sshd", "agent/journal", "agent/action"},
+
+	"bastion/relay": nil, "bastion/lobby": nil, "bastion/store": nil,
+	"bastion/rpc": {"bastion/relay"},
+	"bastion":     {"bastion/relay", "bastion/lobby", "bastion/store", "bastion/rpc"},
 }
 
 // mustNot says what a package and those below it must not import themselves,
@@ -59,6 +69,12 @@ var mustNot = []struct{ path, forbidden, why string }{
 	{"agent/storage", "golang.org/x/sys", "it writes no file"},
 	{"agent/storage", "syscall", "it writes no file"},
 	{"agent/storage", "os/exec", "it starts nothing"},
+	{"bastion/relay", "net/http", "it carries bytes that it cannot read"},
+	{"bastion/relay", "crypto", "it carries bytes that it cannot read"},
+	{"bastion/relay", "os", "it touches no file, and starts nothing"}, // os/exec too
+	{"bastion/relay", "go.etcd.io", "relaying needs no store"},
+	{"bastion/lobby", "os", "whoever logs in may look around, and gets nothing of the machine"}, // as above
+	{"bastion/lobby", "syscall", "whoever logs in may look around, and gets nothing of the machine"},
 	{"api/verb", "os", "many shells run in one process, which is not theirs"}, // os/signal too
 	{"api/verb", "syscall", "many shells run in one process, which is not theirs"},
 	{"api/verb", "k8s.io", "the command that is made of it must start in milliseconds"},
@@ -189,9 +205,9 @@ func TestArchitecture(t *testing.T) {
 			}
 		}
 	})
-	t.Run("the agent has an order", func(t *testing.T) {
+	t.Run("daemons have an order", func(t *testing.T) {
 		for _, p := range all {
-			if within(p.path(), "agent") {
+			if p.folder() == "agent" || p.folder() == "bastion" {
 				for _, problem := range disorder(p) {
 					t.Error(problem)
 				}
@@ -306,27 +322,27 @@ func documentation(p pkg) (doc string, generated bool, err error) {
 }
 
 // row returns the package's own row or that of the one that it is below, "" where
-// there is none. agent itself has a row for nothing below it.
+// there is none. agent and bastion themselves have rows for nothing below them.
 func row(path string) string {
 	best := ""
-	for r := range inAgent {
-		if (path == r || r != "agent" && within(path, r)) && len(r) > len(best) {
+	for r := range inside {
+		if (path == r || strings.Contains(r, "/") && within(path, r)) && len(r) > len(best) {
 			best = r
 		}
 	}
 	return best
 }
 
-// disorder says what a package of agent imports against the order.
+// disorder says what a package of agent or bastion imports against the order.
 func disorder(p pkg) (problems []string) {
 	own := row(p.path())
 	if own == "" {
-		return []string{p.path() + " has no place in the order inside agent; give it a row"}
+		return []string{p.path() + " has no place in the order inside " + p.folder() + "; give it a row"}
 	}
 	for _, imported := range p.Imports {
 		other := pkg{ImportPath: imported}
-		if within(imported, module) && within(other.path(), "agent") && row(other.path()) != own && !slices.Contains(inAgent[own], row(other.path())) {
-			problems = append(problems, fmt.Sprintf("%s imports %s, and may import %v of agent", p.path(), other.path(), inAgent[own]))
+		if within(imported, module) && other.folder() == p.folder() && row(other.path()) != own && !slices.Contains(inside[own], row(other.path())) {
+			problems = append(problems, fmt.Sprintf("%s imports %s, and may import %v of its folder", p.path(), other.path(), inside[own]))
 		}
 	}
 	return problems
@@ -416,6 +432,7 @@ func TestRules(t *testing.T) {
 		of("agent/node", module+"/agent/storage"), of("agent/storage", module+"/agent/action"), of("agent/journal", module+"/agent/etcd/deep"),
 		of("agent/console", module+"/agent/action"), of("agent/console", module+"/agent"), of("agent/action", module+"/agent/node"),
 		of("agent/action", module+"/agent/console"), of("agent/new"),
+		of("bastion/relay", module+"/bastion/store"), of("bastion/lobby", module+"/bastion/rpc"), of("bastion/relay", module+"/bastion"), of("bastion/new"),
 	} {
 		if len(disorder(p)) != 1 {
 			t.Errorf("%s may import %v", p.path(), p.Imports)
