@@ -29,8 +29,11 @@ func New(w io.Writer, level, node string) (zerolog.Logger, error) {
 	if err != nil || !slices.Contains(Levels, level) {
 		return zerolog.Nop(), fmt.Errorf("unknown log level %q: one of %s", level, strings.Join(Levels, ", "))
 	}
-	if f, ok := w.(*os.File); ok && isatty.IsTerminal(f.Fd()) {
-		w = zerolog.ConsoleWriter{Out: w, TimeFormat: "15:04:05.000", TimeLocation: time.UTC}
+	if f, ok := w.(*os.File); ok {
+		w = newPatient(f)
+		if isatty.IsTerminal(f.Fd()) {
+			w = zerolog.ConsoleWriter{Out: w, TimeFormat: "15:04:05.000", TimeLocation: time.UTC}
+		}
 	}
 	// A hook instead of zerolog's own timestamp, whose format and zone are
 	// global variables.

@@ -1,8 +1,10 @@
 package daemonlog
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -42,6 +44,47 @@ func TestLevels(t *testing.T) {
 	for _, level := range []string{"", "loud", "1", "disabled", "INFO"} {
 		if _, err := New(&bytes.Buffer{}, level, "n"); err == nil {
 			t.Errorf("%q was taken", level)
+		}
+	}
+}
+
+// TestHangingReader: a journal that hangs delays nothing for long, and gets what
+// there was once it is back.
+func TestHangingReader(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	log, err := New(w, "info", "cp-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const lines = 4096 // of half a KiB: far more than a pipe and the queue hold
+	logged := make(chan struct{})
+	go func() {
+		defer close(logged)
+		for range lines {
+			log.Info().Str("text", strings.Repeat("x", 512)).Msg("login")
+		}
+	}()
+	select {
+	case <-logged:
+	case <-time.After(20 * time.Second):
+		t.Fatal("logging waits for a reader")
+	}
+	defer r.Close()
+	in := bufio.NewScanner(r)
+	for read := 1; in.Scan(); read++ {
+		var line struct{ Message string }
+		if err := json.Unmarshal(in.Bytes(), &line); err != nil {
+			t.Fatalf("%q: %v", in.Text(), err)
+		}
+		if strings.HasSuffix(line.Message, "lines were lost, since nobody took them") {
+			return
+		}
+		if read == lines {
+			t.Fatal("nothing tells of what was lost")
 		}
 	}
 }
