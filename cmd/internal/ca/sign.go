@@ -52,8 +52,6 @@ type draft struct {
 	stale int      // how many others there were
 }
 
-func namespace(part string) string { return part + "@halligan.io" }
-
 // readDraft reads a part that is named, in the folder, or the file of one.
 func (f *Folder) readDraft(name string) (*draft, error) {
 	d := &draft{file: f.path(name + ".yaml")}
@@ -79,7 +77,7 @@ func (f *Folder) readDraft(name string) (*draft, error) {
 	}
 	for _, armored := range split(old) {
 		// One of other bytes is of an earlier draft.
-		if _, err := bundle.VerifySignature(d.data, namespace(d.Part), armored); err == nil {
+		if _, err := bundle.VerifySignature(d.data, bundle.Namespace(d.Part), armored); err == nil {
 			d.sigs = append(d.sigs, armored)
 		} else {
 			d.stale++
@@ -103,7 +101,7 @@ func (d *draft) typed() (*bundle.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	sig, err := bundle.Sign(d.data, namespace(d.Part), signer)
+	sig, err := bundle.Sign(d.data, bundle.Namespace(d.Part), signer)
 	if err != nil {
 		return nil, err
 	}
@@ -157,7 +155,7 @@ func split(data []byte) (armored [][]byte) {
 // signedBy reports whether the key is one of those that signed.
 func (d *draft) signedBy(key ssh.PublicKey) bool {
 	return slices.ContainsFunc(d.sigs, func(armored []byte) bool {
-		by, err := bundle.VerifySignature(d.data, namespace(d.Part), armored)
+		by, err := bundle.VerifySignature(d.data, bundle.Namespace(d.Part), armored)
 		return err == nil && same(by, key)
 	})
 }
@@ -262,7 +260,7 @@ func (f *Folder) addSignature(d *draft, signer string, current *bundle.File) err
 		f.say("%s: %s has signed it before", d.file, print)
 		return nil
 	}
-	sig, err := bundle.Sign(d.data, namespace(d.Part), k.SSH())
+	sig, err := bundle.Sign(d.data, bundle.Namespace(d.Part), k.SSH())
 	if err != nil {
 		return err
 	}
@@ -390,9 +388,8 @@ func orphaned(p *bundle.Policy, current *bundle.File) string {
 	}
 	keys := slices.Concat(p.Delegates, p.Roots.Keys)
 	for _, h := range []*bundle.Header{&current.Inventory.Header, &current.Revocations.Header} {
-		if !slices.ContainsFunc(split(h.Signatures()), func(armored []byte) bool {
-			by, err := bundle.VerifySignature(h.Bytes(), namespace(h.Part), armored)
-			return err == nil && slices.ContainsFunc(keys, func(k bundle.Key) bool { return same(k, by) })
+		if !slices.ContainsFunc(h.SignedBy(), func(by ssh.PublicKey) bool {
+			return by != nil && slices.ContainsFunc(keys, func(k bundle.Key) bool { return same(k, by) })
 		}) {
 			return h.Part
 		}

@@ -86,12 +86,10 @@ func (t *tool) show(b *bundle.Bundle, anchored bool) {
 	t.say("fleet %s, verified", p.Fleet)
 	for _, h := range []*bundle.Header{&p.Header, &b.Inventory.Header, &b.Revocations.Header} {
 		t.say("%s %d, %s, signed by", h.Part, h.Version, h.Signed.UTC().Format(time.RFC3339))
-		for _, armored := range split(h.Signatures()) {
-			key, err := bundle.VerifySignature(h.Bytes(), namespace(h.Part), armored)
-			if err != nil {
-				continue // of a key that counts for nothing
+		for _, key := range h.SignedBy() {
+			if key != nil { // else of a key that counts for nothing
+				t.say("    %s", named(p, key))
 			}
-			t.say("    %s", named(p, key))
 		}
 	}
 	if !anchored {
@@ -153,13 +151,12 @@ func (t *tool) split(b *bundle.Bundle, dir string) error {
 	}
 	t.say("\nto check it with OpenSSH:\n  cd %s", dir)
 	for _, h := range []*bundle.Header{&b.Policy.Header, &b.Inventory.Header, &b.Revocations.Header} {
-		for i, armored := range split(h.Signatures()) {
-			key, err := bundle.VerifySignature(h.Bytes(), namespace(h.Part), armored)
-			if err != nil {
+		for i, key := range h.SignedBy() {
+			if key == nil {
 				continue
 			}
 			if who := signer(b.Policy, h.Part, key); who != "" {
-				t.say("  ssh-keygen -Y verify -f allowed_signers -I %s -n %s -s %s.yaml.%d.sig <%s.yaml", who, namespace(h.Part), h.Part, i+1, h.Part)
+				t.say("  ssh-keygen -Y verify -f allowed_signers -I %s -n %s -s %s.yaml.%d.sig <%s.yaml", who, bundle.Namespace(h.Part), h.Part, i+1, h.Part)
 			}
 		}
 	}

@@ -143,6 +143,9 @@ const (
 	RevocationsNamespace = RevocationsPart + "@halligan.io"
 )
 
+// Namespace returns the SSHSIG namespace of a part.
+func Namespace(part string) string { return part + "@halligan.io" }
+
 // File is a file whose form is right; nothing in it is verified. Parts that it
 // does not have are nil.
 type File struct {

@@ -112,6 +112,19 @@ func parseSignatures(armored []byte) (list []*sshsig.Signature, err error) {
 	return list, nil
 }
 
+// SignedBy returns the keys that have signed the part, in the order of their
+// signatures; nil stands for one that does not verify. Whether a key counts is
+// not asked.
+func (h *Header) SignedBy() []ssh.PublicKey {
+	keys := make([]ssh.PublicKey, len(h.signatures))
+	for i, sig := range h.signatures {
+		if verify(h.bytes, Namespace(h.Part), sig) == nil {
+			keys[i] = sig.PublicKey
+		}
+	}
+	return keys
+}
+
 // signers counts which of the keys have signed the part, each once. A key of
 // them whose signature does not verify is an error.
 func (h *Header) signers(keys []Key) (int, error) {
@@ -121,7 +134,7 @@ func (h *Header) signers(keys []Key) (int, error) {
 			if !bytes.Equal(k.Marshal(), sig.PublicKey.Marshal()) {
 				continue
 			}
-			if err := verify(h.bytes, h.Part+"@halligan.io", sig); err != nil {
+			if err := verify(h.bytes, Namespace(h.Part), sig); err != nil {
 				return 0, fmt.Errorf("%s %d was changed after %s signed it, or the signature is not for it: %w", h.Part, h.Version, k, err)
 			}
 			by[identity(k)] = true
