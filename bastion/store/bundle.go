@@ -19,7 +19,7 @@ const (
 	shareEvery = 2 * time.Second
 	// writeEvery is the least time between two bundles that this bastion writes,
 	// whoever else may write, too.
-	writeEvery = 10 * time.Second
+	writeEvery = 5 * time.Second
 )
 
 // Bundles is the bundle that the bastion trusts: a *bundle.Store.

@@ -32,8 +32,10 @@ import (
 // where a file that it has mapped is too short: none of that may end the bastion.
 
 const (
-	// process is how the embedded store's process is called.
-	process = "halligan-bastion-store"
+	// childName is how the embedded store's process is called.
+	childName = "halligan-bastion-store"
+	// ownWords begin what it says of itself; all else is etcd's.
+	ownWords = "halligan: "
 	// socket is where it listens, in its folder, which only its owner may enter.
 	socket = "store.sock"
 	// quota bounds its database, and segment one of at most 7 files of its log, in
@@ -65,11 +67,11 @@ var child atomic.Bool
 // in the process of that store it does not return.
 func Child() {
 	child.Store(true)
-	if os.Args[0] != process {
+	if os.Args[0] != childName {
 		return
 	}
 	if err := serve(); err != nil {
-		fmt.Fprintln(os.Stderr, "panic: "+err.Error())
+		fmt.Fprintln(os.Stderr, ownWords+err.Error())
 		os.Exit(1)
 	}
 	os.Exit(0)
@@ -83,7 +85,7 @@ func serve() error {
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte(badness), 0)
 	wal.SegmentSizeBytes = segment
 	c := embed.NewConfig()
-	c.Name = process
+	c.Name = childName
 	c.Dir = "data"
 	c.LogLevel, c.LogOutputs = "error", []string{embed.StdErrLogOutput}
 	at := url.URL{Scheme: "unix", Host: socket}
@@ -139,6 +141,13 @@ func (e *embedded) reason() string {
 	return e.why
 }
 
+// process returns the number of its process, 0 where there is none.
+func (e *embedded) process() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.pid
+}
+
 // ended notes why it does not run, or that it does.
 func (e *embedded) ended(why string) {
 	e.mu.Lock()
@@ -188,7 +197,7 @@ func (e *embedded) run(ctx context.Context) error {
 	}
 	said := &tail{}
 	cmd := exec.CommandContext(ctx, "/proc/self/exe")
-	cmd.Args = []string{process}
+	cmd.Args = []string{childName}
 	cmd.Dir, cmd.Env, cmd.Stderr = e.dir, []string{memory}, said
 	alive, err := cmd.StdinPipe()
 	if err != nil {
@@ -264,19 +273,20 @@ func (t *tail) reason() (why string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for line := range strings.Lines(string(t.said)) {
-		var entry struct{ Level, Msg, Error string }
-		switch text, panicked := strings.CutPrefix(line, "panic: "); {
+		var entry struct{ Msg, Error string }
+		line = strings.TrimSpace(line)
+		text, panicked := strings.CutPrefix(line, "panic: ")
+		switch own, is := strings.CutPrefix(line, ownWords); {
+		case is:
+			why = own
 		case json.Unmarshal([]byte(line), &entry) == nil:
 			if why = entry.Msg; entry.Error != "" {
 				why += ": " + entry.Error
 			}
-		case panicked:
-			why = text
-		case strings.HasPrefix(line, "fatal error: "), strings.HasPrefix(line, "unexpected fault address"):
-			why = "etcd crashed: " + line
-		default:
-			continue
+		case panicked && strings.HasPrefix(why, text): // said before, with its error
+		case panicked, strings.HasPrefix(line, "fatal error: "), strings.HasPrefix(line, "unexpected fault address"):
+			why = "etcd crashed: " + text
 		}
 	}
-	return neutral.LineMax(strings.TrimSpace(why), 256)
+	return neutral.LineMax(why, 256)
 }

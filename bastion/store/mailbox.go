@@ -45,7 +45,7 @@ const (
 	// maxHeadText bounds each text of what a list shows, in bytes.
 	maxHeadText = 512
 	// A plan waits for as long as it lives by its own word, within these bounds.
-	leastWait = 10 * time.Second
+	leastWait = 5 * time.Second
 	mostWait  = time.Hour
 )
 

@@ -147,6 +147,9 @@ func (s *Store) Degraded() string {
 func (s *Store) isDown(why string) error {
 	next := "mend the etcd that store.endpoints names"
 	if s.server != nil {
+		if ended := s.server.reason(); ended != "" {
+			why = ended
+		}
 		next = s.server.mend(why)
 	}
 	return fault.New(fault.Unreachable, "relaying goes on without it, and approvals can be pasted by hand; "+next, "the bastion's store does not work: %s", why)
@@ -254,19 +257,13 @@ func (s *Store) probe() (down string) {
 	}
 	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(s.ctx), tries*tryTimeout)
 	defer cancel()
-	_, err = c.Get(ctx, root, clientv3.WithCountOnly())
-	switch {
-	case s.server == nil && err == nil:
-		return ""
-	case s.server == nil:
+	if _, err = c.Get(ctx, root, clientv3.WithCountOnly()); err != nil {
 		return reason(err)
-	case err == nil:
-		s.server.ended("")
-		return ""
-	case s.server.reason() != "":
-		return s.server.reason()
 	}
-	return reason(err)
+	if s.server != nil {
+		s.server.ended("")
+	}
+	return ""
 }
 
 // members asks every member how it is.
