@@ -214,6 +214,7 @@ func checkAddresses(doors map[string][]string) error {
 		}
 		for _, a := range doors[key] {
 			at, err := netip.ParseAddrPort(a)
+			at = netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 			switch {
 			case err != nil || at.Port() == 0:
 				return fmt.Errorf("%s: %q is not IP:PORT; a name would need DNS, which may be what failed", key, a)
