@@ -31,7 +31,11 @@ func (s *Server) allow(who trust.Identity, method string) error {
 	if may := s.o.Methods[method]; may != nil && who.Person != "" && may(who) {
 		return nil
 	}
-	return fault.New(fault.Refused, "ask somebody who has the role", "%s may not call %s", who.Role, method)
+	as := who.Role.String()
+	if who.Role == trust.None { // at a bastion
+		as = who.Person
+	}
+	return fault.New(fault.Refused, "ask somebody who has the role", "%s may not call %s", as, method)
 }
 
 // tap takes the place of a call when its headers have come: gRPC would read a

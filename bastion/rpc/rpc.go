@@ -124,7 +124,7 @@ func (s *Server) Status(ctx context.Context, _ *halliganv1.BastionStatusRequest)
 		return nil, err
 	}
 	out := &halliganv1.BastionStatusResponse{Bastion: s.o.Bastion, Version: version.String(), Time: timestamppb.New(s.o.Now()), Person: c.Who.Person, Clusters: c.Who.Clusters,
-		Bundle: s.bundleStatus(), StoreDegraded: s.o.Store.Degraded(), Relays: s.o.Relays(), Tunnels: int64(len(s.o.Tunnels())), Warnings: s.o.Warnings(), Door: string(c.Who.Door)}
+		Bundle: api.BundleStatus(s.o.Bundles.Current()), StoreDegraded: s.o.Store.Degraded(), Relays: s.o.Relays(), Tunnels: int64(len(s.o.Tunnels())), Warnings: s.o.Warnings(), Door: string(c.Who.Door)}
 	for _, r := range c.Who.Roles {
 		out.Roles = append(out.Roles, r.String())
 	}
@@ -135,12 +135,6 @@ func (s *Server) Status(ctx context.Context, _ *halliganv1.BastionStatusRequest)
 		out.Warnings = append(out.Warnings, "your credential is past an edge of its validity: you are admitted since clocks may lie; renew it (halligan ca renew)")
 	}
 	return out, nil
-}
-
-func (s *Server) bundleStatus() *halliganv1.BundleStatus {
-	b := s.o.Bundles.Current()
-	return &halliganv1.BundleStatus{PolicyVersion: b.Policy.Version, InventoryVersion: b.Inventory.Version, RevocationsVersion: b.Revocations.Version,
-		Signed: timestamppb.New(b.Signed()), FreshUntil: timestamppb.New(b.FreshUntil())}
 }
 
 // Nodes lists what is relayed to for this caller.
@@ -328,6 +322,6 @@ func (s *Server) ExchangeBundle(ctx context.Context, req *halliganv1.ExchangeBun
 	if raw := s.o.Bundles.Current().Raw(); !bytes.Equal(raw, req.GetBundle()) {
 		out.Bundle = raw
 	}
-	out.Status = s.bundleStatus()
+	out.Status = api.BundleStatus(s.o.Bundles.Current())
 	return out, nil
 }
