@@ -6,6 +6,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 
@@ -21,12 +22,13 @@ func TestKeep(t *testing.T) {
 		var told []string
 		w := New(func(e alarm.Event) { told = append(told, string(e.Kind)+" "+e.Text) }, zerolog.Nop())
 		ctx, cancel := context.WithCancel(t.Context())
-		tries, works := 0, make(chan error)
+		var tries atomic.Int32
+		works := make(chan error)
 		var keeping sync.WaitGroup
 		keeping.Go(func() {
 			w.Keep(ctx, "ssh", func() error {
-				if tries++; tries < 4 {
-					return errors.New([]string{"no key", "no key", "no\x1bcertificate"}[tries-1])
+				if n := tries.Add(1); n < 4 {
+					return errors.New([]string{"no key", "no key", "no\x1bcertificate"}[n-1])
 				}
 				w.Opened("ssh")
 				return <-works
@@ -38,8 +40,8 @@ func TestKeep(t *testing.T) {
 		}
 		works <- errors.New("broken") // once it has come so far
 		synctest.Wait()
-		if want := []string{"closed ssh: no key", `closed ssh: no\x1bcertificate`, "closed ssh: broken"}; !slices.Equal(told, want) || tries != 4 {
-			t.Errorf("told %q after %d tries, want %q", told, tries, want)
+		if want := []string{"closed ssh: no key", `closed ssh: no\x1bcertificate`, "closed ssh: broken"}; !slices.Equal(told, want) || tries.Load() != 4 {
+			t.Errorf("told %q after %d tries, want %q", told, tries.Load(), want)
 		}
 		if got := w.Shut(); len(got) != 1 || w.Open("ssh") {
 			t.Error(got)
