@@ -4,10 +4,12 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/rs/zerolog"
 	"golang.org/x/sync/errgroup"
 	autoscalingv2 "k8s.io/api/autoscaling/v2"
 	coordinationv1 "k8s.io/api/coordination/v1"
@@ -16,6 +18,8 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/halligan-io/halligan/agent/storage"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
 )
 
 // What a direct write goes around.
@@ -65,6 +69,21 @@ type surroundings struct {
 	budgets     []*policyv1.PodDisruptionBudget
 }
 
+// look reads something beside the plan. A tenant of the cluster wrote what is
+// read: where it meets a fault of this program, the plan fails and the agent does
+// not.
+func (s *surroundings) look(log zerolog.Logger, read func() error) {
+	s.group.Go(func() (err error) {
+		defer func() {
+			if r := recover(); r != nil {
+				log.Error().Str("panic", neutral.LineMax(fmt.Sprint(r), 512)).Bytes("stack", debug.Stack()).Msg("looking around an object panicked")
+				err = fault.New(fault.Failed, "report it with the agent's log of this moment", "looking around the object met a bug in the agent")
+			}
+		}()
+		return read()
+	})
+}
+
 // maxAround is how many autoscalers or budgets of a namespace are looked at.
 const maxAround = 2000
 
@@ -75,7 +94,7 @@ func (p *planner) lookAround(ctx context.Context, kind *storage.Kind, namespace 
 	p.around = around
 	if kind.Namespaced && validNamespace(namespace) {
 		if p.plan.Action == scaleName && (kind.Fields[storage.Replicas].Type != 0 || kind.Custom) {
-			around.group.Go(func() (err error) {
+			around.look(p.engine.log, func() (err error) {
 				around.autoscalers, err = listTyped(ctx, p, "horizontalpodautoscalers.autoscaling", namespace, func(h *autoscalingv2.HorizontalPodAutoscaler) *autoscalingv2.HorizontalPodAutoscaler {
 					return &autoscalingv2.HorizontalPodAutoscaler{ObjectMeta: metav1.ObjectMeta{Name: h.Name}, Spec: h.Spec}
 				})
@@ -83,7 +102,7 @@ func (p *planner) lookAround(ctx context.Context, kind *storage.Kind, namespace 
 			})
 		}
 		if to == 0 {
-			around.group.Go(func() (err error) {
+			around.look(p.engine.log, func() (err error) {
 				around.budgets, err = listTyped(ctx, p, "poddisruptionbudgets.policy", namespace, func(b *policyv1.PodDisruptionBudget) *policyv1.PodDisruptionBudget {
 					return &policyv1.PodDisruptionBudget{ObjectMeta: metav1.ObjectMeta{Name: b.Name}, Spec: b.Spec}
 				})
@@ -91,7 +110,7 @@ func (p *planner) lookAround(ctx context.Context, kind *storage.Kind, namespace 
 			})
 		}
 	}
-	around.group.Go(func() error { return p.controllersAlive(ctx, kind) })
+	around.look(p.engine.log, func() error { return p.controllersAlive(ctx, kind) })
 	return around
 }
 
