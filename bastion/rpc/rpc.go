@@ -12,6 +12,7 @@ package rpc
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -314,7 +315,9 @@ func (s *Server) ExchangeBundle(ctx context.Context, req *halliganv1.ExchangeBun
 	}
 	out := &halliganv1.ExchangeBundleResponse{}
 	if len(req.GetBundle()) > 0 {
-		if _, err := s.o.Bundles.Offer(req.GetBundle()); err != nil {
+		// An older one is what people who were away have, and what was taken over is
+		// in force even where the disk is full.
+		if changed, err := s.o.Bundles.Offer(req.GetBundle()); err != nil && !changed && !errors.Is(err, bundle.ErrOlder) {
 			out.Refused = api.ErrorOf(err)
 			s.Refused(c.Who, fmt.Errorf("the bundle that was brought: %w", err))
 		}
