@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"golang.org/x/time/rate"
 
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -70,8 +71,9 @@ type Options struct {
 	Inventory func() *bundle.Inventory
 	// Tunnels is asked before a node is dialled; may be nil.
 	Tunnels Tunnels
-	// Never are addresses that are not dialled whatever the inventory says: the
-	// bastion's own. Loopback says that nodes may be there.
+	// Never are addresses that are not dialled whatever the inventory says, nor
+	// other ports there: the bastion's own. Loopback says that nodes are on this
+	// very machine; then only the ports matter.
 	Never    []netip.AddrPort
 	Loopback bool
 	// Begin is told of every relayed connection, and what it returns of its end;
@@ -89,6 +91,9 @@ type Options struct {
 type Relay struct {
 	o     Options
 	stats stats
+	// refusals keeps one client from filling the log; unsaid were held back.
+	refusals *rate.Limiter
+	unsaid   atomic.Int64
 }
 
 type stats struct{ open, begun, refused, failed, up, down atomic.Int64 }
@@ -114,7 +119,7 @@ func New(o Options) *Relay {
 	if o.Alarm == nil {
 		o.Alarm = func(alarm.Event) {}
 	}
-	return &Relay{o: o}
+	return &Relay{o: o, refusals: rate.NewLimiter(20, 200)}
 }
 
 // Stats returns what was relayed so far.
@@ -188,7 +193,11 @@ func (r *Relay) Target(who trust.Identity, data []byte) (Target, error) {
 func (r *Relay) refuse(c channel, who trust.Identity, err error) {
 	r.stats.refused.Add(1)
 	why := neutral.LineMax(fault.Of(err).Error(), 512)
-	r.o.Log.Warn().Str("person", neutral.Line(who.Person)).Str("source", who.Source).Str("why", why).Msg("relay refused")
+	if r.refusals.Allow() {
+		r.o.Log.Warn().Str("person", neutral.Line(who.Person)).Str("source", who.Source).Str("why", why).Int64("unsaid", r.unsaid.Swap(0)).Msg("relay refused")
+	} else {
+		r.unsaid.Add(1)
+	}
 	r.o.Alarm(alarm.Of(Refused, who, "not relayed: "+why))
 	_ = c.Refuse("halligan: " + why) // who is gone need not be told
 }

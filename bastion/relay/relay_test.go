@@ -297,6 +297,14 @@ func TestRefusals(t *testing.T) {
 	if !strings.Contains(log.String(), "relay refused") || !strings.Contains(log.String(), `"person":"alice"`) || strings.Contains(log.String(), "\x1b") {
 		t.Error(log.String())
 	}
+	// Many of them are counted, and do not fill the log.
+	for range 1000 {
+		r.handle(&played{who: alice, ctx: t.Context(), data: data("nowhere", 22)})
+	}
+	if n := strings.Count(log.String(), "relay refused"); n > 500 || r.Stats().Refused != 1001 {
+		t.Errorf("%d lines, %+v", n, r.Stats())
+	}
+	events = events[:1]
 	// A node that is down is no refusal.
 	l.Close()
 	p = &played{who: alice, ctx: t.Context(), data: data("cp-1", uint32(inv.Clusters[0].Nodes[0].SSHPort))}
@@ -310,7 +318,7 @@ func TestRefusals(t *testing.T) {
 	if _, _, err := r.Connect(ctx, Target{inv.Clusters[0].Nodes[0], trust.SSH}); !fault.Is(err, fault.Unreachable) && !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
-	if s := r.Stats(); s.Refused != 1 || s.Failed != 1 || s.Begun != 0 {
+	if s := r.Stats(); s.Refused != 1001 || s.Failed != 1 || s.Begun != 0 {
 		t.Errorf("%+v", s)
 	}
 }

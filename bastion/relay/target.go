@@ -150,8 +150,8 @@ func unknown(inv *bundle.Inventory, r Request) error {
 }
 
 // own refuses what an inventory must not make of a bastion: a way to its own
-// doors, and to what else listens on its machine. Only where bastion and nodes
-// share a machine, as in a lab, is loopback what it seems.
+// doors, and to what else listens on its machine. Only where bastions and nodes
+// share a machine, as in a lab, may they share an address.
 func (r *Relay) own(inv *bundle.Inventory, t Target) error {
 	at := t.At()
 	refuse := func(why string) error {
@@ -160,11 +160,12 @@ func (r *Relay) own(inv *bundle.Inventory, t Target) error {
 	if at.Addr().IsLoopback() && !r.o.Loopback {
 		return refuse("on the bastion's own machine")
 	}
-	if slices.Contains(r.o.Never, at) {
+	is := func(other netip.AddrPort) bool { return at == other || !r.o.Loopback && at.Addr() == other.Addr() }
+	if slices.ContainsFunc(r.o.Never, is) {
 		return refuse("the bastion itself")
 	}
 	for _, b := range inv.Bastions {
-		if grpc, ok := b.GRPC(); at == b.SSH() || ok && at == grpc {
+		if grpc, ok := b.GRPC(); is(b.SSH()) || ok && is(grpc) {
 			return refuse("the bastion " + b.Name)
 		}
 	}

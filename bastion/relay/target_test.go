@@ -116,7 +116,8 @@ func TestTarget(t *testing.T) {
 		{prod, "::ffff:10.0.0.10", 2222, "!the bastion bastion-b"},
 		// An inventory that makes doors of bastions, or of their machines, nodes'.
 		{prod, "trap", 2222, "!the bastion bastion-a"},
-		{prod, "trap", 7443, "grpc of trap.prod (10.0.0.9:7443)"},
+		{prod, "trap", 7443, "!the bastion bastion-a"},
+		{prod, "me", 22, "!the bastion itself"},
 		{prod, "me", 9644, "!the bastion itself"},
 		{prod, "lo", 2222, "!the bastion's own machine"},
 	} {
@@ -132,6 +133,14 @@ func TestTarget(t *testing.T) {
 	lab := relayOf(inv, func(o *Options) { o.Loopback = true })
 	if got, err := lab.Target(prod, data("127.0.0.11", 2222)); err != nil || got.Node.Name != "lo" {
 		t.Errorf("a lab: %v, %v", got, err)
+	}
+	if got, err := lab.Target(prod, data("trap", 7443)); err != nil || got.Door != trust.GRPC {
+		t.Errorf("a lab, whose bastions share addresses: %v, %v", got, err)
+	}
+	for name, port := range map[string]uint32{"trap": 2222, "me": 9644} {
+		if got, err := lab.Target(prod, data(name, port)); err == nil {
+			t.Errorf("a lab relays to %v", got)
+		}
 	}
 	for _, host := range []string{"127.0.0.1", "localhost", "127.0.0.12"} {
 		if got, err := lab.Target(prod, data(host, 2222)); err == nil {
@@ -182,7 +191,7 @@ func FuzzTarget(f *testing.F) {
 			t.Fatalf("%q became %v", request.Host, n)
 		case at.Addr() != n.Address.Addr || uint32(at.Port()) != request.Port || at.Port() != n.SSHPort && at.Port() != n.GRPCPort || at.Port() == 0:
 			t.Fatalf("%+v became %v", request, at)
-		case at.Addr().IsLoopback() || at.String() == "10.0.0.9:2222" || at.String() == "10.0.0.8:9644":
+		case at.Addr().IsLoopback() || at.Addr().String() == "10.0.0.9" || at.Addr().String() == "10.0.0.8":
 			t.Fatalf("%v is the bastion's own", at)
 		}
 	})
