@@ -569,6 +569,30 @@ func TestUnfinishedRequests(t *testing.T) {
 	}
 }
 
+// TestGoneCaller: an action that goes on without its caller still counts.
+func TestGoneCaller(t *testing.T) {
+	began, finish := make(chan struct{}), make(chan struct{})
+	server, _ := open(t, &scripted{apply: func(context.Context, func(*halliganv1.Progress)) *halliganv1.Result {
+		close(began)
+		<-finish
+		return &halliganv1.Result{}
+	}})
+	ctx, leave := context.WithCancel(t.Context())
+	conn := connect(t, server, alice, t.Context())
+	if _, err := halliganv1.NewAgentClient(conn).Apply(ctx, &halliganv1.ApplyRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	<-began
+	leave()
+	conn.Close()
+	time.Sleep(50 * time.Millisecond) // for the server to notice; too short a time hides a fault, and makes none
+	if n := server.Calls(); n != 1 {
+		t.Errorf("%d calls are counted while an action goes on", n)
+	}
+	close(finish)
+	eventually(t, "the place to be free", func() bool { return server.Calls() == 0 })
+}
+
 // eventually waits for what happens by itself.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"sync/atomic"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/tap"
@@ -40,8 +41,7 @@ func (s *Server) allow(who trust.Identity, method string) error {
 
 // tap takes the place of a call when its headers have come: gRPC would read a
 // whole request before an interceptor sees the call, and one person's requests
-// that never end would fill the memory. The place is given back with the call's
-// context.
+// that never end would fill the memory.
 func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
 	if s.o.Methods[call.FullMethodName] == nil {
 		return ctx, nil // gRPC refuses it, and reads nothing of it
@@ -50,14 +50,41 @@ func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, erro
 	if err == nil {
 		var release func()
 		if release, err = s.calls.Take(info.Who); err == nil {
-			context.AfterFunc(ctx, release)
-			return ctx, nil
+			p := &place{release: release}
+			p.users.Store(1)
+			context.AfterFunc(ctx, p.leave)
+			return context.WithValue(ctx, placeKey{}, p), nil
 		}
 	}
 	if info.busy != nil {
 		info.busy()
 	}
 	return ctx, s.ended(info, err)
+}
+
+// place is given back when the call's context has ended and its handler has
+// returned: one that goes on without its caller still counts.
+type place struct {
+	users   atomic.Int32
+	release func()
+}
+
+type placeKey struct{}
+
+// enter reports false where the place was given back already.
+func (p *place) enter() bool {
+	for {
+		n := p.users.Load()
+		if n == 0 || p.users.CompareAndSwap(n, n+1) {
+			return n > 0
+		}
+	}
+}
+
+func (p *place) leave() {
+	if p.users.Add(-1) == 0 {
+		p.release()
+	}
 }
 
 // enter admits a call that has a place. Its context ends, with the cause, when the
@@ -73,9 +100,13 @@ func (s *Server) enter(ctx context.Context, method string) (_ context.Context, _
 	if err := s.allow(info.Who, method); err != nil {
 		return nil, info, nil, err
 	}
+	p, _ := ctx.Value(placeKey{}).(*place)
+	if p == nil || !p.enter() {
+		return nil, info, nil, fault.New(fault.Cancelled, "", "the caller has gone")
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	forget := context.AfterFunc(info.Held, func() { cancel(context.Cause(info.Held)) })
-	return ctx, info, func() { forget(); cancel(nil) }, nil
+	return ctx, info, func() { forget(); cancel(nil); p.leave() }, nil
 }
 
 // ended turns the end of a call into what the caller hears, and tells the alarms
