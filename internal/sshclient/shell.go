@@ -33,7 +33,7 @@ type Terminal struct {
 // exit status; the end of the context ends the whole connection. The terminal is
 // raw meanwhile, so that every key is the shell's. Reading In goes on until the next key after the end.
 func (c *Client) Shell(ctx context.Context, t Terminal) (status int, err error) {
-	channel, requests, err := c.open()
+	channel, requests, err := c.open(ctx)
 	if err != nil {
 		return lost, err
 	}
@@ -49,7 +49,7 @@ func (c *Client) Shell(ctx context.Context, t Terminal) (status int, err error) 
 	if ok, err := channel.SendRequest("shell", true, nil); err != nil {
 		return lost, c.broken(err)
 	} else if !ok {
-		return lost, fault.New(fault.Unreachable, "see whether another SSH server answers at this address", "%s gives no shell", c.target.Name)
+		return lost, fault.New(fault.Unreachable, "see whether another SSH server answers there", "%s gives no shell", c.target.Name)
 	}
 	go func() {
 		_, _ = io.Copy(channel, t.In)

@@ -457,13 +457,13 @@ func TestDial(t *testing.T) {
 	if got, want := <-s.logins, "responder "+gossh.FingerprintSHA256(login.Certificate); got != want {
 		t.Errorf("login %q, want %q", got, want)
 	}
-	_, err = c.Agent()
+	_, err = c.API(t.Context())
 	wantFault(t, err, fault.Unreachable, `refuses a session: full\x1b[2J`)
 	if err := c.Close(); err != nil {
 		t.Error(err)
 	}
 	<-c.Done()
-	_, err = c.Agent()
+	_, err = c.API(t.Context())
 	wantFault(t, err, fault.Unreachable, "broke")
 	if c.Close() != nil {
 		t.Error("closing again fails")
@@ -605,7 +605,7 @@ func TestAgentConn(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	conn, err := c.Agent()
+	conn, err := c.API(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -59,8 +59,8 @@ type app struct {
 	config config
 	set    *pflag.FlagSet // of the tree of commands that runs
 	// What the line, the environment and the file say.
-	socket, bundle, identity, cluster, node, as string
-	direct                                      bool
+	socket, bundle, identity, cluster, node, bastion, as string
+	direct                                               bool
 
 	ctx    context.Context // of the run
 	fleet  *fleet          // once it is needed
@@ -126,6 +126,7 @@ func (a *app) flags(set *pflag.FlagSet) {
 	text(&a.cluster, "cluster", "HALLIGAN_CLUSTER", a.config.Cluster, "`name` of the cluster (HALLIGAN_CLUSTER)")
 	text(&a.node, "node", "", a.config.Node, "`node` to act from: NODE, NODE.CLUSTER or its IP address (default: the first healthy one)")
 	text(&a.as, "as", "", a.config.As, "`role` to take (default: responder, or the only one that the certificate names)")
+	text(&a.bastion, "bastion", "", a.config.Bastion, "`bastion` to go through: NAME or its IP address (default: the first of the bundle's that lets you in)")
 	set.BoolVar(&a.direct, "direct", a.config.Direct, "go to the agent without a bastion")
 	set.Lookup("direct").DefValue = "false"
 	_ = a.config.defaults(set) // checked already
@@ -163,12 +164,14 @@ func (a *app) timeout() time.Duration {
 // a bundle.
 func (a *app) console() (string, error) {
 	remote := ""
-	for _, name := range []string{"bundle", "identity", "cluster", "node", "as", "direct"} {
+	for _, name := range []string{"bundle", "identity", "cluster", "node", "as", "bastion", "direct"} {
 		if a.given(name) {
 			remote = name
 		}
 	}
 	switch {
+	case a.given("bastion") && a.given("direct") && a.direct:
+		return "", fault.New(fault.Usage, "leave one of them out", "--direct goes past the bastions, and --bastion through one")
 	case a.given("socket") && remote != "":
 		return "", fault.New(fault.Usage, "leave one of them out", "--socket leads to this machine's agent, and --%s to one over the network", remote)
 	case a.given("socket"):
@@ -196,10 +199,13 @@ func (a *app) where(plan *halliganv1.Plan) []string {
 		return nil
 	}
 	var back []string
-	for name, value := range map[string]string{"bundle": a.bundle, "identity": a.identity, "as": a.as} {
+	for name, value := range map[string]string{"bundle": a.bundle, "identity": a.identity, "as": a.as, "bastion": a.bastion} {
 		if a.given(name) {
 			back = append(back, "--"+name, value)
 		}
+	}
+	if a.given("direct") && a.direct {
+		back = append(back, "--direct")
 	}
 	if plan.GetClusterName() != "" {
 		back = append(back, "--cluster", plan.GetClusterName())

@@ -29,9 +29,10 @@ type config struct {
 	Identity string `json:"identity"`
 	// Socket is an agent's console, for a node's own configuration.
 	Socket string `json:"socket"`
-	// Cluster, Node and As are names.
+	// Cluster, Node, Bastion and As are names.
 	Cluster string `json:"cluster"`
 	Node    string `json:"node"`
+	Bastion string `json:"bastion"`
 	As      string `json:"as"`
 	Direct  bool   `json:"direct"`
 	// Output is table, json or yaml; Timeout a time such as 30s.

@@ -33,6 +33,7 @@ type fleet struct {
 	servers *credential.Servers
 	ring    *sshclient.Keyring
 	login   sshclient.Login
+	way     *way
 	loose   sync.WaitGroup // connections that are being given up
 }
 
@@ -114,7 +115,10 @@ func (a *app) open() (*fleet, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := f.identify(); err != nil {
+	if err = f.identify(); err == nil {
+		f.way, err = f.newWay()
+	}
+	if err != nil {
 		f.close()
 		return nil, err
 	}
@@ -124,7 +128,9 @@ func (a *app) open() (*fleet, error) {
 
 func (f *fleet) close() {
 	if f != nil {
+		f.way.carry()
 		f.loose.Wait()
+		f.way.close()
 		_ = f.ring.Close()
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -16,17 +15,19 @@ import (
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/fault"
-	"github.com/halligan-io/halligan/internal/sshclient"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 )
 
 const (
 	// parallel is how many nodes are asked at a time.
-	parallel = 16
-	// patience is how long one node has for an answer, touched how long where
-	// its login waits for a person to touch a key.
-	patience = 5 * time.Second
-	touched  = 60 * time.Second
+	// Each is a channel of the connection to the bastion, which takes 64.
+	parallel = 32
+	// patience is how long one node has for an answer, bastionPatience how long
+	// where the bastion on the way may have to be replaced, and touched how long
+	// where its login waits for a person to touch a key.
+	patience        = 5 * time.Second
+	bastionPatience = 10 * time.Second
+	touched         = 60 * time.Second
 	// better is how long to wait for a healthy agent once another has answered.
 	better = time.Second
 	// carrying bounds the exchange of bundles at the end of a connection.
@@ -37,12 +38,12 @@ const (
 // status decides whether the two are exchanged at the end.
 type agent struct {
 	halliganv1.AgentClient
-	conn io.Closer
+	conn io.Closer // of a console
 
 	// Over the network:
 	fleet *fleet
 	host  bundle.Host
-	ssh   *sshclient.Client
+	line  *line
 
 	mu     sync.Mutex // guards status
 	status *halliganv1.StatusResponse
@@ -62,51 +63,31 @@ func (a *agent) Status(ctx context.Context, in *halliganv1.StatusRequest, opts .
 // Close exchanges bundles where that is due, and ends the connection. All that
 // the caller wanted is answered by then.
 func (a *agent) Close() error {
-	if a.ssh == nil {
+	if a.line == nil {
 		return a.conn.Close()
 	}
+	a.fleet.way.carry()
 	a.carry()
-	return errors.Join(a.conn.Close(), a.ssh.Close())
+	return a.line.close()
 }
 
 // dial logs in at a node.
 func (f *fleet) dial(ctx context.Context, host bundle.Host) (*agent, error) {
-	client, err := f.enter(ctx, host)
+	k, err := f.connect(ctx, host)
 	if err != nil {
 		return nil, err
 	}
-	stream, err := client.Agent()
-	if err != nil {
-		client.Close()
-		return nil, err
-	}
-	conn, err := overConn(stream, host.ID(), func(context.Context) (net.Conn, error) {
-		return nil, fmt.Errorf("the connection to %s is gone", host.ID())
-	})
-	if err != nil {
-		client.Close()
-		return nil, err
-	}
-	return &agent{AgentClient: halliganv1.NewAgentClient(conn), conn: conn, fleet: f, host: host, ssh: client}, nil
-}
-
-// enter opens the SSH door of a node.
-func (f *fleet) enter(ctx context.Context, host bundle.Host) (*sshclient.Client, error) {
-	if said := f.app.timeout(); said > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, said)
-		defer cancel()
-	}
-	if f.login.SecurityKey() && f.app.ErrTTY {
-		fmt.Fprintf(f.app.Err, "touch the key to log in at %s\n", host.ID())
-	}
-	return sshclient.Dial(ctx, sshclient.Target{Name: host.ID(), Address: host.SSH().String(), HostKey: f.servers.HostKey(host.ID())}, f.login)
+	l := &line{fleet: f, host: host, now: k}
+	return &agent{AgentClient: halliganv1.NewAgentClient(l), fleet: f, host: host, line: l}, nil
 }
 
 // limits returns how many logins may run at a time, and how long each may take:
 // a key that is to be touched can be touched for one at a time.
 func (f *fleet) limits() (int, time.Duration) {
 	n, limit := parallel, patience
+	if !f.way.direct() {
+		limit = bastionPatience
+	}
 	if f.login.SecurityKey() {
 		n, limit = 1, touched
 	}
@@ -188,6 +169,9 @@ func (f *fleet) first(ctx context.Context) (*agent, error) {
 		return nil, fault.New(fault.NotFound, "choose another with --cluster, or have the inventory completed", "the bundle's inventory has no nodes of cluster %s", cluster)
 	case 1:
 		return f.dial(ctx, hosts[0])
+	}
+	if err := f.way.ready(ctx); err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -281,8 +265,7 @@ func allDead(text string, failed []answer) error {
 // abandon ends a connection that is not needed.
 func (a *agent) abandon() {
 	if a != nil {
-		_ = a.conn.Close()
-		_ = a.ssh.Close()
+		_ = a.line.close()
 	}
 }
 
@@ -302,28 +285,31 @@ func (a *agent) carry() {
 	done := app.exchanged[a.host.ID()]
 	app.exchanged[a.host.ID()] = true
 	app.mu.Unlock()
-	select {
-	case <-a.ssh.Done():
-		return
-	default:
-	}
-	if done || app.ctx.Err() != nil {
+	if done || app.ctx.Err() != nil || a.line.current().gone() {
 		return
 	}
 	ctx, cancel := context.WithTimeout(app.ctx, carrying)
 	defer cancel()
-	got, err := a.ExchangeBundle(ctx, &halliganv1.ExchangeBundleRequest{Bundle: mine.Raw()})
+	f.exchange(ctx, a.host.ID(), a)
+}
+
+// exchange shows a daemon this machine's bundle, and takes over a newer one.
+func (f *fleet) exchange(ctx context.Context, name string, with interface {
+	ExchangeBundle(context.Context, *halliganv1.ExchangeBundleRequest, ...grpc.CallOption) (*halliganv1.ExchangeBundleResponse, error)
+}) {
+	app := f.app
+	got, err := with.ExchangeBundle(ctx, &halliganv1.ExchangeBundleRequest{Bundle: f.bundles.Current().Raw()})
 	if err != nil {
-		return // an agent that is older, or in trouble: the next one takes it
+		return // one that is older, or in trouble: the next one takes it
 	}
 	if e := got.GetRefused(); e != nil && e.GetCode() != string(fault.Stale) {
-		app.note("%s refuses this machine's bundle: %s", a.host.ID(), e.GetMessage())
+		app.note("%s refuses this machine's bundle: %s", name, e.GetMessage())
 	}
 	if len(got.GetBundle()) == 0 || f.store == nil {
 		return
 	}
 	if _, err := f.store.Offer(got.GetBundle()); err != nil && !errors.Is(err, bundle.ErrOlder) && !errors.Is(err, bundle.ErrForked) {
-		app.note("the bundle of %s is not taken over: %s", a.host.ID(), fault.Of(err).Message)
+		app.note("the bundle of %s is not taken over: %s", name, fault.Of(err).Message)
 	}
 }
 

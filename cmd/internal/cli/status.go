@@ -28,6 +28,9 @@ const (
 	// maxSkew is the difference of two clocks that is spoken of: certificates and
 	// plans live by them.
 	maxSkew = 5 * time.Second
+	// maxDue is to how many nodes a bundle is carried at a time: they hold places at
+	// the bastion meanwhile, and tell the others by way of it.
+	maxDue = 16
 	// maxCell bounds a text of others in a row, in bytes.
 	maxCell = 160
 )
@@ -88,13 +91,17 @@ func (a *app) survey(ctx context.Context, v *verb.Verbs, table bool) error {
 	if len(hosts)+len(beyond) == 0 {
 		return fault.New(fault.NotFound, "have the inventory completed", "the bundle's inventory has no nodes")
 	}
+	if err := f.way.ready(ctx); err != nil {
+		return err
+	}
+	f.loose.Go(func() { f.way.lookAround(ctx) })
 	var answers []answer
 	for _, h := range beyond {
 		answers = append(answers, answer{host: h, err: fault.New(fault.Unauthenticated, "ask for a certificate that names the cluster", "%s is not for cluster %s", f.login.Name(), h.Cluster)})
 	}
 	var due []*agent // whose bundle differs, for after the answer
 	for r := range f.askAll(ctx, hosts) {
-		if r.agent != nil && !sameBundle(r.status.GetBundle(), b) {
+		if r.agent != nil && len(due) < maxDue && !sameBundle(r.status.GetBundle(), b) {
 			due = append(due, r.agent)
 		} else {
 			r.agent.abandon()
