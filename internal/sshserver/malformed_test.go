@@ -360,6 +360,7 @@ func TestSlots(t *testing.T) {
 			return
 		}
 	}
+	eventually(t, "the command's channel is given back", func() bool { return s.channels.Taken() == 0 })
 	open(one, 3) // of one connection
 	open(two, 1) // of one identity
 	_ = one.Close()
