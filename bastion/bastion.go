@@ -25,6 +25,7 @@ import (
 	"github.com/halligan-io/halligan/bastion/rpc"
 	"github.com/halligan-io/halligan/bastion/store"
 	"github.com/halligan-io/halligan/internal/alarm"
+	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/sshserver"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
@@ -114,6 +115,13 @@ func (b *bastion) serve(ctx context.Context) error {
 	inside.Go(func() { b.doors.ssh(network) })
 	if b.config.GRPC != nil {
 		inside.Go(func() { b.doors.grpc(network, server) })
+	}
+	if b.config.Tunnel != nil {
+		inside.Go(func() {
+			b.doors.Keep(network, "tunnel", func() error {
+				return fault.New(fault.Failed, "let the bastion dial the nodes", "this build takes no tunnels")
+			})
+		})
 	}
 	<-ctx.Done()
 	// Calls under way first, so that a session can still hear what became of
