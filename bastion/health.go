@@ -12,10 +12,17 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
 
+	"github.com/halligan-io/halligan/internal/admission"
+	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/sshserver"
 	"github.com/halligan-io/halligan/internal/version"
 )
+
+// maxScrapers bounds the connections of those who watch.
+const maxScrapers = 32
 
 // serveHealth serves metrics and health until the context ends. Labels hold
 // nothing that a client has chosen, and nobody's name.
@@ -38,6 +45,7 @@ func (b *bastion) serveHealth(ctx context.Context, l net.Listener) error {
 		}
 		_, _ = fmt.Fprintln(w, strings.Join(lines, "\n")) // who is gone need not know
 	})
+	l = netutil.LimitListener(l, maxScrapers)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
 	defer context.AfterFunc(ctx, func() { server.Close() })()
 	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -55,7 +63,7 @@ func (b *bastion) metrics() *prometheus.Registry {
 	gauge := func(n, help string, value func() float64) {
 		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts(name(n, help)), value))
 	}
-	counter := func(n, help string, labels prometheus.Labels, value func() int64) {
+	counter := func(n, help string, labels prometheus.Labels, value func() uint64) {
 		o := prometheus.CounterOpts(name(n, help))
 		o.ConstLabels = labels
 		registry.MustRegister(prometheus.NewCounterFunc(o, func() float64 { return float64(value()) }))
@@ -68,15 +76,27 @@ func (b *bastion) metrics() *prometheus.Registry {
 	}
 	relay := b.relay
 	gauge("relays", "Connections that are relayed now.", func() float64 { return float64(relay.Stats().Open) })
-	counter("relays_total", "Connections that were relayed.", nil, func() int64 { return relay.Stats().Begun })
-	counter("relays_refused_total", "Connections that were asked for and are not relayed.", nil, func() int64 { return relay.Stats().Refused })
-	counter("relays_failed_total", "Connections to nodes that could not be reached.", nil, func() int64 { return relay.Stats().Failed })
-	counter("relayed_bytes_total", "Bytes that were relayed.", prometheus.Labels{"direction": "up"}, func() int64 { return relay.Stats().BytesUp })
-	counter("relayed_bytes_total", "Bytes that were relayed.", prometheus.Labels{"direction": "down"}, func() int64 { return relay.Stats().BytesDown })
-	counter("alarms_dropped_total", "Alarms that a sink did not get.", nil, func() int64 { return int64(b.alarms.Dropped()) }) // #nosec G115 -- far below
+	counter("relays_total", "Connections that were relayed.", nil, func() uint64 { return uint64(relay.Stats().Begun) })
+	counter("relays_refused_total", "Connections that were asked for and are not relayed.", nil, func() uint64 { return uint64(relay.Stats().Refused) })
+	counter("relays_failed_total", "Connections to nodes that could not be reached.", nil, func() uint64 { return uint64(relay.Stats().Failed) })
+	counter("relayed_bytes_total", "Bytes that were relayed.", prometheus.Labels{"direction": "up"}, func() uint64 { return uint64(relay.Stats().BytesUp) })
+	counter("relayed_bytes_total", "Bytes that were relayed.", prometheus.Labels{"direction": "down"}, func() uint64 { return uint64(relay.Stats().BytesDown) })
+	counter("alarms_dropped_total", "Alarms that a sink did not get.", nil, b.alarms.Dropped)
 	gauge("ready", "Whether people can come in.", func() float64 { return yes(b.doors.ready()) })
-	gauge("store_up", "Whether the store that bastions share works.", func() float64 { return yes(b.store.Degraded() == "") })
+	for _, door := range []string{"ssh", "grpc"} {
+		counter("connections_total", "Connections that came, whoever they were.", prometheus.Labels{"door": door}, func() uint64 { return b.doors.Came(door) })
+	}
+	for _, kind := range []alarm.Kind{alarm.Login, alarm.Refusal, alarm.Relay, alarm.Sealed, alarm.Late, alarm.Bundle, alarm.Closed, admission.Flood, sshserver.Panic} {
+		counter("events_total", "What happened, as alarms tell it.", prometheus.Labels{"kind": string(kind)}, func() uint64 { return b.alarms.Raised(kind) })
+	}
+	gauge("store_up", "Whether the store that bastions share answers.", func() float64 { return yes(b.store.Works()) })
 	gauge("warnings", "How many things are degraded; the readiness page names them.", func() float64 { return float64(len(b.degraded())) })
+	gauge("bundle_signed_seconds", "When the newest part of the bundle in force was signed, in Unix time; 0: there is none.", func() float64 {
+		if s := b.trusted.Status(); s != nil {
+			return float64(s.GetSigned().GetSeconds())
+		}
+		return 0
+	})
 	gauge("bundle_fresh_until_seconds", "When the bundle in force becomes stale, in Unix time; 0: there is none.", func() float64 {
 		if s := b.trusted.Status(); s != nil {
 			return float64(s.GetFreshUntil().GetSeconds())

@@ -129,6 +129,13 @@ func (s *Store) Close() {
 	}
 }
 
+// Works reports whether calls are answered.
+func (s *Store) Works() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.down == ""
+}
+
 // Degraded says in one line what is wrong with the store and how to mend it;
 // empty: nothing is.
 func (s *Store) Degraded() string {

@@ -55,10 +55,11 @@ type Alarms struct {
 	end           context.CancelFunc
 	workers       sync.WaitGroup
 
-	mu    sync.Mutex // guards all below
-	done  bool
-	same  map[string]time.Time
-	gates map[string]*gate
+	mu     sync.Mutex // guards all below
+	done   bool
+	same   map[string]time.Time
+	gates  map[string]*gate
+	raised map[Kind]uint64
 }
 
 // gate bounds one kind of events.
@@ -76,7 +77,7 @@ type queue struct {
 
 // Open starts the sinks. It does not wait for any of them to answer.
 func Open(o Options) (*Alarms, error) {
-	a := &Alarms{node: o.Node, cluster: o.Cluster, log: o.Log, closing: make(chan struct{}), same: map[string]time.Time{}, gates: map[string]*gate{}}
+	a := &Alarms{node: o.Node, cluster: o.Cluster, log: o.Log, closing: make(chan struct{}), same: map[string]time.Time{}, gates: map[string]*gate{}, raised: map[Kind]uint64{}}
 	// The log, too, may be a pipe that nobody reads.
 	a.queues = []*queue{{sink: logSink{o.Log}, events: make(chan Event, queueLength)}}
 	for i, c := range o.Sinks {
@@ -102,6 +103,7 @@ func (a *Alarms) Raise(e Event) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock() // also keeps Close from closing the queues meanwhile
+	a.raised[e.Kind]++
 	if a.done || !a.pass(&e) {
 		return
 	}
@@ -150,6 +152,13 @@ func (a *Alarms) pass(e *Event) bool {
 	a.same[key] = now
 	e.Unsaid, g.unsaid = g.unsaid, 0
 	return true
+}
+
+// Raised counts the events of a kind, those that were held back included.
+func (a *Alarms) Raised(k Kind) uint64 {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.raised[k]
 }
 
 // Dropped counts the events that a sink did not get.

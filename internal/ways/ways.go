@@ -32,11 +32,12 @@ type Ways struct {
 	mu   sync.Mutex // guards all below
 	shut map[string]string
 	open map[string]bool
+	came map[string]uint64
 }
 
 // New returns ways that are neither open nor shut yet. raise must not block.
 func New(raise func(alarm.Event), log zerolog.Logger) *Ways {
-	return &Ways{raise: raise, log: log, shut: map[string]string{}, open: map[string]bool{}}
+	return &Ways{raise: raise, log: log, shut: map[string]string{}, open: map[string]bool{}, came: map[string]uint64{}}
 }
 
 // Keep runs a way in until it returns nil or the context ends, and again when it
@@ -68,6 +69,7 @@ func (w *Ways) Keep(ctx context.Context, name string, run func() error) {
 // Listen keeps a way in open at one TCP address, under its name and the address,
 // until the context ends. serve closes the listener and returns when it ends.
 func (w *Ways) Listen(ctx context.Context, name, address string, serve func(net.Listener) error) {
+	kind := name
 	name += " " + address
 	w.Keep(ctx, name, func() error {
 		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
@@ -76,8 +78,36 @@ func (w *Ways) Listen(ctx context.Context, name, address string, serve func(net.
 		}
 		defer l.Close()
 		w.Opened(name)
-		return serve(l)
+		return serve(counted{l, func() { w.count(kind) }})
 	})
+}
+
+// counted is a listener whose connections are counted.
+type counted struct {
+	net.Listener
+	count func()
+}
+
+func (c counted) Accept() (net.Conn, error) {
+	conn, err := c.Listener.Accept()
+	if err == nil {
+		c.count()
+	}
+	return conn, err
+}
+
+func (w *Ways) count(name string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.came[name]++
+}
+
+// Came counts the connections that came by a way, at all of its addresses and
+// whoever they were.
+func (w *Ways) Came(name string) uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.came[name]
 }
 
 // Opened tells that a way in works.
