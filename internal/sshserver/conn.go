@@ -135,16 +135,24 @@ func (c *conn) enter() bool {
 	return true
 }
 
+// mostGreeting is the longest first line of a client in bytes, RFC 4253 section
+// 4.2. OpenSSH sends what it can negotiate right behind it, so that whoever only
+// greets counts as silent and is dropped before.
+const mostGreeting = 255
+
 var errTooMuch = errors.New("too much was sent before a login")
 
 // Read reads, and bounds what is read before the login.
 func (c *conn) Read(p []byte) (int, error) {
 	n, err := c.raw.Read(p)
 	if n > 0 && !c.loggedIn.Load() {
-		c.guest.Reached(admission.Speaking)
-		if c.unreadYet.Add(int64(-n)) < 0 {
+		left := c.unreadYet.Add(int64(-n))
+		if left < 0 {
 			c.raw.Close()
 			return 0, errTooMuch
+		}
+		if c.server.o.Limits.LoginBytes-left > mostGreeting {
+			c.guest.Reached(admission.Speaking)
 		}
 	}
 	return n, err
