@@ -66,10 +66,11 @@ func up() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "up --dir DIR",
 		Short: "Run a lab in the foreground until it is interrupted",
-		Long: "Runs three etcd members and three agents, seeds Kubernetes objects into an empty etcd, prints one line\n" +
+		Long: "Runs three etcd members, three agents and two bastions, seeds Kubernetes objects into an empty etcd, prints one line\n" +
 			"\"ready DIR\" and stays in the foreground. SIGINT, SIGTERM or SIGHUP stops everything that it started.\n" +
 			"DIR/env and DIR/env.console are there to be sourced, and DIR/ssh_config is for stock ssh:\n" +
 			"  ssh -F DIR/ssh_config responder@cp-1 status\n" +
+			"  ssh -F DIR/ssh_config -J bastion-b responder@cp-1 status\n" +
 			"with an identity for each role in DIR/ids. All keys below DIR are in the clear: it is a lab.\n" +
 			"With --kube a real Kubernetes control plane runs on the etcd, with simulated nodes; then --objects counts runaway\n" +
 			"ConfigMaps, by default none.\n" +
@@ -134,7 +135,7 @@ func demo() *cobra.Command {
 }
 
 func flags(c *cobra.Command, o *lab.Options) {
-	c.Flags().StringVar(&o.Net, "net", lab.DefaultNet, "first three numbers of the nodes' loopback addresses; the nodes are .11 to .13")
+	c.Flags().StringVar(&o.Net, "net", lab.DefaultNet, "first three numbers of the nodes' loopback addresses; the nodes are .11 to .13, the bastions .21 and .22")
 	c.Flags().IntVar(&o.Objects, "objects", 2000, "how many Kubernetes objects to seed, about; 0: none")
 	c.Flags().Int64Var(&o.QuotaBytes, "etcd-quota", 0, "bytes that each etcd member may hold before NOSPACE; 0: what the objects need, at least 2 GiB; for a demo with --kube 512 MiB")
 	c.Flags().IntVar(&o.Nodes, "nodes", 20, "how many worker nodes the seeded cluster has")

@@ -37,7 +37,7 @@ func TestDoorStories(t *testing.T) {
 	defer os.RemoveAll(dir)
 	pid := os.Getpid()
 	network := fmt.Sprintf("127.%d.%d", 2+pid/250%28, pid%250) // as of no other lab of a test
-	l, err := lab.Up(t.Context(), lab.Options{Dir: filepath.Join(dir, "lab"), Net: network, Objects: 300, Agent: agentCommand(), Progress: t.Output()})
+	l, err := lab.Up(t.Context(), lab.Options{Dir: filepath.Join(dir, "lab"), Net: network, Objects: 300, Agent: agentCommand(), Bastion: bastionCommand(), Progress: t.Output()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,6 +24,7 @@ import (
 	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/bastion/store"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
@@ -31,8 +32,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if os.Getenv("CLI_TEST_AS") == "agent" {
-		if err := beAgent(); err != nil {
+	store.Child()
+	if be := map[string]func() error{"agent": beAgent, "bastion": beBastion}[os.Getenv("CLI_TEST_AS")]; be != nil {
+		if err := be(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}

@@ -24,6 +24,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	daemon "github.com/halligan-io/halligan/agent"
+	"github.com/halligan-io/halligan/bastion"
 	"github.com/halligan-io/halligan/cmd/internal/lab"
 	"github.com/halligan-io/halligan/internal/daemonlog"
 )
@@ -43,8 +44,24 @@ func beAgent() error {
 	return daemon.Run(ctx, c, distribution, log)
 }
 
-// agentCommand is the command line of an agent.
-func agentCommand() []string { return []string{"/usr/bin/env", "CLI_TEST_AS=agent", os.Args[0]} }
+// beBastion makes it a bastion of the lab.
+func beBastion() error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	c, err := bastion.LoadConfig(os.Args[len(os.Args)-1])
+	if err != nil {
+		return err
+	}
+	log, err := daemonlog.New(os.Stderr, c.LogLevel, c.Name)
+	if err != nil {
+		return err
+	}
+	return bastion.Run(ctx, c, log)
+}
+
+// agentCommand is the command line of an agent, bastionCommand that of a bastion.
+func agentCommand() []string   { return []string{"/usr/bin/env", "CLI_TEST_AS=agent", os.Args[0]} }
+func bastionCommand() []string { return []string{"/usr/bin/env", "CLI_TEST_AS=bastion", os.Args[0]} }
 
 // TestStories runs the real command against real agents on a real etcd, with
 // etcdctl as the independent eye, as a person types both who has sourced the
@@ -62,7 +79,7 @@ func TestStories(t *testing.T) {
 	pid := os.Getpid()
 	l, err := lab.Up(t.Context(), lab.Options{
 		Dir: filepath.Join(dir, "lab"), Net: fmt.Sprintf("127.%d.%d", 30+pid/250%60, pid%250), Objects: 800, Nodes: 2,
-		Agent: agentCommand(), Progress: t.Output(),
+		Agent: agentCommand(), Bastion: bastionCommand(), Progress: t.Output(),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -55,7 +55,7 @@ func startBench(b *testing.B) *bench {
 		}
 	}
 	dir := filepath.Join(b.TempDir(), "lab")
-	l, err := Up(b.Context(), Options{Dir: dir, Net: network(), Agent: []string{filepath.Join(bin, "halligan-agent")}, Halligan: []string{filepath.Join(bin, "halligan")}})
+	l, err := Up(b.Context(), Options{Dir: dir, Net: network(), Agent: []string{filepath.Join(bin, "halligan-agent")}, Bastion: []string{filepath.Join(bin, "halligan-bastion")}, Halligan: []string{filepath.Join(bin, "halligan")}})
 	if err != nil {
 		b.Fatal(err)
 	}

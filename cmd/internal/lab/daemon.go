@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -137,18 +139,46 @@ func (d *daemon) ready(ctx context.Context, socket string) error {
 	}
 	defer conn.Close()
 	agent := halliganv1.NewAgentClient(conn)
-	var last error
+	return d.until(ctx, func(ctx context.Context) error {
+		st, err := agent.Status(ctx, &halliganv1.StatusRequest{})
+		if err == nil && !st.Etcd.GetQuorum() {
+			err = fmt.Errorf("its etcd has no leader: %s", st.Etcd.GetError())
+		}
+		return err
+	})
+}
+
+// open waits until the bastion says that people can come in.
+func (d *daemon) open(ctx context.Context, url string) error {
+	ctx, cancel := context.WithTimeout(ctx, readyWithin)
+	defer cancel()
+	return d.until(ctx, func(ctx context.Context) error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		if err != nil {
+			return err
+		}
+		got, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return err
+		}
+		defer got.Body.Close()
+		said, err := io.ReadAll(io.LimitReader(got.Body, 4<<10))
+		if err == nil && got.StatusCode != http.StatusOK {
+			err = errors.New(strings.Join(strings.Fields(string(said)), " "))
+		}
+		return err
+	})
+}
+
+// until asks again and again, until there is no error any more, or the daemon
+// has ended.
+func (d *daemon) until(ctx context.Context, ask func(context.Context) error) error {
 	for {
 		try, done := context.WithTimeout(ctx, time.Second)
-		st, err := agent.Status(try, &halliganv1.StatusRequest{})
+		last := ask(try)
 		done()
-		switch {
-		case err != nil:
-			last = err
-		case st.Etcd.GetQuorum():
+		if last == nil {
 			return nil
-		default:
-			last = fmt.Errorf("its etcd has no leader: %s", st.Etcd.GetError())
 		}
 		select {
 		case <-d.first:

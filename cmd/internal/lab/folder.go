@@ -41,7 +41,9 @@ const (
 	// SegmentSizeBytes; server/embed/config.go: DefaultMaxWALs).
 	segmentRoom               = 64_000_000
 	fewSegments, manySegments = 2, 6
-	// logRoom is for the logs of agents and etcd, kubeLogRoom for those of a
+	// bastionRoom is for the store of a bastion, which holds little.
+	bastionRoom = 32 << 20
+	// logRoom is for the logs of daemons and etcd, kubeLogRoom for those of a
 	// control plane under a storm, auditRoom for each API server's audit log and
 	// the one before it, of 100 MB.
 	logRoom, kubeLogRoom, auditRoom = 64 << 20, 256 << 20, 200 << 20
@@ -52,9 +54,9 @@ const (
 // objects and what people do to them.
 func (o *Options) room() int64 {
 	if o.Kube == nil {
-		return controlNodes*(int64(o.Objects)*objectRoom+fewSegments*segmentRoom) + logRoom
+		return controlNodes*(int64(o.Objects)*objectRoom+fewSegments*segmentRoom) + bastionHosts*bastionRoom + logRoom
 	}
-	room := controlNodes*(o.QuotaBytes+manySegments*segmentRoom) + kubeLogRoom
+	room := controlNodes*(o.QuotaBytes+manySegments*segmentRoom) + bastionHosts*bastionRoom + kubeLogRoom
 	if o.Kube.Audit {
 		room += int64(max(1, o.Kube.APIServers)) * auditRoom
 	}

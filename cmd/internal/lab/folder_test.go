@@ -94,7 +94,7 @@ func TestRoom(t *testing.T) {
 		o           Options
 		least, most float64
 	}{
-		"small":                  {Options{Objects: 2000}, 0.4, 0.5},
+		"small":                  {Options{Objects: 2000}, 0.4, 0.55},
 		"a hundred thousand":     {Options{Objects: 100_000}, 2.6, 2.8},
 		"control plane":          {Options{Kube: &KubeOptions{}}, 7.2, 7.4},
 		"control plane of demos": {Options{QuotaBytes: demoQuota, Kube: &KubeOptions{}}, 2.7, 2.9},

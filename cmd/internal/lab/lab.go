@@ -1,6 +1,6 @@
 // Package lab runs a control plane's worth of processes on loopback addresses,
 // for demonstrations and tests: three etcd members with TLS, one agent for each,
-// and, if asked for, a real Kubernetes control plane on them. Everything it
+// two bastions, and, if asked for, a real Kubernetes control plane on them. Everything it
 // knows lies in one folder, and nothing of it outlives the process.
 //
 // It must never listen on anything but loopback, never touch a folder that is
@@ -39,6 +39,8 @@ const (
 	apiPort      = 6443
 	controlNodes = 3
 	firstHost    = 11 // cp-1 is NET.11
+	bastionHosts = 2
+	firstBastion = 21 // bastion-a is NET.21
 )
 
 // DefaultNet is the part of the addresses that all nodes share.
@@ -69,6 +71,9 @@ type Options struct {
 	// Agent is the command line of an agent, to which --config FILE is added;
 	// default: halligan-agent beside this process's executable.
 	Agent []string
+	// Bastion is the command line of a bastion, as Agent is of an agent; default:
+	// halligan-bastion beside this process's executable.
+	Bastion []string
 	// Halligan is the command line of the tool that a demo drives; default:
 	// halligan beside this process's executable.
 	Halligan []string
@@ -85,6 +90,7 @@ type Lab struct {
 	encryption string
 	kube       *Kube // nil without a real control plane
 	agents     []*daemon
+	bastions   []*daemon
 	failed     chan error // first daemon that cannot be kept up
 }
 
@@ -109,10 +115,15 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 			return nil, err
 		}
 	}
+	if len(o.Bastion) == 0 {
+		if o.Bastion, err = beside("halligan-bastion"); err != nil {
+			return nil, err
+		}
+	}
 	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
 		return nil, err
 	}
-	l := &Lab{opts: o, failed: make(chan error, controlNodes)}
+	l := &Lab{opts: o, failed: make(chan error, controlNodes+bastionHosts)}
 	_, missing := os.Lstat(o.Dir)
 	if l.lock, err = claim(o.Dir); err != nil {
 		return nil, err
@@ -178,10 +189,10 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 	if err := l.makeTrust(); err != nil {
 		return nil, fmt.Errorf("making keys and certificates: %w", err)
 	}
-	if err := l.startAgents(ctx); err != nil {
+	if err := l.startDaemons(ctx); err != nil {
 		return nil, err
 	}
-	l.say("agents: %d answer on their consoles after %s", len(l.agents), since(began))
+	l.say("agents: %d answer on their consoles, and %d bastions let people in, after %s", len(l.agents), len(l.bastions), since(began))
 	if l.kube != nil {
 		if err := l.kube.bringUp(ctx); err != nil {
 			return nil, err
@@ -204,14 +215,14 @@ func (l *Lab) Wait(ctx context.Context) error {
 // Close stops everything and gives the folder free. It is safe to call again.
 func (l *Lab) Close() error {
 	var g errgroup.Group
-	for _, a := range l.agents {
-		g.Go(a.stop)
+	for _, d := range append(l.agents, l.bastions...) {
+		g.Go(d.stop)
 	}
 	if l.kube != nil {
 		g.Go(l.kube.close)
 	}
 	err := g.Wait()
-	l.agents = nil
+	l.agents, l.bastions = nil, nil
 	if l.cluster != nil {
 		err = errors.Join(err, l.cluster.Close())
 		l.cluster = nil
@@ -235,6 +246,10 @@ func (l *Lab) API(i int) string { return net.JoinHostPort(l.ip(i), strconv.Itoa(
 func (l *Lab) ip(i int) string { return l.opts.Net + "." + strconv.Itoa(firstHost+i) }
 
 func nodeName(i int) string { return "cp-" + strconv.Itoa(i+1) }
+
+func (l *Lab) bastionIP(i int) string { return l.opts.Net + "." + strconv.Itoa(firstBastion+i) }
+
+func bastionName(i int) string { return "bastion-" + string(rune('a'+i)) }
 
 func (l *Lab) say(format string, args ...any) { fmt.Fprintf(l.opts.Progress, format+"\n", args...) }
 
@@ -344,30 +359,49 @@ func (l *Lab) agentConfig(i int) ([]byte, error) {
 	return yaml.Marshal(config)
 }
 
-func (l *Lab) startAgents(ctx context.Context) error {
+// startDaemons starts the agents and the bastions.
+func (l *Lab) startDaemons(ctx context.Context) error {
 	var g errgroup.Group
 	for i := range controlNodes {
-		dir := filepath.Join(l.opts.Dir, nodeName(i))
-		if err := durable.Dir(dir); err != nil {
-			return err
-		}
 		config, err := l.agentConfig(i)
 		if err != nil {
 			return err
 		}
-		file := filepath.Join(dir, "agent.yaml")
-		if err := durable.Write(file, config); err != nil {
+		d, err := l.startDaemon("agent", nodeName(i), l.opts.Agent, config)
+		if err != nil {
 			return err
 		}
-		argv := append(append([]string(nil), l.opts.Agent...), "--config", file)
-		a := &daemon{name: "agent " + nodeName(i), log: filepath.Join(dir, "agent.log"), argv: argv, progress: l.opts.Progress, failed: l.failed}
-		if err := a.start(); err != nil {
+		l.agents = append(l.agents, d)
+		g.Go(func() error { return d.ready(ctx, l.Socket(i)) })
+	}
+	for i := range bastionHosts {
+		config, err := l.bastionConfig(i)
+		if err != nil {
 			return err
 		}
-		l.agents = append(l.agents, a)
-		g.Go(func() error { return a.ready(ctx, l.Socket(i)) })
+		d, err := l.startDaemon("bastion", bastionName(i), l.opts.Bastion, config)
+		if err != nil {
+			return err
+		}
+		l.bastions = append(l.bastions, d)
+		g.Go(func() error { return d.open(ctx, "http://"+l.bastionIP(i)+":"+strconv.Itoa(metricsPort)+"/readyz") })
 	}
 	return g.Wait()
+}
+
+// startDaemon starts an agent or a bastion in a folder of its own.
+func (l *Lab) startDaemon(what, name string, command []string, config []byte) (*daemon, error) {
+	dir := l.file(name)
+	if err := durable.Dir(dir); err != nil {
+		return nil, err
+	}
+	file := filepath.Join(dir, what+".yaml")
+	if err := durable.Write(file, config); err != nil {
+		return nil, err
+	}
+	argv := append(append([]string(nil), command...), "--config", file)
+	d := &daemon{name: what + " " + name, log: filepath.Join(dir, what+".log"), argv: argv, progress: l.opts.Progress, failed: l.failed}
+	return d, d.start()
 }
 
 // beside finds one of our programs next to this process's executable, where the

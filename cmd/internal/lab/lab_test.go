@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"github.com/halligan-io/halligan/agent"
+	"github.com/halligan-io/halligan/bastion"
+	"github.com/halligan-io/halligan/bastion/store"
 	"github.com/halligan-io/halligan/cmd/internal/cli"
 	"github.com/halligan-io/halligan/internal/daemonlog"
 )
@@ -25,10 +27,13 @@ import (
 // TestMain lets this test's own binary be the agent, or a whole lab, so that
 // the tests need no other build.
 func TestMain(m *testing.M) {
+	store.Child()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	var err error
 	switch os.Getenv("LAB_TEST_AS") {
+	case "bastion":
+		err = beBastion(ctx, os.Args[len(os.Args)-1])
 	case "agent":
 		err = beAgent(ctx, os.Args[len(os.Args)-1])
 	case "halligan":
@@ -61,6 +66,18 @@ func beAgent(ctx context.Context, config string) error {
 	return agent.Run(ctx, c, distribution, log)
 }
 
+func beBastion(ctx context.Context, config string) error {
+	c, err := bastion.LoadConfig(config)
+	if err != nil {
+		return err
+	}
+	log, err := daemonlog.New(os.Stderr, c.LogLevel, c.Name)
+	if err != nil {
+		return err
+	}
+	return bastion.Run(ctx, c, log)
+}
+
 func beLab(ctx context.Context, o Options) error {
 	l, err := Up(ctx, o)
 	if err != nil {
@@ -72,7 +89,7 @@ func beLab(ctx context.Context, o Options) error {
 }
 
 func options(dir, network string) Options {
-	return Options{Dir: dir, Net: network, Objects: 800, Nodes: 2, Agent: as("agent"), Halligan: as("halligan")}
+	return Options{Dir: dir, Net: network, Objects: 800, Nodes: 2, Agent: as("agent"), Bastion: as("bastion"), Halligan: as("halligan")}
 }
 
 // as is the command line that makes this binary something else.
@@ -159,17 +176,17 @@ func TestLabLivesDiesAndComesBack(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
-	t.Run("agent killed", func(t *testing.T) {
+	t.Run("daemon killed", func(t *testing.T) {
 		before := children(t, dir)
-		if len(before) != controlNodes {
-			t.Fatalf("%d agents", len(before))
+		if len(before) != controlNodes+bastionHosts {
+			t.Fatalf("%d daemons", len(before))
 		}
 		if err := syscall.Kill(before[0], syscall.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the agent is started again", func() bool {
+		eventually(t, "it is started again", func() bool {
 			now := children(t, dir)
-			return len(now) == controlNodes && fmt.Sprint(now) != fmt.Sprint(before)
+			return len(now) == controlNodes+bastionHosts && fmt.Sprint(now) != fmt.Sprint(before)
 		})
 	})
 	t.Run("killed", func(t *testing.T) {

@@ -11,10 +11,12 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+	"sigs.k8s.io/yaml"
 
 	"github.com/halligan-io/halligan/cmd/internal/ca"
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/trust/issuer"
 )
 
@@ -23,6 +25,8 @@ const (
 	clusterName   = "lab"
 	sshPort       = 2222
 	grpcPort      = 7443
+	tunnelPort    = 7444
+	metricsPort   = 9644
 	rootKeys      = 3
 	rootThreshold = 2
 	// Certificates last as long as an agent accepts; each run makes new ones.
@@ -73,19 +77,24 @@ func (l *Lab) makeTrust() error {
 	if err := a.SignAll(signers); err != nil {
 		return fmt.Errorf("signing the bundle: %w", err)
 	}
-	bundle, err := os.ReadFile(a.Bundle())
+	signed, err := os.ReadFile(a.Bundle())
 	if err != nil {
 		return err
 	}
 	if err := durable.Dir(l.file("ids")); err != nil {
 		return err
 	}
-	if err := durable.Write(l.file("bundle"), bundle); err != nil {
+	if err := durable.Write(l.file("bundle"), signed); err != nil {
 		return err
 	}
 	for i := range controlNodes {
-		if err := l.equipNode(a, i, bundle); err != nil {
+		if err := l.equip(a, nodeName(i), clusterName, signed); err != nil {
 			return fmt.Errorf("certificates of %s: %w", nodeName(i), err)
+		}
+	}
+	for i := range bastionHosts {
+		if err := l.equip(a, bastionName(i), bundle.BastionDomain, signed); err != nil {
+			return fmt.Errorf("certificates of %s: %w", bastionName(i), err)
 		}
 	}
 	for _, who := range identities {
@@ -114,23 +123,27 @@ func (l *Lab) inventory() string {
 	for i := range controlNodes {
 		fmt.Fprintf(&b, "  - {name: %s, address: %s, sshPort: %d, grpcPort: %d}\n", nodeName(i), l.ip(i), sshPort, grpcPort)
 	}
+	b.WriteString("bastions:\n")
+	for i := range bastionHosts {
+		fmt.Fprintf(&b, "- {name: %s, address: %s, sshPort: %d, grpcPort: %d}\n", bastionName(i), l.bastionIP(i), sshPort, grpcPort)
+	}
 	return b.String()
 }
 
-// equipNode gives an agent its bundle and its two names.
-func (l *Lab) equipNode(a *ca.Folder, i int, bundle []byte) error {
-	dir := l.file(nodeName(i))
+// equip gives a daemon its bundle, and its name in two certificates.
+func (l *Lab) equip(a *ca.Folder, name, domain string, signed []byte) error {
+	dir := l.file(name)
 	if err := durable.Dir(dir); err != nil {
 		return err
 	}
-	if err := durable.Write(filepath.Join(dir, "bundle"), bundle); err != nil {
+	if err := durable.Write(filepath.Join(dir, "bundle"), signed); err != nil {
 		return err
 	}
 	key := filepath.Join(dir, "ssh_host_ed25519_key")
-	if err := a.Host(key, serverName(i), nodeLife); err != nil {
+	if err := a.Host(key, name+"."+domain, nodeLife); err != nil {
 		return err
 	}
-	return a.Server(filepath.Join(dir, "tls"), serverName(i), nodeLife)
+	return a.Server(filepath.Join(dir, "tls"), name+"."+domain, nodeLife)
 }
 
 func (l *Lab) equipPerson(a *ca.Folder, name string, roles []trust.Role) error {
@@ -144,17 +157,23 @@ func (l *Lab) writeSSH(a *ca.Folder) error {
 	if err != nil {
 		return err
 	}
-	known := "@cert-authority *." + clusterName + " " + string(issuer.PublicLine(hosts, "host authority of the lab"))
+	known := "@cert-authority *." + clusterName + ",*." + bundle.BastionDomain + " " + string(issuer.PublicLine(hosts, "host authority of the lab"))
 	if err := durable.Write(l.file("known_hosts"), []byte(known)); err != nil {
 		return err
 	}
 	var b strings.Builder
-	all := make([]string, controlNodes)
-	for i := range controlNodes {
-		all[i] = nodeName(i) + " " + serverName(i)
-		fmt.Fprintf(&b, "Host %s\n  HostName %s\n  HostKeyAlias %s\n\n", all[i], l.ip(i), serverName(i))
+	var nodes, bastions []string
+	host := func(list *[]string, name, id, ip string) {
+		*list = append(*list, name, id)
+		fmt.Fprintf(&b, "Host %s %s\n  HostName %s\n  HostKeyAlias %s\n\n", name, id, ip, id)
 	}
-	fmt.Fprintf(&b, `Host %s
+	for i := range bastionHosts {
+		host(&bastions, bastionName(i), bastionName(i)+"."+bundle.BastionDomain, l.bastionIP(i))
+	}
+	for i := range controlNodes {
+		host(&nodes, nodeName(i), serverName(i), l.ip(i))
+	}
+	fmt.Fprintf(&b, `Host %s %s
   Port %d
   User responder
   StrictHostKeyChecking yes
@@ -168,13 +187,18 @@ func (l *Lab) writeSSH(a *ca.Folder) error {
   PreferredAuthentications publickey
   ForwardAgent no
   ForwardX11 no
-  ClearAllForwardings yes
   PermitLocalCommand no
-`, strings.Join(all, " "), sshPort, quoted(l.file("known_hosts")), ssh.CertAlgoED25519v01)
+
+# A bastion forwards connections to nodes, for -L too; a node forwards nothing.
+Host %s
+  ClearAllForwardings yes
+`, strings.Join(bastions, " "), strings.Join(nodes, " "), sshPort, quoted(l.file("known_hosts")), ssh.CertAlgoED25519v01, strings.Join(nodes, " "))
 	for _, who := range identities {
 		key := l.file("ids", who.name)
-		fmt.Fprintf(&b, "\nMatch originalhost cp-* user %s\n  IdentityFile %s\n  CertificateFile %s\n", who.name, quoted(key), quoted(key+"-cert.pub"))
+		fmt.Fprintf(&b, "\nMatch originalhost cp-* user %[1]s\n  ProxyJump %[1]s@%[2]s\nMatch originalhost cp-*,bastion-* user %[1]s\n  IdentityFile %[3]s\n  CertificateFile %[4]s\n",
+			who.name, bastionName(0), quoted(key), quoted(key+"-cert.pub"))
 	}
+	fmt.Fprintf(&b, "\nMatch originalhost cp-*\n  ProxyJump %s\n", bastionName(0))
 	return durable.Write(l.file("ssh_config"), []byte(b.String()))
 }
 
@@ -185,7 +209,28 @@ func quoted(path string) string {
 
 // trustConfig is the part of an agent's configuration that opens its doors.
 func (l *Lab) trustConfig(i int) (map[string]any, error) {
-	dir := l.file(nodeName(i))
+	c, err := l.doors(nodeName(i), l.ip(i))
+	if err == nil {
+		c["cluster"] = clusterName
+	}
+	return c, err
+}
+
+// bastionConfig is a bastion's configuration.
+func (l *Lab) bastionConfig(i int) ([]byte, error) {
+	c, err := l.doors(bastionName(i), l.bastionIP(i))
+	if err != nil {
+		return nil, err
+	}
+	c["name"], c["stateDir"] = bastionName(i), l.file(bastionName(i), "state")
+	c["tunnel"] = map[string]any{"listen": []string{l.bastionIP(i) + ":" + strconv.Itoa(tunnelPort)}}
+	c["metrics"] = map[string]any{"listen": l.bastionIP(i) + ":" + strconv.Itoa(metricsPort)}
+	return yaml.Marshal(c)
+}
+
+// doors is what a daemon needs to know whom to let in, and where.
+func (l *Lab) doors(name, ip string) (map[string]any, error) {
+	dir := l.file(name)
 	roots := make([]string, rootKeys)
 	for n := range roots {
 		line, err := os.ReadFile(l.file("ca", fmt.Sprintf("root-%d.pub", n+1)))
@@ -194,10 +239,9 @@ func (l *Lab) trustConfig(i int) (map[string]any, error) {
 		}
 		roots[n] = strings.TrimSpace(string(line))
 	}
-	at := func(port int) []string { return []string{l.ip(i) + ":" + strconv.Itoa(port)} }
+	at := func(port int) []string { return []string{ip + ":" + strconv.Itoa(port)} }
 	return map[string]any{
-		"cluster": clusterName,
-		"trust":   map[string]any{"bundle": filepath.Join(dir, "bundle"), "roots": roots, "threshold": rootThreshold},
+		"trust": map[string]any{"bundle": filepath.Join(dir, "bundle"), "roots": roots, "threshold": rootThreshold},
 		"ssh": map[string]any{"listen": at(sshPort), "hostKey": filepath.Join(dir, "ssh_host_ed25519_key"),
 			"hostCertificate": filepath.Join(dir, "ssh_host_ed25519_key-cert.pub")},
 		"grpc": map[string]any{"listen": at(grpcPort), "certFile": filepath.Join(dir, "tls.crt"), "keyFile": filepath.Join(dir, "tls.key")},

@@ -31,8 +31,13 @@ func TestStockSSH(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
+	// What ssh starts for a jump gets the name of this file without any quoting.
+	link := filepath.Join(t.TempDir(), "lab")
+	if err := os.Symlink(l.opts.Dir, link); err != nil {
+		t.Fatal(err)
+	}
 	ssh := func(args ...string) (string, error) {
-		cmd := exec.CommandContext(t.Context(), "ssh", append([]string{"-F", l.file("ssh_config"), "-o", "BatchMode=yes"}, args...)...)
+		cmd := exec.CommandContext(t.Context(), "ssh", append([]string{"-F", filepath.Join(link, "ssh_config"), "-o", "BatchMode=yes"}, args...)...)
 		cmd.Env = []string{"HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH")}
 		out, err := cmd.CombinedOutput()
 		return string(out), err
@@ -48,6 +53,25 @@ func TestStockSSH(t *testing.T) {
 	if out, err := ssh("cp-1", "whoami"); err != nil || !strings.HasPrefix(out, "responder@lab\n") {
 		t.Errorf("without a name: %v\n%s", err, out)
 	}
+	t.Run("either bastion, and none", func(t *testing.T) {
+		for _, way := range [][]string{{"-J", "bastion-b"}, {"-J", "observer@bastion-b.bastion"}, {"-o", "ProxyJump=none"}} {
+			out, err := ssh(append(way, "observer@cp-2", "whoami")...)
+			if err != nil || !strings.HasPrefix(out, "observer@lab\n") {
+				t.Errorf("%v: %v\n%s", way, err, out)
+			}
+		}
+		for i := range bastionHosts {
+			if out, err := ssh(bastionName(i), "nodes"); err != nil || !strings.Contains(out, "cp-3") {
+				t.Errorf("%s: %v\n%s", bastionName(i), err, out)
+			}
+		}
+		if out, err := ssh("-o", "HostKeyAlias=bastion-b.bastion", "bastion-a", "nodes"); err == nil {
+			t.Errorf("bastion-a passes for bastion-b:\n%s", out)
+		}
+		if out, err := ssh("-o", "ProxyCommand=ssh -F "+filepath.Join(link, "ssh_config")+" -W "+l.ip(1)+":2222 bastion-a", "responder@cp-1", "whoami"); err == nil {
+			t.Errorf("a bastion that leads to cp-2 does for cp-1:\n%s", out)
+		}
+	})
 	t.Run("a role that the certificate does not have", func(t *testing.T) {
 		file := l.file("ids", "observer")
 		out, err := ssh("-F", "none", "-p", fmt.Sprint(sshPort), "-i", file, "-o", "IdentitiesOnly=yes", "-o", "UserKnownHostsFile="+quoted(l.file("known_hosts")),
@@ -69,13 +93,20 @@ func TestStockSSH(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, line := range []string{"stricthostkeychecking true", "hostkeyalgorithms ssh-ed25519-cert-v01@openssh.com", "forwardagent no", "identitiesonly yes",
-			"port 2222", "hostkeyalias cp-2.lab", "updatehostkeys false", "identityfile " + l.file("ids", "commander")} {
+			"port 2222", "hostkeyalias cp-2.lab", "proxyjump commander@bastion-a", "updatehostkeys false", "identityfile " + l.file("ids", "commander")} {
 			if !regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(line) + `$`).MatchString(out) {
 				t.Errorf("not %q in\n%s", line, out)
 			}
 		}
 	})
 	t.Run("automation by mTLS", func(t *testing.T) {
+		far := filepath.Join(t.TempDir(), "grpc.sock")
+		forward := exec.CommandContext(t.Context(), "ssh", "-F", filepath.Join(link, "ssh_config"), "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-N", "-L", far+":cp-3:7443", "bastion-a")
+		if err := forward.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = forward.Process.Kill(); _ = forward.Wait() }()
+		eventually(t, "ssh -L", func() bool { _, err := os.Stat(far); return err == nil })
 		pair, err := tls.LoadX509KeyPair(l.file("ids", "automation.crt"), l.file("ids", "automation.key"))
 		if err != nil {
 			t.Fatal(err)
@@ -87,11 +118,13 @@ func TestStockSSH(t *testing.T) {
 		roots := x509.NewCertPool()
 		roots.AppendCertsFromPEM(pem)
 		config := &tls.Config{Certificates: []tls.Certificate{pair}, RootCAs: roots, ServerName: serverName(2), NextProtos: []string{"h2"}}
-		conn, err := tls.Dial("tcp", fmt.Sprintf("%s:%d", l.ip(2), grpcPort), config)
-		if err != nil {
-			t.Fatal(err)
+		for _, at := range [][2]string{{"tcp", fmt.Sprintf("%s:%d", l.ip(2), grpcPort)}, {"unix", far}} {
+			conn, err := tls.Dial(at[0], at[1], config)
+			if err != nil {
+				t.Fatalf("%v: %v", at, err)
+			}
+			conn.Close()
 		}
-		conn.Close()
 		config.ServerName = serverName(1)
 		if conn, err := tls.Dial("tcp", fmt.Sprintf("%s:%d", l.ip(2), grpcPort), config); err == nil {
 			conn.Close()
