@@ -11,6 +11,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -72,7 +73,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer client.Close()
 
 	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
-		Encryption: encryption, Journal: records, Policy: believed.Policy, Cluster: c.Cluster, Fresh: believed.Fresh, Approvals: believed, Alarm: alarms.Raise,
+		Encryption: encryption, Journal: records, Gone: filepath.Join(c.StateDir, "gone"), Policy: believed.Policy, Cluster: c.Cluster, Fresh: believed.Fresh, Approvals: believed, Alarm: alarms.Raise,
 		Now: clock.Now, Log: log})
 	// Ending, in this order: the doors close when every call has returned, then
 	// the settling of old actions, then what both stand on, the alarms last.
@@ -81,6 +82,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	var background sync.WaitGroup
 	defer background.Wait()
 	background.Go(func() { engine.Recover(ctx) })
+	background.Go(func() { engine.WatchGone(ctx) })
 	if err := records.Ready(); err != nil {
 		log.Error().Msg("nothing can be changed: " + neutral.Line(fault.Of(err).Error()))
 		background.Go(func() {

@@ -534,9 +534,13 @@ func (a *application) compute(ctx context.Context, s *step, kv etcd.KV, now int6
 		// With an approval, that somebody made it again meanwhile is no longer
 		// what the leave rests on.
 		if s.since > 0 && len(a.access.ApprovedBy) == 0 {
-			quiet, err := a.engine.etcd.QuietSince(ctx, s.key, s.since)
-			if err == nil && !quiet {
+			quiet, err := a.engine.quietSince(ctx, a.plan.plan.Cluster, s.key, s.since)
+			switch {
+			case err != nil || quiet == etcd.Untouched:
+			case quiet == etcd.Touched:
 				err = fault.New(fault.Stale, "plan again", "%s/%s was made again and deleted since the plan", s.kind.Resource(), s.name)
+			default:
+				err = fault.New(fault.Stale, "plan again", "etcd's history no longer tells whether %s/%s was made again and deleted", s.kind.Resource(), s.name)
 			}
 			if err != nil {
 				return write, image, err

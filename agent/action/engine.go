@@ -41,6 +41,9 @@ type Options struct {
 	Elsewhere  map[string][]string
 	Encryption *storage.Transformers
 	Journal    *journal.Journal
+	// Gone is the file that WatchGone keeps, in the private folder of the
+	// journal; "" keeps it in memory only.
+	Gone string
 	// Policy returns the policy in force, which changes with the bundle.
 	Policy func() *trust.Policy
 	// Cluster is the name that the bundle has for this cluster; empty without a
@@ -91,6 +94,7 @@ type Engine struct {
 	now        func() time.Time
 	log        zerolog.Logger
 	kinds      catalogue
+	gone       gone
 	planTTL    time.Duration
 	approveTTL time.Duration
 	settle     time.Duration
@@ -132,8 +136,8 @@ const (
 	maxPlanObjects = 20_000
 )
 
-// New returns an engine. Recover must run beside it: it settles what an earlier
-// process left unfinished.
+// New returns an engine. Recover must run beside it, which settles what an earlier
+// process left unfinished, and WatchGone.
 func New(o Options) *Engine {
 	if o.Prefix == "" {
 		o.Prefix = storage.DefaultPrefix
@@ -162,7 +166,7 @@ func New(o Options) *Engine {
 	return &Engine{node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, elsewhere: o.Elsewhere, encryption: o.Encryption,
 		journal: o.Journal, policy: o.Policy, name: o.Cluster, fresh: o.Fresh, approvals: o.Approvals, alarm: o.Alarm, now: o.Now,
 		log: o.Log, planTTL: o.PlanTTL, approveTTL: o.ApprovalTTL, settle: o.SettleAfter, pace: o.Pace, steps: o.Steps,
-		kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]int{}, running: map[string]running{}}
+		gone: gone{path: o.Gone}, kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]int{}, running: map[string]running{}}
 }
 
 // Describe returns the actions, with the roles that the policy in force asks for.

@@ -182,13 +182,13 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 		}
 		since := int64(0)
 		if authority {
-			quiet, err := p.engine.etcd.QuietSince(ctx, ref.Key, wrote.Revision)
+			quiet, err := p.engine.quietSince(ctx, p.plan.Cluster, ref.Key, wrote.Revision)
 			if err != nil {
 				return err
 			}
-			if quiet {
+			if quiet == etcd.Untouched {
 				since = wrote.Revision
-			} else if err := p.unsure(kind, name, entry); err != nil {
+			} else if err := p.unsure(kind, name, entry, quiet); err != nil {
 				return err
 			}
 		}
@@ -267,21 +267,25 @@ func (p *planner) namespaceGone(ctx context.Context, namespace string) (bool, er
 	return !found, err
 }
 
-// unsure is about an object that gives rights and is gone, which somebody else may
-// have made again and deleted: etcd forgets within minutes. Putting it back is
-// for a commander and another person then.
-func (p *planner) unsure(kind *storage.Kind, name string, entry journal.Entry) error {
+// unsure is about an object that gives rights and is gone, which somebody else made
+// again and deleted, or may have: etcd forgets within minutes, and an agent that was
+// away for so long does not know. Putting it back is for a commander and another
+// person then.
+func (p *planner) unsure(kind *storage.Kind, name string, entry journal.Entry, quiet etcd.Quiet) error {
 	if p.request.AddsAuthority {
 		return nil
 	}
 	what := kind.Resource() + "/" + name
+	how := "was made again and deleted by somebody since " + entry.ID
+	if quiet == etcd.Forgotten {
+		how = "may have been made again and deleted since " + entry.ID + ": etcd's history was compacted before this agent looked (it was down, etcd did not answer, or too much was deleted)"
+	}
 	request := p.request
 	request.AddsAuthority = true
 	if p.policy.Decide(p.who, request) != nil {
-		return fault.New(fault.Stale, "a commander can take it back with an approval: halligan undo "+entry.ID,
-			"%s was made again and deleted since %s, or etcd's history does not tell", what, entry.ID)
+		return fault.New(fault.Stale, "a commander can take it back with an approval: halligan undo "+entry.ID, "%s %s", what, how)
 	}
-	return p.addAuthority("putting back " + what + ", which was made again and deleted since " + entry.ID + " unless etcd's history forgot,")
+	return p.addAuthority("putting back " + what + ", which " + how + ",")
 }
 
 // restore plans to store a deleted object again. since is the revision after which

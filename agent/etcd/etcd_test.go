@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"path/filepath"
 	"strings"
@@ -632,4 +633,59 @@ func TestUnreachableAndUntrusted(t *testing.T) {
 		_, _, _, err := open(t, cluster).Get(cctx, "/k")
 		wantFault(t, err, fault.Cancelled)
 	})
+}
+
+func TestQuietSince(t *testing.T) {
+	c := etcdcluster.ForTest(t, 1)
+	client, eye := open(t, c), raw(t, c)
+	ctx := bound(t, 30*time.Second)
+	put := func(key string) int64 {
+		t.Helper()
+		r, err := eye.Put(ctx, key, "x")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Header.Revision
+	}
+	remove := func(key string) int64 {
+		t.Helper()
+		r, err := eye.Delete(ctx, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Header.Revision
+	}
+	put("old")
+	old := remove("old")
+	put("other")
+	compacted := put("other")
+	if _, err := eye.Compact(ctx, compacted); err != nil {
+		t.Fatal(err)
+	}
+	since := map[string]int64{"old": old, "none": 0, "future": 1 << 40}
+	want := map[string]Quiet{"old": Forgotten, "none": Forgotten, "future": Forgotten}
+	for i := range MaxMany - len(since) {
+		key := fmt.Sprint("key-", i)
+		put(key)
+		since[key], want[key] = remove(key), Untouched
+		if i%3 == 0 {
+			want[key] = Touched
+		}
+	}
+	for key, is := range want {
+		if is == Touched {
+			put(key)
+			remove(key)
+		}
+	}
+	last := put("other")
+	found, upTo, err := client.QuietSince(ctx, since)
+	if err != nil || upTo != last || !maps.Equal(found, want) {
+		t.Errorf("up to %d of %d: %v, %v", upTo, last, found, err)
+	}
+	if found, _, err = client.QuietSince(ctx, map[string]int64{"key-1": last}); err != nil || found["key-1"] != Untouched {
+		t.Errorf("%v, %v", found, err)
+	}
+	_, _, err = client.QuietSince(ctx, nil)
+	wantFault(t, err, fault.Usage, "0 keys")
 }

@@ -5,7 +5,10 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
+	"maps"
 	"math"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -166,23 +169,56 @@ func (c *Client) fence(ctx context.Context, what, key string, patient bool) (kv 
 	}
 }
 
-// QuietSince reports whether nothing happened to the key after the revision. It
-// says no where etcd's history no longer tells, or where the revision is 0.
-func (c *Client) QuietSince(ctx context.Context, key string, revision int64) (bool, error) {
-	if revision <= 0 {
-		return false, nil
+// Quiet is what etcd's history tells of a key after some revision.
+type Quiet string
+
+// What it tells.
+const (
+	Untouched Quiet = "untouched" // nothing happened to the key
+	Touched   Quiet = "touched"
+	// Forgotten: the history was compacted away, or is another one.
+	Forgotten Quiet = "forgotten"
+)
+
+// QuietSince tells of up to MaxMany keys what happened to each after the revision
+// given with it, and up to which revision that is known. It never rests on what one
+// member has: without a leader it is fault.NoQuorum.
+func (c *Client) QuietSince(ctx context.Context, since map[string]int64) (found map[string]Quiet, upTo int64, err error) {
+	what := fmt.Sprintf("looking at the history of %d keys", len(since))
+	if len(since) == 0 || len(since) > MaxMany {
+		return nil, 0, fault.New(fault.Usage, "", "%s at once", what)
 	}
-	_, _, view, err := c.Get(ctx, key)
-	if err != nil || view.Stale != "" {
-		return false, err
+	keys := slices.Sorted(maps.Keys(since))
+	_, _, view, err := c.Get(ctx, keys[0])
+	if err == nil && view.Stale != "" {
+		err = fault.New(fault.NoQuorum, "bring etcd's members back first", "%s: %s", what, view.Stale)
+	}
+	if err != nil {
+		return nil, 0, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.RequestTimeout)
 	defer cancel()
-	_, state, err := c.firstEvent(ctx, key, revision+1, view.Revision)
-	if err != nil {
-		return false, c.explain(ctx, "looking at the history of "+name(key), err, true)
+	ctx = ownStream(ctx)
+	found = make(map[string]Quiet, len(keys))
+	watches := make(map[string]clientv3.WatchChan, len(keys))
+	for _, key := range keys {
+		switch revision := since[key]; {
+		case revision <= 0 || revision > view.Revision: // etcd was restored since
+			found[key] = Forgotten
+		case revision == view.Revision:
+			found[key] = Untouched
+		default:
+			watches[key] = c.cl.Watch(ctx, key, clientv3.WithRev(revision+1))
+		}
 	}
-	return state == none, nil
+	for key, events := range watches {
+		_, state, err := c.first(ctx, events, view.Revision)
+		if err != nil {
+			return nil, 0, c.explain(ctx, what, err, true)
+		}
+		found[key] = map[history]Quiet{none: Untouched, event: Touched, compacted: Forgotten}[state]
+	}
+	return found, view.Revision, nil
 }
 
 type history int
@@ -202,11 +238,20 @@ func (c *Client) firstEvent(ctx context.Context, key string, from, until int64) 
 	if from > until {
 		return nil, none, nil
 	}
-	// clientv3 has one stream for all watches of equal metadata. Progress is
-	// told per stream, and the progress of another watch must not pass for ours.
-	ctx, cancel := context.WithCancel(metadata.AppendToOutgoingContext(ctx, "halligan-watch", strconv.FormatUint(stream.Add(1), 10)))
+	ctx, cancel := context.WithCancel(ownStream(ctx))
 	defer cancel()
-	events := c.cl.Watch(ctx, key, clientv3.WithRev(from))
+	return c.first(ctx, c.cl.Watch(ctx, key, clientv3.WithRev(from)), until)
+}
+
+// ownStream gives watches a stream that is not shared with others: clientv3 has one
+// for all of equal metadata. Progress is told per stream, and the progress of
+// another watch must not pass for ours.
+func ownStream(ctx context.Context) context.Context {
+	return metadata.AppendToOutgoingContext(ctx, "halligan-watch", strconv.FormatUint(stream.Add(1), 10))
+}
+
+// first is firstEvent of a watch in ctx.
+func (c *Client) first(ctx context.Context, events clientv3.WatchChan, until int64) (*clientv3.Event, history, error) {
 	// etcd answers a request for progress once the watch has caught up, so an
 	// answer that is not older than until and has no event before it means that
 	// there was none. (Before 3.4.25 and 3.5.8 it answers at once: etcd issue
