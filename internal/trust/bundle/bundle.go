@@ -49,7 +49,12 @@
 //	fleet: acme                        # all parts name the same
 //	version: 4                         # from 1, only goes up
 //	previous: 5f0c…                    # SHA-256 in hex of version 3's bytes; absent at version 1
-//	signed: 2026-01-31T09:00:00Z       # not over 24 h ahead of whoever takes it over
+//	signed: 2026-01-31T09:00:00Z       # not over 24 h ahead of whoever takes it over; see below
+//
+// A machine whose clock shows less than is known to be past (the time of its build,
+// the signing of its policy) takes over, with an alarm, what the threshold of the
+// roots signed whenever that was, and what a delegate signed up to freshFor after
+// what is known.
 //
 // # Policy
 //

@@ -46,6 +46,9 @@ type Options struct {
 	// a little further. Where it is set back while the store is open, the store
 	// goes on from where it was, or whoever sets clocks could keep out revocations.
 	Wall func() time.Time
+	// Floor is a time that is known to be past, such as that of the build. A wall
+	// clock below it is dead.
+	Floor time.Time
 	// Log is told, in one line, what is in force; Alarm what somebody must look
 	// at: a fork, a bad file, a stale bundle. Either may be nil. They must not
 	// block.
@@ -184,9 +187,10 @@ func (s *Store) offer(data []byte, durably bool) (changed bool, err error) {
 	s.offering.Lock()
 	defer s.offering.Unlock()
 	now := s.Current()
+	var unjudged error
 	next, err := now.merge(f)
 	if err == nil {
-		err = s.ahead(now, next)
+		unjudged, err = s.ahead(now, next)
 	}
 	if err != nil {
 		err = refused(err)
@@ -202,27 +206,57 @@ func (s *Store) offer(data []byte, durably bool) (changed bool, err error) {
 	s.current.Store(next)
 	s.announce()
 	s.o.Log(next.String())
+	if unjudged != nil {
+		s.o.Alarm(unjudged)
+	}
 	if durably || s.o.State != "" {
 		err = s.keep(next)
 	}
 	return true, err
 }
 
-// ahead refuses new parts that are signed in the future. Where the wall clock
-// has fallen back, it goes by what the roots last signed.
-func (s *Store) ahead(now, next *Bundle) error {
-	old, most := now.File().headers(), s.wall.Now()
-	if now.Policy.Signed.After(most) {
-		most = now.Policy.Signed
+// ahead refuses new parts that are signed in the future. Where the clock of this
+// machine is dead, showing less than is known to be past (Options.Floor, and the
+// signing of the policy), it cannot judge: then what the threshold of the roots
+// signed is taken as it is, and what a delegate signed up to freshFor after what is
+// known. The latter does not become known: delegates could push the clocks of such
+// machines on bit by bit. alarm is what to tell of such a part that was taken.
+func (s *Store) ahead(now, next *Bundle) (alarm, err error) {
+	wall, known := s.wall.Now(), s.o.Floor
+	if now.Policy.Signed.After(known) {
+		known = now.Policy.Signed
 	}
-	most = most.Add(maxAhead)
-	for _, h := range next.File().headers() {
-		if !slices.Contains(old, h) && h.Signed.After(most) {
-			return fmt.Errorf("%s %d was signed at %s, which is over %v ahead of this machine's clock; one of the two clocks is wrong",
-				h.Part, h.Version, h.Signed.UTC().Format(time.RFC3339), maxAhead)
+	dead := wall.Before(known)
+	most := wall.Add(maxAhead)
+	if dead {
+		most = known.Add(maxAhead)
+		if next.Policy.Signed.After(known) {
+			known = next.Policy.Signed
 		}
 	}
-	return nil
+	stamp := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+	old := now.File().headers()
+	for _, h := range next.File().headers() {
+		if slices.Contains(old, h) || !h.Signed.After(most) {
+			continue
+		}
+		if !dead {
+			return nil, fmt.Errorf("%s %d was signed at %s, which is over %v ahead of this machine's clock; one of the two clocks is wrong",
+				h.Part, h.Version, stamp(h.Signed), maxAhead)
+		}
+		roots, err := h.signers(next.Policy.Roots.Keys)
+		if err != nil {
+			return nil, err
+		}
+		trusted := h.Part == PolicyPart || roots >= next.Policy.Roots.Threshold
+		if fresh := time.Duration(next.Policy.FreshFor); !trusted && h.Signed.After(known.Add(fresh)) {
+			return nil, fmt.Errorf("%s %d was signed at %s, which is over %v after %s, the last time that is known here: this machine's clock shows %s. Set it, or have that part signed by %d roots",
+				h.Part, h.Version, stamp(h.Signed), fresh, stamp(known), stamp(wall), next.Policy.Roots.Threshold)
+		}
+		alarm = fault.New(fault.Stale, "set this machine's clock", "this machine's clock shows %s, which is past: %s %d, signed at %s, was taken over without it",
+			stamp(wall), h.Part, h.Version, stamp(h.Signed))
+	}
+	return alarm, nil
 }
 
 // keep makes the bundle in force durable.

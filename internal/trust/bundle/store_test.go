@@ -217,6 +217,66 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestDeadClock: a machine without a battery, whose policy is months old, is not
+// kept from what the roots sign, nor from revocations that go with it; delegates
+// alone push its time on by freshFor at most.
+func TestDeadClock(t *testing.T) {
+	const week = 7 * 24 * time.Hour
+	month := day.Add(30 * 24 * time.Hour)
+	for name, c := range map[string]struct {
+		floor          time.Time
+		signed, policy time.Time // policy: a new one goes with it
+		by             []string
+		want           string // "" is taken over
+	}{
+		"delegate, a week on":         {signed: day.Add(week), by: []string{"delegate"}},
+		"delegate, over a week":       {signed: day.Add(week + time.Second), by: []string{"delegate"}, want: "Set it, or have that part signed by 2 roots"},
+		"after the build":             {floor: month, signed: month.Add(week), by: []string{"delegate"}},
+		"over a week after the build": {floor: month, signed: month.Add(week + time.Second), by: []string{"delegate"}, want: "Set it"},
+		"one root":                    {signed: month, by: []string{"root-1"}, want: "Set it"},
+		"roots":                       {signed: month, by: []string{"root-1", "root-2"}},
+		"with a policy":               {signed: month.Add(week), policy: month, by: []string{"delegate"}},
+		"over a week after a policy":  {signed: month.Add(week + time.Second), policy: month, by: []string{"delegate"}, want: "Set it"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, p := newFleet(t), newPlace(t)
+			p.copy(t, f.file())
+			o := p.options()
+			o.Floor, o.Wall = c.floor, func() time.Time { return time.Unix(0, 0) }
+			s, err := Open(o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			next(&f.rev.Header, f.encode(f.rev))
+			f.rev.Signed = c.signed
+			data := f.revocations(c.by...)
+			if !c.policy.IsZero() {
+				next(&f.pol.Header, f.encode(f.pol))
+				f.pol.Signed = c.policy
+				data = join(f.policy("root-1", "root-2"), data)
+			}
+			changed, err := s.Offer(data)
+			alarms := p.heard.take()
+			if c.want != "" {
+				if wantError(t, err, c.want); changed || len(alarms) > 0 {
+					t.Error("in force all the same", alarms)
+				}
+				return
+			}
+			if err != nil || !changed || len(alarms) != 1 || !strings.Contains(alarms[0], "this machine's clock shows 1970-01-01T00:00:00Z") {
+				t.Errorf("%v, %v, %q", changed, err, alarms)
+			}
+			// Nor a week on from there.
+			next(&f.rev.Header, f.encode(f.rev))
+			f.rev.Signed = c.signed.Add(week)
+			if c.signed.After(month.Add(week-time.Second)) || c.signed.Equal(day.Add(week)) {
+				_, err = s.Offer(f.revocations("delegate"))
+				wantError(t, err, "Set it")
+			}
+		})
+	}
+}
+
 // TestClockSetBack: whoever sets the clock of a running agent back keeps no
 // revocation out.
 func TestClockSetBack(t *testing.T) {

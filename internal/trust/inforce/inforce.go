@@ -26,6 +26,7 @@ import (
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/trust/credential"
+	"github.com/halligan-io/halligan/internal/version"
 )
 
 // Options of a daemon's trust. All are required but for those of Credential.
@@ -72,7 +73,7 @@ func (t *Trust) Open() error {
 	if t.opened.Load() != nil {
 		return nil
 	}
-	o := bundle.Options{Path: t.o.Path, State: t.o.State, Anchor: t.o.Anchor, Now: t.o.Clock.Now,
+	o := bundle.Options{Path: t.o.Path, State: t.o.State, Anchor: t.o.Anchor, Now: t.o.Clock.Now, Floor: version.Built(),
 		Log: func(text string) { t.o.Log.Info().Msg(neutral.Line(text)) }, Alarm: t.Complain}
 	store, err := bundle.Open(o)
 	if err != nil {
