@@ -49,14 +49,17 @@ const (
 	mostWait  = time.Hour
 )
 
-var planForm = regexp.MustCompile(`^[0-9A-Za-z-]{1,64}$`)
+var (
+	planForm = regexp.MustCompile(`^[0-9A-Za-z-]{1,64}$`)
+	hashForm = regexp.MustCompile(`^[0-9a-f]{64}$`)
+)
 
 // PostPlan puts a plan of the requester's into the mailbox, where it is until it
 // expires; putting it there again changes nothing. That the requester made it is
 // the caller's to check.
 func (s *Store) PostPlan(ctx context.Context, requester string, plan *halliganv1.Plan) error {
-	if !planForm.MatchString(plan.GetId()) {
-		return fault.New(fault.Usage, "", "%.80q is no plan's identifier", plan.GetId())
+	if !planForm.MatchString(plan.GetId()) || !hashForm.MatchString(plan.GetSha256()) {
+		return fault.New(fault.Usage, "post the plan as the agent gave it", "%.80q is no plan's identifier, or %.80q no plan's hash", plan.GetId(), plan.GetSha256())
 	}
 	body, err := proto.Marshal(plan)
 	if err != nil {
@@ -118,7 +121,7 @@ func same(head []byte, plan *halliganv1.Plan) error {
 
 func headOf(requester string, p *halliganv1.Plan, wait time.Duration) *halliganv1.WaitingPlan {
 	now := time.Now()
-	return &halliganv1.WaitingPlan{PlanId: p.GetId(), PlanSha256: p.GetSha256(), Requester: requester, Cluster: p.GetClusterName(), Node: p.GetNode(),
+	return &halliganv1.WaitingPlan{PlanId: p.GetId(), PlanSha256: p.GetSha256(), Requester: requester, Cluster: brief(p.GetClusterName()), Node: brief(p.GetNode()),
 		Action: brief(p.GetAction()), Summary: brief(p.GetSummary()), Reason: brief(p.GetReason()), Incident: brief(p.GetIncident()),
 		ApprovalsNeeded: p.GetApprovalsNeeded(), ApprovalReason: brief(p.GetApprovalReason()),
 		Posted: timestamppb.New(now), Expires: timestamppb.New(now.Add(wait))}

@@ -115,6 +115,13 @@ func TestMailbox(t *testing.T) {
 			t.Errorf("identifier %q: %v", bad, err)
 		}
 	}
+	for _, bad := range []string{"", "F" + strings.Repeat("0", 63), strings.Repeat("0", 65), strings.Repeat("0", 1<<18)} {
+		p := plan(1)
+		p.Sha256 = bad
+		if err := s.PostPlan(ctx, "alice", p); !fault.Is(err, fault.Usage) {
+			t.Errorf("hash %.80q: %v", bad, err)
+		}
+	}
 }
 
 // TestExpiry: a plan, its approvals and who watches them end with it.

@@ -29,7 +29,7 @@ const (
 	publishEvery = time.Second
 	// maxSessions bounds those of one bastion, and those that are listed.
 	maxSessions = 4096
-	maxListed   = 4 * maxSessions
+	maxListed   = 2 * maxSessions
 	// maxOps is how many keys one request changes; etcd takes 128.
 	maxOps = 100
 	// maxText bounds each text of a session, in bytes.

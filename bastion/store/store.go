@@ -262,9 +262,15 @@ func (s *Store) probe() (down string) {
 	if err != nil {
 		return neutral.LineMax(err.Error(), 256)
 	}
-	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(s.ctx), tries*tryTimeout)
-	defer cancel()
-	if _, err = c.Get(ctx, root, clientv3.WithCountOnly()); err != nil {
+	for range tries { // the next one asks another member
+		ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(s.ctx), tryTimeout)
+		_, err = c.Get(ctx, root, clientv3.WithCountOnly())
+		cancel()
+		if err == nil {
+			break
+		}
+	}
+	if err != nil {
 		return reason(err)
 	}
 	if s.server != nil {

@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -392,6 +394,63 @@ func TestShared(t *testing.T) {
 	eventually(t, "b to see dave", sees(b, "bob@b", "dave@a"))
 	a.Close()
 	eventually(t, "b to see that a has gone", sees(b, "bob@b"))
+}
+
+// TestSilentMember: a member that no longer says anything, as behind a broken
+// network, costs no more than a moment.
+func TestSilentMember(t *testing.T) {
+	t.Parallel()
+	c := etcdcluster.ForTest(t, 3)
+	o := shared(t, c, "a")
+	var broken atomic.Bool
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	t.Cleanup(func() { l.Close() })
+	to := o.Endpoints[0].String()
+	o.Endpoints[0] = netip.MustParseAddrPort(l.Addr().String())
+	pipe := func(from, to net.Conn) {
+		defer to.Close()
+		buffer := make([]byte, 32<<10)
+		for {
+			n, err := from.Read(buffer)
+			if err != nil {
+				return
+			}
+			if !broken.Load() {
+				_, _ = to.Write(buffer[:n])
+			}
+		}
+	}
+	go func() {
+		for {
+			near, err := l.Accept()
+			if err != nil {
+				return
+			}
+			far, err := net.Dial("tcp", to)
+			if err != nil {
+				near.Close()
+				continue
+			}
+			go pipe(near, far)
+			go pipe(far, near)
+		}
+	}()
+	s := open(t, o)
+	works(t, s)
+	must(t, s.PostPlan(t.Context(), "alice", plan(1)))
+	broken.Store(true)
+	for range 4 {
+		began := time.Now()
+		_, err := s.Plans(t.Context(), "")
+		if took := time.Since(began); took > 15*time.Second {
+			t.Errorf("a call took %v: %v", took, err)
+		}
+	}
+	eventually(t, "the member to be named", func() bool {
+		return strings.Contains(s.Degraded(), "works, but without its members "+l.Addr().String())
+	})
+	eventually(t, "calls to be answered", func() bool { return s.PostPlan(t.Context(), "alice", plan(2)) == nil })
 }
 
 // TestHostileStore: whoever writes into the store cannot make more of it than
