@@ -65,7 +65,9 @@ func (v *Verbs) decide(ctx context.Context, action *halliganv1.Action, plan *hal
 		return v.report(planned(plan))
 	}
 	if plan.GetApprovalsNeeded() > 0 && len(tokens) == 0 && !v.alone && plan.GetReason() != "" {
-		return v.report(v.awaiting(plan))
+		if tokens = v.await(ctx, plan); len(tokens) == 0 {
+			return v.report(v.awaiting(plan))
+		}
 	}
 	// A plan of nothing is nothing to ask a person about.
 	if !v.yes && !empty {
@@ -297,8 +299,7 @@ func (v *Verbs) report(r *halliganv1.Result) error {
 		v.showResult(v.Out, r)
 	}
 	if v.output == "table" && r.GetResult() == string(fault.AwaitingApproval) {
-		lines := v.approvalLines(r.GetPlan())
-		fmt.Fprintf(v.Out, "%s\n%s\n", lines[0], lines[1])
+		v.askApprovers(r.GetPlan())
 	}
 	return err
 }

@@ -186,6 +186,28 @@ func (v *Verbs) awaiting(plan *halliganv1.Plan) *halliganv1.Result {
 	return &halliganv1.Result{Action: plan.GetId(), Result: string(fault.AwaitingApproval), Via: plan.GetVia(), Plan: plan, Error: api.ErrorOf(err)}
 }
 
+// await hands on a plan to whoever brings approvals. The lines for approvers are
+// there before, since nothing but them is sure.
+func (v *Verbs) await(ctx context.Context, plan *halliganv1.Plan) []string {
+	if v.with.Await == nil {
+		return nil
+	}
+	people := v.output == "table"
+	if people {
+		v.askApprovers(plan)
+	}
+	return v.with.Await(ctx, plan, people && v.InTTY && v.ErrTTY)
+}
+
+// askApprovers prints what to send to an approver, and what to run then, once.
+func (v *Verbs) askApprovers(plan *halliganv1.Plan) {
+	if !v.asked {
+		lines := v.approvalLines(plan)
+		fmt.Fprintf(v.Out, "%s\n%s\n", lines[0], lines[1])
+	}
+	v.asked = true
+}
+
 // signatures says what a plan needs of others, and why.
 func signatures(plan *halliganv1.Plan) string {
 	text := "the approval of another person"

@@ -87,6 +87,10 @@ type Options struct {
 	// Self, if set, says whom the agent takes the caller for, so that whoami need
 	// not ask.
 	Self func() *halliganv1.StatusResponse
+	// Await, if set, is handed a plan that others have to approve first, and returns
+	// the approvals that it finds, if any. It waits for them where wait says that
+	// a person does, until the context ends.
+	Await func(ctx context.Context, plan *halliganv1.Plan, wait bool) (approvals []string)
 	// Where returns the flags that lead back to the agent of a plan, for the
 	// lines that are to be typed later.
 	Where func(*halliganv1.Plan) []string
@@ -104,8 +108,9 @@ type Verbs struct {
 	with  Options
 	flags // what the line says
 	agent Agent
-	// reported says that a mutation has printed its one object.
-	reported bool
+	// reported says that a mutation has printed its one object, asked that the
+	// lines for approvers were.
+	reported, asked bool
 }
 
 // flags are what every verb has.
