@@ -273,13 +273,16 @@ func (t *tail) reason() (why string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for line := range strings.Lines(string(t.said)) {
-		var entry struct{ Msg, Error string }
+		var entry struct{ Level, Msg, Error string }
 		line = strings.TrimSpace(line)
 		text, panicked := strings.CutPrefix(line, "panic: ")
 		switch own, is := strings.CutPrefix(line, ownWords); {
 		case is:
 			why = own
 		case json.Unmarshal([]byte(line), &entry) == nil:
+			if entry.Level != "fatal" && entry.Level != "panic" {
+				continue // it goes on
+			}
 			if why = entry.Msg; entry.Error != "" {
 				why += ": " + entry.Error
 			}
