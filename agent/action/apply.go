@@ -65,24 +65,28 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 		return result
 	}
 	var access journal.Access
-	ready := func(p *prepared) (int, error) {
+	ready := func(p *prepared, changed tally) (func(tally) (bool, error), error) {
 		policy := e.policy()
 		if policy.Version != p.plan.PolicyVersion {
-			return 0, fault.New(fault.Stale, "plan again", "policy %d is in force since plan %s was made under policy %d", policy.Version, id, p.plan.PolicyVersion)
+			return nil, fault.New(fault.Stale, "plan again", "policy %d is in force since plan %s was made under policy %d", policy.Version, id, p.plan.PolicyVersion)
 		}
 		// Everything is decided again: the credential may be another one now, and
 		// the bundle may have grown stale.
 		request := p.request
 		request.Stale = !e.fresh()
-		v, err := decide(policy, who, request, p.steps)
-		if err != nil {
-			return 0, err
+		decided := func(changed tally) (verdict, error) {
+			v, err := decide(policy, who, request, p.steps, e.before(p.plan, changed))
+			if err == nil && v.approvals > int(p.plan.ApprovalsNeeded) {
+				err = fault.New(fault.Stale, "plan again, for a plan that can be approved", "plan %s needs approvals by now: %s", id, v.why)
+			}
+			return v, err
 		}
-		if v.approvals > int(p.plan.ApprovalsNeeded) {
-			return 0, fault.New(fault.Stale, "plan again, for a plan that can be approved", "plan %s needs approvals by now: %s", id, v.why)
+		v, err := decided(changed)
+		if err != nil {
+			return nil, err
 		}
 		if access, err = e.leave(policy, who, v, p.plan, req); err != nil {
-			return 0, err
+			return nil, err
 		}
 		most := policy.Caps().ObjectsPerHour
 		if access.Alone {
@@ -90,21 +94,33 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 		}
 		cluster, err := e.clusterID(ctx)
 		if err != nil {
-			return 0, err
+			return nil, err
 		}
 		if cluster != p.plan.Cluster {
-			return 0, fault.New(fault.Stale, "plan again", "etcd is not the cluster that the plan was made for")
+			return nil, fault.New(fault.Stale, "plan again", "etcd is not the cluster that the plan was made for")
 		}
-		return most, e.journal.Check(0)
+		last := func(now tally) (bool, error) {
+			if now.unapproved > changed.unapproved {
+				v, err := decided(now)
+				if err == nil && access.Alone && v.approvals > 0 && !v.alone {
+					err = fault.New(fault.Stale, "plan again", "plan %s needs approvals by now: %s", id, v.why)
+				}
+				if err != nil {
+					return false, err
+				}
+			}
+			return len(access.ApprovedBy) > 0, e.hourly(who.Person, p.plan, now, most)
+		}
+		return last, e.journal.Check(0)
 	}
-	p, err := e.take(who, id, sha, ready)
+	p, reserved, err := e.take(who, id, sha, ready)
 	if err != nil {
 		if p != nil {
 			result.Plan = proto.CloneOf(p.plan)
 		}
 		return refuse(err)
 	}
-	defer e.release(who, len(p.steps))
+	defer e.release(who.Person, reserved)
 	result.Plan = proto.CloneOf(p.plan)
 	r, err := rowOf(p.plan.Action)
 	if err != nil {

@@ -106,8 +106,8 @@ type Engine struct {
 	cluster string
 	asked   time.Time
 	// doing counts objects of actions under way, by person, so that two
-	// actions at once cannot pass the hourly cap together.
-	doing map[string]int
+	// actions at once cannot pass together what one may not.
+	doing map[string]tally
 	// running are the actions under way.
 	running map[string]running
 }
@@ -166,7 +166,7 @@ func New(o Options) *Engine {
 	return &Engine{node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, elsewhere: o.Elsewhere, encryption: o.Encryption,
 		journal: o.Journal, policy: o.Policy, name: o.Cluster, fresh: o.Fresh, approvals: o.Approvals, alarm: o.Alarm, now: o.Now,
 		log: o.Log, planTTL: o.PlanTTL, approveTTL: o.ApprovalTTL, settle: o.SettleAfter, pace: o.Pace, steps: o.Steps,
-		gone: gone{path: o.Gone}, kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]int{}, running: map[string]running{}}
+		gone: gone{path: o.Gone}, kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]tally{}, running: map[string]running{}}
 }
 
 // Describe returns the actions, with the roles that the policy in force asks for.
@@ -227,7 +227,10 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	if p.expired > 0 {
 		p.warn("%d objects are left out: their lease ran out, so that they would be gone by now anyway", p.expired)
 	}
-	v, err := decide(p.policy, who, p.request, p.steps)
+	e.mu.Lock()
+	changed := e.changed(who.Person)
+	e.mu.Unlock()
+	v, err := decide(p.policy, who, p.request, p.steps, e.before(p.plan, changed))
 	if err != nil {
 		return nil, err
 	}
@@ -256,10 +259,7 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 	if most := p.policy.Caps().ObjectsPerAction; len(p.steps) > most {
 		return nil, fault.New(fault.Refused, "take fewer objects at a time", "%d objects are more than the %d that policy lets one action change", len(p.steps), most)
 	}
-	e.mu.Lock()
-	err = e.hourly(who, p.plan, p.policy.Caps().ObjectsPerHour)
-	e.mu.Unlock()
-	if err != nil {
+	if err := e.hourly(who.Person, p.plan, changed, p.policy.Caps().ObjectsPerHour); err != nil {
 		return nil, err
 	}
 	if p.plan.Sha256, err = api.PlanSHA256(p.plan); err != nil {
@@ -300,42 +300,83 @@ func (e *Engine) clusterID(ctx context.Context) (string, error) {
 	return id, err
 }
 
-// hourly refuses what would take a person over the hourly cap; e.mu is held.
-// Actions count by their objects, done or still under way, and for an hour after
-// they began. Taking something back never counts: the cap bounds harm.
-func (e *Engine) hourly(who trust.Identity, plan *halliganv1.Plan, most int) error {
-	objects := len(plan.Objects)
-	if plan.Undoes != "" {
-		return nil
+// before returns how many objects count beside a plan's own where a rule demands
+// approvals from some number on, so that it cannot be passed in parts.
+func (e *Engine) before(plan *halliganv1.Plan, changed tally) int {
+	if !e.counts(plan.Undoes) {
+		return 0
 	}
-	sum := e.doing[who.Person]
+	return changed.unapproved
+}
+
+// tally counts the objects that one person changed within the hour: all, and those
+// that nobody else approved.
+type tally struct{ all, unapproved int }
+
+func (t tally) plus(objects int, approved bool) tally {
+	t.all += objects
+	if !approved {
+		t.unapproved += objects
+	}
+	return t
+}
+
+// counts reports whether what an action changes counts. Taking something back,
+// here an action with the ID, does not, since what counts bounds harm; doing it once
+// more by taking that back does.
+func (e *Engine) counts(undoes string) bool {
+	if undoes == "" {
+		return true
+	}
+	entry, err := e.journal.Find(undoes)
+	if err != nil {
+		return true
+	}
+	again, err := e.again(entry)
+	return err != nil || again != ""
+}
+
+// changed returns what a person changed within the hour; e.mu is held. Actions
+// count by their objects, done or still under way, and for an hour after they began.
+func (e *Engine) changed(person string) tally {
+	sum := e.doing[person]
 	since := e.now().Add(-time.Hour - max(e.planTTL, e.approveTTL)) // Time is that of the plan
 	for _, j := range e.journal.Entries() {
 		if j.Time.Before(since) {
 			break
 		}
-		switch {
-		case j.Actor != who.Person || j.Undoes != "" || e.journal.Writing(j.ID):
-		case j.Result == "": // cut off: how much was done is not settled yet
-			sum += j.Objects
-		default:
-			sum += j.Applied
+		if j.Actor != person || e.journal.Writing(j.ID) || !e.counts(j.Undoes) {
+			continue
 		}
+		objects := j.Applied
+		if j.Result == "" { // cut off: how much was done is not settled yet
+			objects = j.Objects
+		}
+		sum = sum.plus(objects, len(j.ApprovedBy) > 0)
 	}
-	if sum+objects > most {
+	return sum
+}
+
+// hourly refuses what would take a person over the hourly cap.
+func (e *Engine) hourly(person string, plan *halliganv1.Plan, changed tally, most int) error {
+	objects := len(plan.Objects)
+	if changed.all+objects > most && e.counts(plan.Undoes) {
 		return fault.New(fault.Refused, "wait, or ask another person", "%s changed %d objects within the hour; with %d more it would pass the cap of %d",
-			who.Person, sum, objects, most)
+			person, changed.all, objects, most)
 	}
 	return nil
 }
 
-// release gives back what take reserved of the hourly cap.
-func (e *Engine) release(who trust.Identity, objects int) {
+// release gives back what take reserved of the hour.
+func (e *Engine) release(person string, reserved tally) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.doing[who.Person] -= objects; e.doing[who.Person] <= 0 {
-		delete(e.doing, who.Person)
+	now := e.doing[person]
+	if now = (tally{now.all - reserved.all, now.unapproved - reserved.unapproved}); now == (tally{}) {
+		delete(e.doing, person)
+		return
 	}
+	e.doing[person] = now
 }
 
 // keep holds a plan until it is applied or too old. One person's plans push out
@@ -360,47 +401,55 @@ func (e *Engine) keep(p *prepared) {
 	e.plans = kept
 }
 
-// take hands out a plan once, with its objects reserved of the hourly cap, if
-// ready agrees and says what that cap is. The plan comes with an error where there is one.
-func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared) (most int, err error)) (*prepared, error) {
+// take hands out a plan once, with its objects reserved of the hour, if ready
+// agrees, and then, with nobody else at it, the function that ready returns, which
+// must not take e.mu. The plan comes with an error where there is one.
+func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared, tally) (last func(tally) (approved bool, err error), err error)) (*prepared, tally, error) {
 	e.mu.Lock()
 	i := slices.IndexFunc(e.plans, func(p *prepared) bool { return p.plan.Id == id })
 	var p *prepared
 	if i >= 0 {
 		p = e.plans[i]
 	}
+	changed := e.changed(who.Person)
 	e.mu.Unlock()
 	if p == nil {
 		if entry, err := e.journal.Find(id); err == nil && entry.ID == id {
-			return nil, fault.New(fault.Stale, "see: halligan history "+id, "plan %s was applied already", id)
+			return nil, tally{}, fault.New(fault.Stale, "see: halligan history "+id, "plan %s was applied already", id)
 		}
-		return nil, fault.New(fault.Stale, "plan again", "this agent has no plan %.64q: it was restarted, or the plan is too old", id)
+		return nil, tally{}, fault.New(fault.Stale, "plan again", "this agent has no plan %.64q: it was restarted, or the plan is too old", id)
 	}
 	switch {
 	case p.plan.Actor != who.Person || p.plan.Role != who.Role.String():
-		return nil, fault.New(fault.Refused, "make a plan of your own", "plan %s was made by %s as %s", id, p.plan.Actor, p.plan.Role)
+		return nil, tally{}, fault.New(fault.Refused, "make a plan of your own", "plan %s was made by %s as %s", id, p.plan.Actor, p.plan.Role)
 	case p.plan.Sha256 != sha:
-		return nil, fault.New(fault.Stale, "plan again", "plan %s is not the one with the hash %.16q", id, sha)
+		return nil, tally{}, fault.New(fault.Stale, "plan again", "plan %s is not the one with the hash %.16q", id, sha)
 	case e.now().After(p.plan.Expires.AsTime()):
-		return p, fault.New(fault.Stale, "plan again", "plan %s expired at %s", id, p.plan.Expires.AsTime().Format(stamp))
+		return p, tally{}, fault.New(fault.Stale, "plan again", "plan %s expired at %s", id, p.plan.Expires.AsTime().Format(stamp))
 	case !says(p.plan.Reason):
-		return p, fault.New(fault.Usage, "plan again with a reason (--reason TEXT)", "plan %s has no reason, which the record needs", id)
+		return p, tally{}, fault.New(fault.Usage, "plan again with a reason (--reason TEXT)", "plan %s has no reason, which the record needs", id)
 	}
-	most, err := ready(p)
+	last, err := ready(p, changed)
 	if err != nil {
-		return p, err
+		return p, tally{}, err
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if i = slices.Index(e.plans, p); i < 0 {
-		return p, fault.New(fault.Stale, "see: halligan history "+id, "plan %s was applied already", id)
+		return p, tally{}, fault.New(fault.Stale, "see: halligan history "+id, "plan %s was applied already", id)
 	}
-	if err := e.hourly(who, p.plan, most); err != nil {
-		return p, err
+	approved, err := last(e.changed(who.Person))
+	if err != nil {
+		return p, tally{}, err
 	}
 	e.plans = slices.Delete(e.plans, i, i+1)
-	e.doing[who.Person] += len(p.steps)
-	return p, nil
+	reserved := tally{}
+	if e.counts(p.plan.Undoes) {
+		reserved = reserved.plus(len(p.steps), approved)
+	}
+	now := e.doing[who.Person]
+	e.doing[who.Person] = tally{now.all + reserved.all, now.unapproved + reserved.unapproved}
+	return p, reserved, nil
 }
 
 // errStopped is why an action ended that somebody stopped.

@@ -59,8 +59,9 @@ type verdict struct {
 	why       string
 }
 
-// decide asks the policy about every object of a plan.
-func decide(policy *trust.Policy, who trust.Identity, request trust.Request, steps []*step) (verdict, error) {
+// decide asks the policy about every object of a plan. before is how many objects
+// count beside these where a rule demands approvals from some number on.
+func decide(policy *trust.Policy, who trust.Identity, request trust.Request, steps []*step, before int) (verdict, error) {
 	v := verdict{alone: true}
 	for _, s := range steps {
 		r := on(request, s.kind, s.namespace, s.name)
@@ -75,12 +76,15 @@ func decide(policy *trust.Policy, who trust.Identity, request trust.Request, ste
 			}
 			return v, err
 		}
-		n, alone, why := policy.Approvals(who, r, len(steps))
+		n, alone, why := policy.Approvals(who, r, before+len(steps))
 		if n > 0 {
 			v.alone = v.alone && alone
 		}
 		if n > v.approvals {
 			v.approvals, v.why = n, why
+			if fewer, _, _ := policy.Approvals(who, r, len(steps)); fewer < n {
+				v.why = fmt.Sprintf("%s (with %d objects that %s changed within the hour)", why, before, who.Person)
+			}
 		}
 	}
 	v.alone = v.alone && v.approvals > 0

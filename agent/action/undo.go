@@ -61,7 +61,7 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 			return err
 		}
 	}
-	if p.request.Again, err = p.again(entry); err != nil {
+	if p.request.Again, err = p.engine.again(entry); err != nil {
 		return err
 	}
 	if by := p.engine.journal.UndoneBy(entry.ID); by != "" {
@@ -135,10 +135,10 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 
 // again returns the action that is done once more by taking the entry back; "" where
 // it is not an undo.
-func (p *planner) again(entry journal.Entry) (string, error) {
+func (e *Engine) again(entry journal.Entry) (string, error) {
 	redo := false
 	for entry.Undoes != "" {
-		next, err := p.engine.journal.Find(entry.Undoes)
+		next, err := e.journal.Find(entry.Undoes)
 		if err != nil {
 			return "", err
 		}

@@ -223,7 +223,7 @@ func (p *Policy) Protected(action, resource, namespace, name string) error {
 }
 
 // Approvals returns how many other people have to sign before one object of a
-// plan of so many objects is touched, whether one person may go without them,
+// plan is touched, objects being those that count for OverObjects; whether one person may go without them,
 // and why. What adds authority always needs one and is never done alone.
 func (p *Policy) Approvals(who Identity, r Request, objects int) (count int, alone bool, why string) {
 	if !r.Mutates {

@@ -67,7 +67,9 @@ type SubjectRule struct {
 	Why      string   `json:"why"`
 }
 
-// Caps bound what can be changed.
+// Caps bound what can be changed. They hold on each agent by itself, which know
+// nothing of one another: a person who reaches three agents of a cluster can change
+// three times as much in an hour. Taking something back does not count.
 type Caps struct {
 	// ObjectsPerAction is the largest number of objects in one plan.
 	ObjectsPerAction int `json:"objectsPerAction,omitempty"`
@@ -82,7 +84,10 @@ type ApprovalRule struct {
 	Actions    []string `json:"actions,omitempty"`
 	Resources  []string `json:"resources,omitempty"`
 	Namespaces []string `json:"namespaces,omitempty"`
-	// OverObjects: only plans of more objects than this.
+	// OverObjects: only plans of more objects than this. To a plan's own count
+	// those that the person changed on that agent within the hour and nobody
+	// approved, so that a large plan cannot be made in parts; one that takes
+	// something back counts by itself.
 	OverObjects int `json:"overObjects,omitempty"`
 	// Count of other people, 1 to 8.
 	Count int `json:"count"`

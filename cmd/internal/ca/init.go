@@ -296,8 +296,8 @@ func (o *InitOptions) policy(roots []string, delegated string, authorities map[s
 		add("Longer certificates of people and automation are refused.", map[string]any{"maxCertificate": "168h"}),
 		add("What no action may touch, whoever asks; every list holds shell patterns, an empty one stands for everything.\nThis is the whole shipped table: what is struck here is no longer protected.", map[string]any{"protect": rules.Protect}),
 		add("Subjects who never lose their rights.", map[string]any{"keepSubjects": rules.KeepSubjects}),
-		add("The most that one action, and one person in an hour, may change.", map[string]any{"caps": rules.Caps}),
-		add("What needs the approval of others, beside adding authority, which always does. For example:\n- {actions: [delete], overObjects: 1000, count: 1, alone: true, why: a mass deletion wants a second pair of eyes}", map[string]any{"approvals": approvals}),
+		add("The most that one action, and one person in an hour, may change, on each agent by itself: agents know nothing of one another.", map[string]any{"caps": rules.Caps}),
+		add("What needs the approval of others, beside adding authority, which always does. overObjects counts what a person changes on one agent in an hour, unapproved. For example:\n- {actions: [delete], overObjects: 1000, count: 1, alone: true, why: a mass deletion wants a second pair of eyes}", map[string]any{"approvals": approvals}),
 		add("The caps of what one person does with --alone, without the approval that it needs.", map[string]any{"aloneCaps": rules.AloneCaps}),
 	)
 	if err != nil {
