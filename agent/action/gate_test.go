@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 
@@ -426,6 +428,68 @@ func TestUndoShowsWhatItGives(t *testing.T) {
 			t.Errorf("%s shows %s", target, all)
 		}
 		l.do(resultApplied, "undo", map[string]any{"action": r.Action})
+	}
+}
+
+// TestUndoShowsPods: who approves that a workload comes back sees what it runs, and
+// as whom; rights come first, and all of it is bounded.
+func TestUndoShowsPods(t *testing.T) {
+	l := newLab(t, 1)
+	pod := corev1.PodSpec{ServiceAccountName: "cluster-admin", HostPID: true, Containers: []corev1.Container{{Name: "c", Image: "evil:1", SecurityContext: &corev1.SecurityContext{Privileged: ptr(true)}}}}
+	template := corev1.PodTemplateSpec{Spec: pod}
+	l.put(&appsv1.Deployment{ObjectMeta: labelled("shop", "web"), Spec: appsv1.DeploymentSpec{Template: template}})
+	l.put(&batchv1.CronJob{ObjectMeta: labelled("shop", "night"), Spec: batchv1.CronJobSpec{JobTemplate: batchv1.JobTemplateSpec{Spec: batchv1.JobSpec{Template: template}}}})
+	l.put(&corev1.Pod{ObjectMeta: labelled("shop", "bare"), Spec: pod})
+	l.put(&corev1.ConfigMap{ObjectMeta: labelled("shop", "plain"), Data: map[string]string{"a": "b"}})
+	carol := by("carol", trust.Commander)
+	shown := func(p *halliganv1.Plan) string {
+		var lines []string
+		for _, c := range p.Objects[0].Changes {
+			lines = append(lines, c.Path+": "+c.After)
+		}
+		return strings.Join(lines, "\n")
+	}
+	for target, at := range map[string]string{"deploy/web": "spec.template.spec", "cj/night": "spec.jobTemplate.spec.template.spec", "pod/bare": "spec", "cm/plain": ""} {
+		undo := map[string]any{"action": l.do(resultApplied, "delete", map[string]any{"target": target, "namespace": "shop"}).Action}
+		p, err := l.plan("undo", undo)
+		if err != nil || len(p.Objects) != 1 || len(p.Objects[0].Changes) != 0 {
+			t.Fatalf("one's own: %v, %v", p, err)
+		}
+		if p, err = l.planAs(carol, "undo", undo); err != nil || !p.AddsAuthority || len(p.Objects) != 1 {
+			t.Fatalf("%v, %v", p, err)
+		}
+		all := shown(p)
+		if at == "" {
+			if all != "" {
+				t.Error(all)
+			}
+			continue
+		}
+		for _, want := range []string{at + `.serviceAccountName: "cluster-admin"`, at + ".hostPID: true", at + `.containers[0]: {`, `"image":"evil:1"`, `"privileged":true`} {
+			if !strings.Contains(all, want) {
+				t.Errorf("%s: no %s in\n%s", target, want, all)
+			}
+		}
+	}
+	// Too much is not shown, which is said.
+	for i := range 4 {
+		big := template.DeepCopy()
+		big.Annotations = map[string]string{"a": strings.Repeat("x", 100<<10)}
+		l.put(&appsv1.Deployment{ObjectMeta: labelled("shop", fmt.Sprint("big-", i), "size", "big"), Spec: appsv1.DeploymentSpec{Template: *big}})
+	}
+	r := l.do(resultApplied, "delete", map[string]any{"target": "deploy", "namespace": "shop", "selector": "size=big"})
+	p, err := l.planAs(carol, "undo", map[string]any{"action": r.Action})
+	if err != nil || !strings.Contains(strings.Join(p.Warnings, "\n"), "not all that this gives is shown") {
+		t.Fatalf("%v, %v", p, err)
+	}
+	size := 0
+	for _, o := range p.Objects {
+		for _, c := range o.Changes {
+			size += len(c.Path) + len(c.After)
+		}
+	}
+	if size > maxGiven || len(p.Objects) != 4 {
+		t.Errorf("%d bytes of %d objects", size, len(p.Objects))
 	}
 }
 

@@ -128,6 +128,7 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 		p.summary("nothing to do: %s left nothing that could be put back", entry.ID)
 		return nil
 	}
+	p.showAllGiven(ctx)
 	p.summary("take back %s: %s", entry.ID, entry.Summary)
 	p.bypass(bypassUpdate...)
 	return nil
@@ -313,29 +314,37 @@ func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, na
 		}
 		s.lease = ref.Lease
 	}
-	planned := p.add(s, nil)
-	if kind.Authority {
-		if err := p.showGiven(ctx, kind, namespace, name, planned, s.image); err != nil {
-			planned.Warnings = append(planned.Warnings, short("what it gives cannot be shown: "+fault.Of(err).Message, maxShown))
-		}
-	}
+	p.add(s, nil)
 	return nil
 }
 
 // maxGiven bounds, in bytes, what a plan shows of objects that it puts back.
 const maxGiven = 256 << 10
 
-// showGiven shows what an object that gives rights gives, once it is back: who
-// approves that sees it nowhere else.
-func (p *planner) showGiven(ctx context.Context, kind *storage.Kind, namespace, name string, planned *halliganv1.PlannedObject, image *imageOf) error {
-	if p.given > maxGiven {
-		return nil // it is said
+// showAllGiven shows what objects give that are put back: who approves that sees it
+// nowhere else. Those that give rights are always shown, and first; those that pods
+// are made of, which can run as anybody in their namespace, where somebody has to
+// approve.
+func (p *planner) showAllGiven(ctx context.Context) {
+	for _, rights := range []bool{true, false} {
+		for i, s := range p.steps {
+			if s.image == nil || s.kind.Authority != rights || !rights && (!s.kind.PodTemplate || !p.request.AddsAuthority) || p.given > maxGiven {
+				continue
+			}
+			planned := p.plan.Objects[i]
+			if err := p.showGiven(ctx, s, planned); err != nil {
+				planned.Warnings = append(planned.Warnings, short("what it gives cannot be shown: "+fault.Of(err).Message, maxShown))
+			}
+		}
 	}
-	raw, err := p.engine.journal.Value(image.action, image.ref)
+}
+
+func (p *planner) showGiven(ctx context.Context, s *step, planned *halliganv1.PlannedObject) error {
+	raw, err := p.engine.journal.Value(s.image.action, s.image.ref)
 	if err != nil {
 		return err
 	}
-	o, err := p.open(ctx, kind, namespace, name, etcd.KV{Key: image.ref.Key, Value: raw})
+	o, err := p.open(ctx, s.kind, s.namespace, s.name, etcd.KV{Key: s.key, Value: raw})
 	if err != nil {
 		return err
 	}
@@ -356,14 +365,12 @@ func (p *planner) showGiven(ctx context.Context, kind *storage.Kind, namespace, 
 	for _, known := range []string{"apiVersion", "kind", "metadata", "status"} {
 		delete(fields, known)
 	}
+	deep := 0
+	if s.kind.PodTemplate {
+		deep = podDepth
+	}
 	for _, path := range slices.Sorted(maps.Keys(fields)) {
-		var list []json.RawMessage
-		if err := json.Unmarshal(fields[path], &list); err != nil || len(list) == 0 {
-			p.give(planned, path, fields[path])
-		}
-		for i, v := range list {
-			p.give(planned, fmt.Sprintf("%s[%d]", path, i), v)
-		}
+		p.spread(planned, path, fields[path], deep)
 	}
 	if note != "" {
 		planned.Warnings = append(planned.Warnings, note)
@@ -371,10 +378,34 @@ func (p *planner) showGiven(ctx context.Context, kind *storage.Kind, namespace, 
 	return nil
 }
 
+// podDepth is how many fields lie above a container: in a CronJob
+// spec.jobTemplate.spec.template.spec.containers.
+const podDepth = 5
+
+// spread gives each field of an object so deep down, and each element of a list, a
+// line.
+func (p *planner) spread(planned *halliganv1.PlannedObject, path string, value json.RawMessage, deep int) {
+	var list []json.RawMessage
+	var fields map[string]json.RawMessage
+	switch {
+	case p.given > maxGiven:
+	case json.Unmarshal(value, &list) == nil && len(list) > 0:
+		for i, v := range list {
+			p.give(planned, fmt.Sprintf("%s[%d]", path, i), v)
+		}
+	case deep > 0 && json.Unmarshal(value, &fields) == nil && len(fields) > 0:
+		for _, name := range slices.Sorted(maps.Keys(fields)) {
+			p.spread(planned, path+"."+name, fields[name], deep-1)
+		}
+	default:
+		p.give(planned, path, value)
+	}
+}
+
 // give adds a line to the diff, as long as there is room.
 func (p *planner) give(planned *halliganv1.PlannedObject, path string, value json.RawMessage) {
 	var text bytes.Buffer
-	if err := json.Compact(&text, value); err != nil {
+	if err := json.Compact(&text, value); err != nil || p.given > maxGiven {
 		return
 	}
 	if p.given += len(path) + text.Len(); p.given > maxGiven {
