@@ -93,9 +93,11 @@
 //	- name: prod                       # a DNS label, unique; not "bastion"
 //	  etcdClusterID: cdf818194e3a8c32  # in hex; may be absent
 //	  nodes: [{name: cp-1, address: 10.0.0.11, sshPort: 2222, grpcPort: 2223}]   # grpcPort may be absent
-//	bastions: [{name: a, address: 192.0.2.1, sshPort: 2222, grpcPort: 2223}]
+//	bastions: [{name: a, address: 192.0.2.1, sshPort: 2222, grpcPort: 2223, tunnelPort: 7444}]
 //
-// Server identities are NODE.CLUSTER, and NAME.bastion for bastions.
+// A node with "reach: out" is never dialled by bastions: it keeps a tunnel to the
+// tunnelPort of each that has one. Left out, or "in", bastions dial it. Server
+// identities are NODE.CLUSTER, and NAME.bastion for bastions.
 //
 // # Revocations
 //

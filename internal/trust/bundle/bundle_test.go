@@ -230,6 +230,8 @@ func TestSchema(t *testing.T) {
 		{InventoryPart, "sshPort: 2222", "sshPort: 0", "sshPort"},
 		{InventoryPart, "sshPort: 2222", "sshPort: 65536", ""},
 		{InventoryPart, "grpcPort: 2223", "grpcPort: 2222", "another grpcPort"},
+		{InventoryPart, "name: cp-2", "reach: In\n        name: cp-2", "neither in nor out"},
+		{InventoryPart, "name: cp-2", "tunnelPort: 7444\n        name: cp-2", "tunnelPort is a bastion's"},
 		{InventoryPart, "name: cp-2", "name: cp-1", "cp-1.staging is there twice"},
 		{InventoryPart, "name: cp-2", "name: CP_2", "is not a name"},
 		{InventoryPart, "name: cp-2", "name: cp-1.staging", "the name that another one has"},

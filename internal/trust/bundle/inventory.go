@@ -21,6 +21,12 @@ type Host struct {
 	Address  IP     `json:"address"`
 	SSHPort  uint16 `json:"sshPort"`
 	GRPCPort uint16 `json:"grpcPort,omitempty"`
+	// TunnelPort is where a bastion takes the tunnels of nodes, 0: nowhere. Nodes
+	// have none.
+	TunnelPort uint16 `json:"tunnelPort,omitempty"`
+	// Reach is ReachOut for a node that bastions cannot dial, else ReachIn or
+	// empty. Bastions have none.
+	Reach string `json:"reach,omitempty"`
 	// Cluster is the name of the node's, BastionDomain for a bastion.
 	Cluster string `json:"-"`
 }
@@ -35,6 +41,17 @@ func (h Host) SSH() netip.AddrPort { return netip.AddrPortFrom(h.Address.Addr, h
 func (h Host) GRPC() (at netip.AddrPort, ok bool) {
 	return netip.AddrPortFrom(h.Address.Addr, h.GRPCPort), h.GRPCPort != 0
 }
+
+// Tunnel returns where a bastion takes tunnels; ok is false where it takes none.
+func (h Host) Tunnel() (at netip.AddrPort, ok bool) {
+	return netip.AddrPortFrom(h.Address.Addr, h.TunnelPort), h.TunnelPort != 0
+}
+
+// How a node is reached.
+const (
+	ReachIn  = "in"  // bastions dial it
+	ReachOut = "out" // it keeps tunnels to the bastions
+)
 
 // IP is an address that can be dialled, without a zone.
 type IP struct{ netip.Addr }
@@ -133,8 +150,18 @@ func hosts(list []Host, cluster string) error {
 		if !h.Address.IsValid() || h.SSHPort == 0 || h.SSHPort == h.GRPCPort {
 			return fmt.Errorf("%s: want an address, an sshPort and another grpcPort, if any", h.ID())
 		}
+		switch bastion := cluster == BastionDomain; {
+		case bastion && h.Reach != "":
+			return fmt.Errorf("%s: reach is a node's", h.ID())
+		case !bastion && h.TunnelPort != 0:
+			return fmt.Errorf("%s: tunnelPort is a bastion's", h.ID())
+		case h.Reach != "" && h.Reach != ReachIn && h.Reach != ReachOut:
+			return fmt.Errorf("%s: reach %.64q is neither %s nor %s", h.ID(), h.Reach, ReachIn, ReachOut)
+		case h.TunnelPort != 0 && (h.TunnelPort == h.SSHPort || h.TunnelPort == h.GRPCPort):
+			return fmt.Errorf("%s: want another tunnelPort than those of its doors", h.ID())
+		}
 		names[h.Name] = true
-		for _, port := range []uint16{h.SSHPort, h.GRPCPort} {
+		for _, port := range []uint16{h.SSHPort, h.GRPCPort, h.TunnelPort} {
 			at := netip.AddrPortFrom(h.Address.Addr, port)
 			if was, ok := addresses[at]; ok && port != 0 {
 				return fmt.Errorf("%s and %s have the same address %s", was, h.ID(), at)
