@@ -12,27 +12,33 @@ type right struct {
 	least trust.Role
 	// approver: those who sign approvals may call it, too.
 	approver bool
+	// bastion: bastions may call it as themselves. They have no role, and no
+	// authority but what is signed in what they bring.
+	bastion bool
 }
 
 // methods is the inventory of what the doors offer: every method that the server
 // has. One without a row keeps the agent from starting.
 var methods = map[string]right{
-	halliganv1.Agent_Describe_FullMethodName:       {trust.Observer, true},
-	halliganv1.Agent_Status_FullMethodName:         {trust.Observer, true},
-	halliganv1.Agent_Plan_FullMethodName:           {trust.Observer, false},
-	halliganv1.Agent_Undo_FullMethodName:           {trust.Observer, false},
-	halliganv1.Agent_Apply_FullMethodName:          {trust.Responder, false},
-	halliganv1.Agent_ShowPlan_FullMethodName:       {trust.Observer, true},
-	halliganv1.Agent_ExchangeBundle_FullMethodName: {trust.Observer, true},
-	halliganv1.Agent_Stop_FullMethodName:           {trust.Responder, false},
-	halliganv1.Agent_Get_FullMethodName:            {trust.Observer, false},
-	halliganv1.Agent_History_FullMethodName:        {trust.Observer, false},
+	halliganv1.Agent_Describe_FullMethodName:       {trust.Observer, true, false},
+	halliganv1.Agent_Status_FullMethodName:         {trust.Observer, true, false},
+	halliganv1.Agent_Plan_FullMethodName:           {trust.Observer, false, false},
+	halliganv1.Agent_Undo_FullMethodName:           {trust.Observer, false, false},
+	halliganv1.Agent_Apply_FullMethodName:          {trust.Responder, false, false},
+	halliganv1.Agent_ShowPlan_FullMethodName:       {trust.Observer, true, false},
+	halliganv1.Agent_ExchangeBundle_FullMethodName: {trust.Observer, true, true},
+	halliganv1.Agent_Stop_FullMethodName:           {trust.Responder, false, false},
+	halliganv1.Agent_Get_FullMethodName:            {trust.Observer, false, false},
+	halliganv1.Agent_History_FullMethodName:        {trust.Observer, false, false},
 	// So that grpcurl works without our .proto file.
-	grpcdoor.Reflection[0]: {trust.Observer, true},
-	grpcdoor.Reflection[1]: {trust.Observer, true},
+	grpcdoor.Reflection[0]: {trust.Observer, true, false},
+	grpcdoor.Reflection[1]: {trust.Observer, true, false},
 }
 
 // has reports whether somebody has the right.
 func (r right) has(who trust.Identity) bool {
+	if who.Kind == trust.Bastion {
+		return r.bastion
+	}
 	return who.May(r.least) || r.approver && who.Person != "" && who.Role == trust.Approver
 }

@@ -59,7 +59,9 @@ func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 		t.server.o.Log.Warn().Str("person", info.Who.Person).Str("door", string(info.Who.Door)).Msg("connection refused: " + fault.Of(err).Message)
 		return nil, nil, errors.Join(err, c.Close())
 	}
-	if info.Who.Door != trust.SSH { // which tells of logins itself: one may hold many of these
+	// SSH tells of logins itself: one may hold many of these. A bastion comes
+	// every minute, with nothing but a bundle.
+	if info.Who.Door != trust.SSH && info.Who.Kind != trust.Bastion {
 		t.server.o.Alarms.Raise(alarm.Of(alarm.Login, info.Who, cameIn(info.Who)))
 	}
 	open, end := context.WithCancel(info.Held)

@@ -43,6 +43,9 @@ type Options struct {
 	// Certificate returns the certificate to show; see [Load].
 	Certificate func() (*tls.Certificate, error)
 	Authority   Authority
+	// Protocol is what both sides must speak, by its name in ALPN (RFC 7301);
+	// empty: HTTP/2.
+	Protocol string
 	// Relay reports whether an address is a bastion's, behind which many come;
 	// may be nil.
 	Relay func(netip.Addr) bool
@@ -78,6 +81,9 @@ type Listener struct {
 
 // NewListener authenticates what l accepts. Closing it closes l.
 func NewListener(l net.Listener, o Options) *Listener {
+	if o.Protocol == "" {
+		o.Protocol = "h2"
+	}
 	m := &Listener{Listener: l, o: o, ready: make(chan *conn), closed: make(chan struct{}), ended: make(chan struct{})}
 	m.room = admission.NewRoom(admission.RoomOptions{Total: maxHandshakes, Each: maxOfSource, Relayed: maxOfRelay, Relay: o.Relay,
 		Dropped: func(n uint64, source string) {
@@ -92,7 +98,7 @@ func NewListener(l net.Listener, o Options) *Listener {
 	})
 	m.config = &tls.Config{
 		MinVersion: tls.VersionTLS13,
-		NextProtos: []string{"h2"},
+		NextProtos: []string{o.Protocol},
 		// Whoever comes must prove to hold the key of some certificate; whether
 		// it is one of ours is Authority's to say.
 		ClientAuth:     tls.RequireAnyClientCert,
@@ -164,8 +170,8 @@ func (m *Listener) admit(raw net.Conn, guest *admission.Guest) {
 	config := m.config.Clone()
 	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { guest.Reached(admission.Speaking); return nil, nil }
 	config.VerifyConnection = func(state tls.ConnectionState) error {
-		if state.NegotiatedProtocol != "h2" {
-			return errors.New("the peer does not speak HTTP/2")
+		if state.NegotiatedProtocol != m.o.Protocol {
+			return fmt.Errorf("the peer does not speak %s", m.o.Protocol)
 		}
 		who, refusal = m.o.Authority.Client(state.PeerCertificates, raw.RemoteAddr())
 		return refusal

@@ -267,7 +267,7 @@ func (p *Places) Take(who trust.Identity) (release func(), err error) {
 		room -= p.o.Console
 	}
 	next := "try again, another node, or the console at the node"
-	if who.Kind == trust.Automation || who.Scope.Drill {
+	if who.Kind == trust.Automation || who.Kind == trust.Bastion || who.Scope.Drill {
 		room, next = p.o.Total-p.o.Reserved, "try again later: the rest is kept for people"
 	}
 	p.mu.Lock()

@@ -73,6 +73,8 @@ const (
 	Person     Kind = "person"     // SSH user certificate
 	Sealed     Kind = "sealed"     // FIDO2 key that the policy itself lists
 	Automation Kind = "automation" // X.509 client certificate, or an SSH one marked so
+	Bastion    Kind = "bastion"    // TLS server certificate NAME.bastion, at an agent
+	Node       Kind = "node"       // TLS server certificate NODE.CLUSTER, at a bastion
 )
 
 // Scope narrows what an identity may do below its role; an empty list narrows
@@ -89,7 +91,7 @@ type Identity struct {
 	// certificate, or console/0 for the login uid 0 at the node's console.
 	Person string
 	// Role is the one taken for this session; None at a bastion, where nobody
-	// takes any.
+	// takes any, and for a bastion or a node, which have none.
 	Role Role
 	Door Door
 	Kind Kind

@@ -133,7 +133,7 @@ func (r *rules) admit(id trust.Identity, now time.Time) (late bool, err *fault.E
 		return false, nil
 	}
 	grace := r.grace
-	if id.Kind != trust.Person {
+	if id.Kind != trust.Person && id.Kind != trust.Node { // people come through a node's tunnel
 		grace = 0
 	}
 	switch {
@@ -197,6 +197,9 @@ func (a *Authority) check(id trust.Identity, r *rules, now time.Time) *fault.Err
 
 // standing is check without the time.
 func (a *Authority) standing(id trust.Identity, r *rules) *fault.Error {
+	if id.Kind == trust.Bastion || id.Kind == trust.Node {
+		return r.server(id)
+	}
 	if life := id.NotAfter.Sub(id.NotBefore); id.Kind != trust.Sealed && life > r.maxCertificate {
 		return refuse("the certificate of %s lives %v; the policy allows %v", id.Person, life, r.maxCertificate)
 	}

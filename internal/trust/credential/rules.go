@@ -82,6 +82,10 @@ func (r *rules) isClientCA(fingerprint string) bool {
 	return slices.ContainsFunc(r.tlsClient, func(a authority) bool { return a.fingerprint == fingerprint })
 }
 
+func (r *rules) isServerCA(fingerprint string) bool {
+	return slices.ContainsFunc(r.tlsServer, func(a authority) bool { return a.fingerprint == fingerprint })
+}
+
 // revoked says by what an identity is revoked: serial, key ID, key or authority.
 func (r *rules) revoked(id trust.Identity) *fault.Error {
 	if by, revoked := r.of.Revocations.Identity(id); revoked {

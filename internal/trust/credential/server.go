@@ -119,24 +119,33 @@ func (s *Servers) ServerCertificate(name string, certs []*x509.Certificate) erro
 }
 
 func (s *Servers) serverCertificate(leaf *x509.Certificate, name string) error {
-	if err := leafCertificate(leaf, x509.ExtKeyUsageServerAuth, MaxServer); err != nil {
-		return err
-	}
-	if name == "" || !slices.Equal(leaf.DNSNames, []string{name}) || len(leaf.URIs)+len(leaf.EmailAddresses)+len(leaf.IPAddresses) > 0 {
-		return fmt.Errorf("its certificate is for %q", leaf.DNSNames)
-	}
-	key, err := sshKey(leaf.PublicKey)
+	r := s.rules()
+	id, err := serverIdentity(leaf, name, r, s.Clock.Now())
 	if err != nil {
 		return err
 	}
-	r, now := s.rules(), s.Clock.Now()
-	ca, err := chain(leaf, r.tlsServer, x509.ExtKeyUsageServerAuth, now)
-	if err != nil {
-		return err
-	}
-	id := trust.Identity{Person: name, Door: trust.GRPC, Serial: leaf.SerialNumber.String(), Fingerprint: gossh.FingerprintSHA256(key), CA: ca, NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter}
 	if err := r.revoked(id); err != nil {
 		return err
 	}
 	return s.admit(r, id)
+}
+
+// serverIdentity returns the server of that name, whose certificate it is by one of
+// the policy's authorities. Its time and the revocations are for the caller.
+func serverIdentity(leaf *x509.Certificate, name string, r *rules, now time.Time) (id trust.Identity, err error) {
+	if err := leafCertificate(leaf, x509.ExtKeyUsageServerAuth, MaxServer); err != nil {
+		return id, err
+	}
+	if name == "" || !slices.Equal(leaf.DNSNames, []string{name}) || len(leaf.URIs)+len(leaf.EmailAddresses)+len(leaf.IPAddresses) > 0 {
+		return id, fmt.Errorf("its certificate is for %q", leaf.DNSNames)
+	}
+	key, err := sshKey(leaf.PublicKey)
+	if err != nil {
+		return id, err
+	}
+	ca, err := chain(leaf, r.tlsServer, x509.ExtKeyUsageServerAuth, now)
+	if err != nil {
+		return id, err
+	}
+	return trust.Identity{Person: name, Door: trust.GRPC, Serial: leaf.SerialNumber.String(), Fingerprint: gossh.FingerprintSHA256(key), CA: ca, NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter}, nil
 }

@@ -137,6 +137,15 @@ func (t *Trust) Authority() *credential.Authority {
 	return nil
 }
 
+// Servers verifies agents and bastions to whom the daemon connects, nil before there
+// is a bundle.
+func (t *Trust) Servers() *credential.Servers {
+	if o := t.opened.Load(); o != nil {
+		return o.servers
+	}
+	return nil
+}
+
 // Offer takes a bundle over that somebody brings. An older one is no error, since
 // who has it gets the newer.
 func (t *Trust) Offer(data []byte) (changed bool, err error) {
