@@ -27,6 +27,7 @@ import (
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/version"
 )
 
@@ -54,8 +55,8 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 		return err
 	}
 	defer records.Close()
-	clock := newClock(records)
-	believed, err := newTrusted(c, clock, alarms, log)
+	clock := trust.NewClock(version.Built())
+	believed, err := newTrusted(c, clock, records.Entries, alarms, log)
 	if err != nil {
 		return err
 	}
@@ -88,6 +89,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 		background.Go(func() {
 			if mended(ctx, records) {
 				log.Info().Msg("actions can be recorded again")
+				believed.recall(true)
 				tellDamaged(records, log)
 			}
 		})

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/rs/zerolog"
 
@@ -32,6 +33,14 @@ type trusted struct {
 	config Config // which may name no bundle
 	local  *trust.LocalRules
 	clock  *trust.Clock
+	// records are those of actions, newest first, whose times had passed when
+	// they were written.
+	records func() []journal.Entry
+	raise   func(alarm.Event)
+	// beyond tells of records that are left out of the clock, "" for none; told
+	// that the alarm of it was raised.
+	beyond atomic.Pointer[string]
+	told   atomic.Bool
 
 	shipped *trust.Policy
 	policy  atomic.Pointer[inForce]
@@ -44,8 +53,8 @@ type inForce struct {
 }
 
 // newTrusted returns what is believed before there is a bundle; Open finds one.
-func newTrusted(c Config, clock *trust.Clock, alarms *alarm.Alarms, log zerolog.Logger) (*trusted, error) {
-	t := &trusted{config: c, clock: clock}
+func newTrusted(c Config, clock *trust.Clock, records func() []journal.Entry, alarms *alarm.Alarms, log zerolog.Logger) (*trusted, error) {
+	t := &trusted{config: c, clock: clock, records: records, raise: alarms.Raise}
 	var err error
 	if t.local, err = trust.ReadLocal(c.PolicyFile); err != nil {
 		return nil, err
@@ -57,17 +66,60 @@ func newTrusted(c Config, clock *trust.Clock, alarms *alarm.Alarms, log zerolog.
 		o.Anchor, err = bundle.NewAnchor(c.Trust.Roots, c.Trust.Threshold, c.Trust.MinPolicyVersion)
 	}
 	t.Trust = inforce.New(o)
+	t.recall(c.Trust == nil) // else with the bundle, which may know better
 	return t, err
 }
 
-// newClock returns the agent's clock: it starts no earlier than its build and
-// the last record of an action.
-func newClock(records *journal.Journal) *trust.Clock {
-	clock := trust.NewClock(version.Built())
-	for _, e := range records.Entries() {
-		clock.Raise(e.Time)
+// Open is that of the bundle, by which the records are judged again.
+func (t *trusted) Open() error {
+	err := t.Trust.Open()
+	if err == nil {
+		t.recall(true)
 	}
-	return clock
+	return err
+}
+
+// maxBeyond is how far a record may lie beyond every other clock and still count.
+const maxBeyond = 24 * time.Hour
+
+// recall lets the clock start no earlier than the last record of an action: who
+// sets this machine's clock back brings no ended certificate to life. Records far
+// beyond the wall clock, the build and the bundle are left out, or a clock that
+// jumped ahead once would keep the network doors shut for good after its repair.
+// Where the wall clock is dead, showing less than is known to be past, a record may
+// be as much later than the bundle as the bundle is fresh. tell alarms.
+func (t *trusted) recall(tell bool) {
+	wall, known, most := t.clock.Now().Add(-t.clock.Ahead()), version.Built(), maxBeyond
+	if b := t.Current(); b != nil {
+		if b.Signed().After(known) {
+			known = b.Signed()
+		}
+		if wall.Before(known) {
+			most = max(most, time.Duration(b.Policy.FreshFor))
+		}
+	}
+	if wall.After(known) {
+		known = wall
+	}
+	n, text := 0, ""
+	var last journal.Entry
+	for _, e := range t.records() {
+		if !e.Time.After(known.Add(most)) {
+			t.clock.Raise(e.Time)
+			continue
+		}
+		if n++; e.Time.After(last.Time) {
+			last = e
+		}
+	}
+	if n > 0 {
+		text = fmt.Sprintf("%d records of actions are dated over %v after all else that is known here, the last, %s, %s: they do not count for the clock, which shows %s. It was ahead then, or is wrong now",
+			n, most, last.ID, last.Time.UTC().Format(time.RFC3339), wall.Format(time.RFC3339))
+	}
+	t.beyond.Store(&text)
+	if tell && n > 0 && !t.told.Swap(true) {
+		t.raise(alarm.Event{Kind: alarm.Clock, Text: text})
+	}
 }
 
 // Policy returns the policy in force: the bundle's, tightened by the node's own
@@ -142,6 +194,9 @@ func (t *trusted) relay(address netip.Addr) bool {
 // warnings tells what is degraded about trust, each in one line.
 func (t *trusted) warnings() (all []string) {
 	all = t.ClockWarnings()
+	if text := t.beyond.Load(); text != nil && *text != "" {
+		all = append(all, *text)
+	}
 	var actions []string
 	for _, a := range action.Describe() {
 		actions = append(actions, a.GetName())

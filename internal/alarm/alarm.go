@@ -30,6 +30,7 @@ const (
 	Late    Kind = "late"    // a credential was admitted past an edge of its validity
 	Bundle  Kind = "bundle"  // something is wrong with the bundle
 	Closed  Kind = "closed"  // a door of the daemon could not be opened
+	Clock   Kind = "clock"   // this machine's clock was or is wrong
 )
 
 // Loud reports whether the event must come through even where others flood.

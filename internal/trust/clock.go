@@ -9,7 +9,7 @@ import (
 // without a battery wakes in 1970, and whoever controls the time server can
 // bring back a certificate that lapsed. So its time is never below what is known
 // to be past: the build, the newest signed part of the bundle, the last record
-// of the journal; and it never goes backwards while the process lives, but on
+// of the journal unless that lies far beyond all else; and it never goes backwards while the process lives, but on
 // with the monotonic clock where the wall clock was set back.
 //
 // A wall clock that jumped ahead and was set right again leaves it ahead until
