@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
+	"github.com/halligan-io/halligan/api"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
@@ -52,6 +53,9 @@ func (t *tool) verify() *cobra.Command {
 				return err
 			}
 			t.show(b, len(lines) > 0)
+			if err := t.differs(b.Policy); err != nil {
+				return err
+			}
 			odd, err := unknown(b.Policy)
 			if err != nil {
 				return err
@@ -121,6 +125,34 @@ func (t *tool) show(b *bundle.Bundle, anchored bool) {
 		nodes += len(c.Nodes)
 	}
 	t.say("inventory: %d clusters, %d nodes, %d bastions", len(b.Inventory.Clusters), nodes, len(b.Inventory.Bastions))
+}
+
+// maxDiffers is how many differences from the shipped table are listed.
+const maxDiffers = 24
+
+// differs says how the policy's rules differ from those that the release ships.
+func (t *tool) differs(p *bundle.Policy) error {
+	actions, err := api.Actions()
+	if err != nil {
+		return err
+	}
+	roles := map[string]string{}
+	for _, a := range actions {
+		roles[a.GetName()] = a.GetRole()
+	}
+	all := p.Differs(roles)
+	if len(all) == 0 {
+		t.say("rules: those that this release ships")
+		return nil
+	}
+	t.say("rules, other than this release ships them:")
+	for _, line := range all[:min(len(all), maxDiffers)] {
+		t.say("    %s", neutral.LineMax(line, 256))
+	}
+	if n := len(all) - maxDiffers; n > 0 {
+		t.say("    and %d more", n)
+	}
+	return nil
 }
 
 func (t *tool) keys(keys []bundle.Key) {
