@@ -20,6 +20,7 @@ import (
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
 )
 
 // Config is the agent's configuration file, YAML with strict keys. All of it
@@ -54,6 +55,11 @@ type Config struct {
 	// SSH and GRPC are the doors to the network.
 	SSH  *SSHConfig  `json:"ssh,omitempty"`
 	GRPC *GRPCConfig `json:"grpc,omitempty"`
+	// Reach is in, or left out, where bastions dial this node, and out where they
+	// cannot: the agent then keeps a tunnel to each bastion of the inventory that
+	// has a tunnelPort, and shows the certificate of GRPC there. Say the same of
+	// the node in the inventory.
+	Reach string `json:"reach,omitempty"`
 	// Alarms are told of logins, refusals and what goes around the usual rules.
 	Alarms []alarm.Config `json:"alarms,omitempty"`
 	// LogLevel is debug, info (default), warn or error.
@@ -254,6 +260,10 @@ func (c *Config) checkDoors() error {
 	}
 	t := c.trust()
 	switch {
+	case c.Reach != "" && c.Reach != bundle.ReachIn && c.Reach != bundle.ReachOut:
+		return fmt.Errorf("reach: %q is neither %s nor %s", c.Reach, bundle.ReachIn, bundle.ReachOut)
+	case c.Reach == bundle.ReachOut && c.GRPC == nil:
+		return errors.New("reach: tunnels show the certificate of grpc: set that, too")
 	case c.Trust == nil && (c.SSH != nil || c.GRPC != nil):
 		return errors.New("ssh and grpc let in whom the bundle knows: set trust, or leave them out")
 	case c.Trust == nil && c.Cluster != "":

@@ -14,9 +14,13 @@ import (
 	"github.com/halligan-io/halligan/agent/console"
 	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/agent/sshd"
+	"github.com/halligan-io/halligan/agent/tunnel"
 	"github.com/halligan-io/halligan/api/mtls"
 	"github.com/halligan-io/halligan/internal/alarm"
+	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/sshserver"
+	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/ways"
 )
 
@@ -37,7 +41,8 @@ type doors struct {
 
 	mu          sync.Mutex                       // guards all below
 	certificate func() (*tls.Certificate, error) // of gRPC, once it is loaded
-	host        *ssh.Certificate                 // as certificate
+	host        func() []ssh.Signer                 // as certificate
+	tunnels     *tunnel.Tunnels                  // nil unless there are any
 }
 
 // serve opens the doors and serves until the context ends, then stops
@@ -93,12 +98,20 @@ func (d *doors) outside(ctx context.Context) {
 	var inside sync.WaitGroup
 	defer inside.Wait()
 	inside.Go(func() { d.trusted.Watch(ctx) })
+	var tunnels *tunnel.Tunnels
+	if d.config.Reach == bundle.ReachOut {
+		tunnels = tunnel.New(tunnel.Options{Bundles: d.trusted.Store(), Servers: d.trusted.Servers(), Certificate: d.shows, Log: d.log})
+		d.mu.Lock()
+		d.tunnels = tunnels
+		d.mu.Unlock()
+		inside.Go(func() { tunnels.Run(ctx) })
+	}
 	if c := d.config.SSH; c != nil {
 		inside.Go(func() {
 			d.Keep(ctx, "ssh", func() error {
 				server, err := d.newSSH()
 				if err == nil {
-					d.everywhere(ctx, "ssh", c.Listen, func(l net.Listener) error { return server.Serve(ctx, l) })
+					d.everywhere(ctx, "ssh", c.Listen, tunnels, func(l net.Listener) error { return server.Serve(ctx, l) })
 				}
 				return err
 			})
@@ -109,7 +122,7 @@ func (d *doors) outside(ctx context.Context) {
 			d.Keep(ctx, "grpc", func() error {
 				o, err := d.newGRPC()
 				if err == nil {
-					d.everywhere(ctx, "grpc", g.Listen, func(l net.Listener) error { return d.grpc(ctx, mtls.NewListener(l, o)) })
+					d.everywhere(ctx, "grpc", g.Listen, tunnels, func(l net.Listener) error { return d.grpc(ctx, mtls.NewListener(l, o)) })
 				}
 				return err
 			})
@@ -117,11 +130,17 @@ func (d *doors) outside(ctx context.Context) {
 	}
 }
 
-// everywhere serves at all addresses of a way in until the context ends.
-func (d *doors) everywhere(ctx context.Context, name string, addresses []string, serve func(net.Listener) error) {
+// everywhere serves at all addresses of a way in, and what comes to it through
+// tunnels, if any, until the context ends.
+func (d *doors) everywhere(ctx context.Context, name string, addresses []string, tunnels *tunnel.Tunnels, serve func(net.Listener) error) {
 	d.Opened(name)
 	var all sync.WaitGroup
 	defer all.Wait()
+	if tunnels != nil {
+		all.Go(func() {
+			d.Keep(ctx, name+" through tunnels", func() error { return serve(tunnels.Listener(trust.Door(name))) })
+		})
+	}
 	for _, address := range addresses {
 		all.Go(func() { d.Listen(ctx, name, address, serve) })
 	}
@@ -146,15 +165,26 @@ func (d *doors) newGRPC() (mtls.Options, error) {
 	return mtls.Options{Certificate: certificate, Authority: d.trusted.Authority(), Relay: d.trusted.relay, Alarm: d.alarms.Raise, Log: d.log}, nil
 }
 
+// shows returns the certificate of gRPC, which tunnels show, too.
+func (d *doors) shows() (*tls.Certificate, error) {
+	d.mu.Lock()
+	certificate := d.certificate
+	d.mu.Unlock()
+	if certificate == nil {
+		return nil, fault.New(fault.Failed, "see why the gRPC door is not open", "the certificate is not loaded")
+	}
+	return certificate()
+}
+
 // newSSH returns the SSH server, which all addresses share.
 func (d *doors) newSSH() (*sshserver.Server, error) {
 	c := d.config
-	signers, cert, err := sshserver.HostKey(c.SSH.HostKey, c.SSH.HostCertificate, c.Node+"."+c.Cluster)
+	host, err := sshserver.HostFiles(c.SSH.HostKey, c.SSH.HostCertificate, c.Node+"."+c.Cluster, d.log)
 	if err != nil {
 		return nil, err
 	}
 	authority := d.trusted.Authority()
-	server, err := sshserver.New(sshserver.Options{HostSigners: signers, Authenticate: authority.User, Offer: authority.Offered, Hold: authority.Hold,
+	server, err := sshserver.New(sshserver.Options{HostRenewed: host, Authenticate: authority.User, Offer: authority.Offered, Hold: authority.Hold,
 		Handlers: sshd.Handlers(sshd.Options{Door: d.server, Node: c.Node, Cluster: c.Cluster, Now: d.trusted.clock.Now, Log: d.log}),
 		Relay:    d.trusted.relay, Log: d.log, Alarm: d.alarms.Raise})
 	if err != nil {
@@ -162,7 +192,7 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.host = cert
+	d.host = host
 	return server, nil
 }
 
@@ -170,15 +200,20 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 func (d *doors) warnings() []string {
 	all := append(d.trusted.warnings(), d.Shut()...)
 	d.mu.Lock()
-	certificate, host := d.certificate, d.host
+	certificate, host, tunnels := d.certificate, d.host, d.tunnels
 	d.mu.Unlock()
+	if tunnels != nil {
+		all = append(all, tunnels.Warnings(d.config.Node, d.config.Cluster)...)
+	}
 	if certificate != nil {
 		if cert, err := certificate(); err == nil {
 			all = append(all, d.trusted.ServerWarnings(cert)...)
 		}
 	}
 	if host != nil {
-		all = append(all, d.trusted.HostWarnings(host)...)
+		if cert, ok := host()[0].PublicKey().(*ssh.Certificate); ok {
+			all = append(all, d.trusted.HostWarnings(cert)...)
+		}
 	}
 	if n := d.alarms.Dropped(); n > 0 {
 		all = append(all, fmt.Sprintf("%d alarms were dropped since the agent started: see its log", n))

@@ -21,11 +21,12 @@ import (
 	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/bastion/lobby"
+	"github.com/halligan-io/halligan/bastion/push"
 	"github.com/halligan-io/halligan/bastion/relay"
 	"github.com/halligan-io/halligan/bastion/rpc"
 	"github.com/halligan-io/halligan/bastion/store"
+	"github.com/halligan-io/halligan/bastion/tunnel"
 	"github.com/halligan-io/halligan/internal/alarm"
-	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/sshserver"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
@@ -41,6 +42,7 @@ type bastion struct {
 	trusted *trusted
 	store   *store.Store
 	relay   *relay.Relay
+	tunnels *tunnel.Tunnels
 	doors   *doors
 }
 
@@ -72,7 +74,8 @@ func Run(ctx context.Context, c Config, log zerolog.Logger) error {
 	if err != nil {
 		return err
 	}
-	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Never: own, Loopback: loopback, Begin: func(s relay.Session) func() { return b.enter(s.Who, s.Target.Node.ID(), s.Since) }, Log: log, Alarm: alarms.Raise})
+	b.tunnels = tunnel.New(log)
+	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Tunnels: b.tunnels, Never: own, Loopback: loopback, Begin: func(s relay.Session) func() { return b.enter(s.Who, s.Target.Node.ID(), s.Since) }, Log: log, Alarm: alarms.Raise})
 	b.doors = &doors{Ways: ways.New(alarms.Raise, log), config: c, trusted: b.trusted, alarms: alarms, log: log}
 	log.Info().Str("version", version.String()).Strs("ssh", c.SSH.Listen).Msg("bastion starts")
 	err = b.serve(ctx)
@@ -102,7 +105,7 @@ func (b *bastion) serve(ctx context.Context) error {
 	}
 	b.doors.Opened("bundle")
 	bundles := b.trusted.Store()
-	server, err := rpc.New(rpc.Options{Bastion: b.config.Name, Store: b.store, Bundles: bundles, Relays: func() int64 { return b.relay.Stats().Open },
+	server, err := rpc.New(rpc.Options{Bastion: b.config.Name, Store: b.store, Bundles: bundles, Relays: func() int64 { return b.relay.Stats().Open }, Tunnels: b.tunnels.Since,
 		Warnings: b.doors.warnings, Now: b.trusted.clock.Now, Alarms: b.alarms, Log: b.log})
 	if err != nil {
 		return err
@@ -115,13 +118,15 @@ func (b *bastion) serve(ctx context.Context) error {
 	inside.Go(func() { b.doors.ssh(network) })
 	if b.config.GRPC != nil {
 		inside.Go(func() { b.doors.grpc(network, server) })
+		inside.Go(func() {
+			push.Run(ctx, push.Options{Bundles: bundles, Servers: b.trusted.Servers(), Certificate: b.doors.shows, Log: b.log,
+				Connect: func(ctx context.Context, node bundle.Host) (net.Conn, error) {
+					return b.relay.Reach(ctx, node, trust.GRPC)
+				}})
+		})
 	}
 	if b.config.Tunnel != nil {
-		inside.Go(func() {
-			b.doors.Keep(network, "tunnel", func() error {
-				return fault.New(fault.Failed, "let the bastion dial the nodes", "this build takes no tunnels")
-			})
-		})
+		inside.Go(func() { b.doors.tunnel(network, b.tunnels) })
 	}
 	<-ctx.Done()
 	// Calls under way first, so that a session can still hear what became of

@@ -13,6 +13,7 @@ import (
 
 	"github.com/halligan-io/halligan/api/mtls"
 	"github.com/halligan-io/halligan/bastion/rpc"
+	"github.com/halligan-io/halligan/bastion/tunnel"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/sshserver"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
@@ -41,7 +42,7 @@ type doors struct {
 	handlers sshserver.Handlers
 
 	mu   sync.Mutex       // guards all below
-	host *ssh.Certificate // once it is loaded
+	host func() []ssh.Signer // once it is loaded
 	// certificate is that of gRPC, once it is loaded.
 	certificate func() (*tls.Certificate, error)
 }
@@ -68,32 +69,29 @@ func (d *doors) ssh(ctx context.Context) {
 // newSSH returns the SSH server, which all addresses share.
 func (d *doors) newSSH() (*sshserver.Server, error) {
 	c := d.config
-	signers, cert, err := sshserver.HostKey(c.SSH.HostKey, c.SSH.HostCertificate, c.Name+"."+bundle.BastionDomain)
+	host, err := sshserver.HostFiles(c.SSH.HostKey, c.SSH.HostCertificate, c.Name+"."+bundle.BastionDomain, d.log)
 	if err != nil {
 		return nil, err
 	}
 	authority := d.trusted.Authority()
-	server, err := sshserver.New(sshserver.Options{HostSigners: signers, Authenticate: authority.User, Roleless: true, Offer: authority.Offered, Hold: authority.Hold,
+	server, err := sshserver.New(sshserver.Options{HostRenewed: host, Authenticate: authority.User, Roleless: true, Offer: authority.Offered, Hold: authority.Hold,
 		Handlers: d.handlers, Limits: limits, Log: d.log, Alarm: d.alarms.Raise})
 	if err != nil {
 		return nil, err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.host = cert
+	d.host = host
 	return server, nil
 }
 
 // grpc serves the API over mTLS at all of its addresses until the context ends.
 func (d *doors) grpc(ctx context.Context, server *rpc.Server) {
 	d.Keep(ctx, "grpc", func() error {
-		certificate, err := mtls.Load(d.config.GRPC.CertFile, d.config.GRPC.KeyFile, d.config.Name+"."+bundle.BastionDomain, d.log)
+		certificate, err := d.load()
 		if err != nil {
 			return err
 		}
-		d.mu.Lock()
-		d.certificate = certificate
-		d.mu.Unlock()
 		d.Opened("grpc")
 		o := mtls.Options{Certificate: certificate, Authority: d.trusted.Authority(), Log: d.log, Alarm: d.alarms.Raise}
 		var all sync.WaitGroup
@@ -110,6 +108,49 @@ func (d *doors) grpc(ctx context.Context, server *rpc.Server) {
 		}
 		return nil
 	})
+}
+
+// tunnel takes the tunnels of nodes at all of its addresses until the context ends.
+func (d *doors) tunnel(ctx context.Context, tunnels *tunnel.Tunnels) {
+	d.Keep(ctx, "tunnel", func() error {
+		certificate, err := d.load()
+		if err != nil {
+			return err
+		}
+		d.Opened("tunnel")
+		o := mtls.Options{Certificate: certificate, Log: d.log, Alarm: d.alarms.Raise}
+		var all sync.WaitGroup
+		defer all.Wait()
+		for _, address := range d.config.Tunnel.Listen {
+			all.Go(func() {
+				d.Listen(ctx, "tunnel", address, func(l net.Listener) error {
+					return tunnels.Serve(ctx, tunnel.Listen(l, d.trusted.Authority(), o))
+				})
+			})
+		}
+		return nil
+	})
+}
+
+// load returns the certificate of gRPC, which tunnels and pushes show, too.
+func (d *doors) load() (func() (*tls.Certificate, error), error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.certificate != nil {
+		return d.certificate, nil
+	}
+	certificate, err := mtls.Load(d.config.GRPC.CertFile, d.config.GRPC.KeyFile, d.config.Name+"."+bundle.BastionDomain, d.log)
+	d.certificate = certificate
+	return certificate, err
+}
+
+// shows returns that certificate.
+func (d *doors) shows() (*tls.Certificate, error) {
+	certificate, err := d.load()
+	if err != nil {
+		return nil, err
+	}
+	return certificate()
 }
 
 // ready reports whether somebody can come in by SSH.
@@ -129,7 +170,9 @@ func (d *doors) warnings() []string {
 		}
 	}
 	if host != nil {
-		all = append(all, d.trusted.HostWarnings(host)...)
+		if cert, ok := host()[0].PublicKey().(*ssh.Certificate); ok {
+			all = append(all, d.trusted.HostWarnings(cert)...)
+		}
 	}
 	if n := d.alarms.Dropped(); n > 0 {
 		all = append(all, fmt.Sprintf("%d alarms were dropped since the bastion started: see its log", n))

@@ -202,14 +202,32 @@ func (r *Relay) refuse(c channel, who trust.Identity, err error) {
 	_ = c.Refuse("halligan: " + why) // who is gone need not be told
 }
 
+// Reach returns a connection of the bastion's own to a door of a node of the
+// inventory, which the same is refused for as others are. Errors are as Connect's,
+// or fault.Refused.
+func (r *Relay) Reach(ctx context.Context, node bundle.Host, door trust.Door) (net.Conn, error) {
+	target := Target{node, door}
+	if err := r.own(r.o.Inventory(), target); err != nil {
+		return nil, err
+	}
+	conn, _, err := r.Connect(ctx, target)
+	return conn, err
+}
+
 // Connect returns a connection to the target: inside a tunnel that the node
-// keeps, else by dialling it. Errors are fault.Unreachable.
+// keeps, else by dialling it, which is never done where the inventory says that
+// the node reaches out. Errors are fault.Unreachable.
 func (r *Relay) Connect(ctx context.Context, t Target) (conn net.Conn, tunnel bool, err error) {
 	var why string
-	if r.o.Tunnels != nil {
+	out := t.Node.Reach == bundle.ReachOut
+	if err = ErrNoTunnel; r.o.Tunnels != nil {
 		// Half of the time, so that a tunnel whose other end died unnoticed
 		// does not keep a node from being dialled that can be.
-		within, cancel := context.WithTimeout(ctx, r.o.Dial/2)
+		most := r.o.Dial / 2
+		if out {
+			most = r.o.Dial
+		}
+		within, cancel := context.WithTimeout(ctx, most)
 		conn, err = r.o.Tunnels.Open(within, t.Node.ID(), t.Door)
 		cancel()
 		if err == nil {
@@ -218,6 +236,9 @@ func (r *Relay) Connect(ctx context.Context, t Target) (conn net.Conn, tunnel bo
 		if !errors.Is(err, ErrNoTunnel) {
 			why = "; its tunnel: " + err.Error()
 		}
+	}
+	if out {
+		return nil, false, fault.New(fault.Unreachable, "try another bastion, another node, or whether the agent runs", "%s is only reached by the tunnel that it keeps: %w", t, err)
 	}
 	dialer := net.Dialer{Timeout: r.o.Dial, KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3}}
 	conn, err = dialer.DialContext(ctx, "tcp", t.At().String())

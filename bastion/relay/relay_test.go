@@ -277,6 +277,49 @@ func TestTunnels(t *testing.T) {
 	}
 }
 
+// A node that reaches out is never dialled, though somebody listens there.
+func TestReachOut(t *testing.T) {
+	l, inv := node(t)
+	defer l.Close()
+	h := &inv.Clusters[0].Nodes[0]
+	h.Reach = bundle.ReachOut
+	accepted := make(chan struct{})
+	go func() {
+		if _, err := l.Accept(); err == nil {
+			close(accepted)
+		}
+	}()
+	for why, open := range map[string]Tunnels{
+		"keeps no tunnel": tunnels(func(context.Context, string, trust.Door) (net.Conn, error) { return nil, ErrNoTunnel }),
+		"no tunnel":       nil,
+		"not open": tunnels(func(context.Context, string, trust.Door) (net.Conn, error) {
+			return nil, errors.New("the door is not open")
+		}),
+	} {
+		r := relayOf(inv, func(o *Options) { o.Loopback, o.Tunnels = true, open })
+		if _, _, err := r.Connect(t.Context(), Target{*h, trust.SSH}); !fault.Is(err, fault.Unreachable) || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v", why, err)
+		}
+	}
+	select {
+	case <-accepted:
+		t.Error("it was dialled")
+	case <-time.After(50 * time.Millisecond):
+	}
+	// The bastion itself is held to what others are.
+	h.Reach = ""
+	r := relayOf(inv, nil)
+	if _, err := r.Reach(t.Context(), *h, trust.SSH); !fault.Is(err, fault.Refused) {
+		t.Errorf("to loopback: %v", err)
+	}
+	r = relayOf(inv, func(o *Options) { o.Loopback = true })
+	conn, err := r.Reach(t.Context(), *h, trust.SSH)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+}
+
 // What is refused is told to the client, the log and the alarms, in words that
 // no client has chosen.
 func TestRefusals(t *testing.T) {

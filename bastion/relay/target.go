@@ -165,7 +165,9 @@ func (r *Relay) own(inv *bundle.Inventory, t Target) error {
 		return refuse("the bastion itself")
 	}
 	for _, b := range inv.Bastions {
-		if grpc, ok := b.GRPC(); is(b.SSH()) || ok && is(grpc) {
+		grpc, served := b.GRPC()
+		tunnel, taken := b.Tunnel()
+		if is(b.SSH()) || served && is(grpc) || taken && is(tunnel) {
 			return refuse("the bastion " + b.Name)
 		}
 	}

@@ -11,6 +11,7 @@ package rpc
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -149,9 +150,9 @@ func (s *Server) Nodes(ctx context.Context, req *halliganv1.NodesRequest) (*hall
 		if !relay.InScope(c.Who, h) {
 			continue
 		}
-		n := &halliganv1.Node{Name: h.Name, Cluster: h.Cluster, Address: h.Address.String(), SshPort: uint32(h.SSHPort), GrpcPort: uint32(h.GRPCPort), Reach: "in"}
+		n := &halliganv1.Node{Name: h.Name, Cluster: h.Cluster, Address: h.Address.String(), SshPort: uint32(h.SSHPort), GrpcPort: uint32(h.GRPCPort), Reach: cmp.Or(h.Reach, bundle.ReachIn)}
 		if since, ok := tunnels[h.ID()]; ok {
-			n.Reach, n.TunnelSince = "out", timestamppb.New(since)
+			n.Reach, n.TunnelSince = bundle.ReachOut, timestamppb.New(since)
 		}
 		out.Nodes = append(out.Nodes, n)
 	}

@@ -49,14 +49,16 @@ var links = []struct{ binary, forbidden, why string }{
 // import, outside of tests. What is not in it has no place there.
 var inside = map[string][]string{
 	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/door": nil,
-	"agent/console": nil, "agent/sshd": nil,
+	"agent/console": nil, "agent/sshd": nil, "agent/tunnel": nil,
 	"agent/journal": {"agent/storage"},
 	"agent/action":  {"agent/storage", "agent/etcd", "agent/journal"},
-	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/sshd", "agent/journal", "agent/action"},
+	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/sshd", "agent/tunnel", "agent/journal", "agent/action"},
 
 	"bastion/relay": nil, "bastion/lobby": nil, "bastion/store": nil,
-	"bastion/rpc": {"bastion/relay"},
-	"bastion":     {"bastion/relay", "bastion/lobby", "bastion/store", "bastion/rpc"},
+	"bastion/push":   nil,
+	"bastion/rpc":    {"bastion/relay"},
+	"bastion/tunnel": {"bastion/relay"},
+	"bastion":        {"bastion/relay", "bastion/lobby", "bastion/store", "bastion/rpc", "bastion/tunnel", "bastion/push"},
 }
 
 // mustNot says what a package and those below it must not import themselves,
@@ -105,6 +107,7 @@ var importers = []struct {
 	{"go.etcd.io/etcd/client/v3", []string{"agent/etcd", "bastion/store", "cmd", "internal/etcdcluster"},
 		"agent/etcd has the deadlines and knows which writes may be retried; bastion/store has an etcd of its own"},
 	{"github.com/gliderlabs/ssh", []string{"internal/sshserver"}, "only there are its traps closed"},
+	{"github.com/hashicorp/yamux", []string{"api/mux"}, "both ends of a tunnel have the same bounds"},
 	{"github.com/hiddeco/sshsig", []string{"internal/trust/bundle", "internal/trust/approval"}, "only there are namespaces and hashes pinned"},
 	{"golang.org/x/crypto/ssh/agent", []string{"internal/sshclient", "internal/trust/issuer"}, "nothing that serves holds or forwards keys"},
 	{module + "/internal/trust/testfleet", nil, "a test's keys have no place with people, nor on a node"},
