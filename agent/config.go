@@ -108,7 +108,7 @@ type SSHConfig struct {
 	// Listen are IP:PORT.
 	Listen []string `json:"listen"`
 	// HostKey is the private key, mode 0600 or stricter, and HostCertificate
-	// its certificate for NODE.CLUSTER.
+	// its certificate for NODE.CLUSTER. Both are loaded again when they change.
 	HostKey         string `json:"hostKey"`
 	HostCertificate string `json:"hostCertificate"`
 }

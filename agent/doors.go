@@ -41,7 +41,7 @@ type doors struct {
 
 	mu          sync.Mutex                       // guards all below
 	certificate func() (*tls.Certificate, error) // of gRPC, once it is loaded
-	host        func() []ssh.Signer                 // as certificate
+	host        func() []ssh.Signer              // as certificate
 	tunnels     *tunnel.Tunnels                  // nil unless there are any
 }
 

@@ -41,7 +41,7 @@ type doors struct {
 	log      zerolog.Logger
 	handlers sshserver.Handlers
 
-	mu   sync.Mutex       // guards all below
+	mu   sync.Mutex          // guards all below
 	host func() []ssh.Signer // once it is loaded
 	// certificate is that of gRPC, once it is loaded.
 	certificate func() (*tls.Certificate, error)

@@ -24,7 +24,9 @@ import (
 	"github.com/halligan-io/halligan/api/grpcdoor"
 	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
+	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/reload"
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
@@ -217,11 +219,23 @@ func (c *conn) Close() error {
 // when they change; one that cannot be used leaves the one before in force. The
 // certificate must be a server's for name.
 func Load(certFile, keyFile, name string, log zerolog.Logger) (func() (*tls.Certificate, error), error) {
-	p := &pair{certFile: certFile, keyFile: keyFile, name: name, log: log}
-	if err := p.load(time.Now()); err != nil {
+	get, err := reload.Files("the certificate of gRPC", []string{certFile, keyFile}, func() (*tls.Certificate, error) {
+		cert, err := tls.LoadX509KeyPair(certFile, keyFile)
+		if err == nil {
+			err = checkFor(name, &cert)
+		}
+		if err != nil {
+			return nil, fault.New(fault.Usage, "issue one with: halligan ca issue --help", "the certificate %s: %w", certFile, err)
+		}
+		if err := durable.CheckPrivate(keyFile); err != nil {
+			return nil, fault.New(fault.Usage, "", "the key of %s: %w", certFile, err)
+		}
+		return &cert, nil
+	}, log)
+	if err != nil {
 		return nil, err
 	}
-	return p.get, nil
+	return func() (*tls.Certificate, error) { return get(), nil }, nil
 }
 
 // checkFor refuses a certificate that clients, who expect NODE.CLUSTER, would.
@@ -238,8 +252,4 @@ func checkFor(name string, cert *tls.Certificate) error {
 		return fmt.Errorf("it is for %q, and this is %s", leaf.DNSNames, name)
 	}
 	return nil
-}
-
-func mend(certFile string, err error) error {
-	return fault.New(fault.Usage, "issue one with: halligan ca issue --help", "the certificate %s: %w", certFile, err)
 }

@@ -2,7 +2,9 @@ package sshserver
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"crypto/rand"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +17,7 @@ import (
 	"time"
 
 	"github.com/creack/pty"
+	"github.com/rs/zerolog"
 	gossh "golang.org/x/crypto/ssh"
 
 	"github.com/halligan-io/halligan/internal/alarm"
@@ -375,6 +378,86 @@ func TestHostCertificate(t *testing.T) {
 	}
 	if _, stderr, status := o.ssh(t, append(strict, "-oHostKeyAlias=cp-2.prod"), "whoami"); status != 255 || !strings.Contains(stderr, "Host key verification failed") {
 		t.Errorf("taken for another node: status %d, %s", status, stderr)
+	}
+}
+
+// TestHostRenewed: a renewed host certificate is shown without a restart, a bad
+// one never, and who is in stays in.
+func TestHostRenewed(t *testing.T) {
+	ca := newSigner(t)
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, err := gossh.NewSignerFromKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, err := gossh.MarshalPrivateKey(private, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyFile := filepath.Join(t.TempDir(), "host")
+	certFile := keyFile + "-cert.pub"
+	write := func(file string, data []byte) {
+		t.Helper()
+		if err := os.WriteFile(file, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	certify := func(serial uint64, name string) {
+		t.Helper()
+		cert := &gossh.Certificate{Key: host.PublicKey(), CertType: gossh.HostCert, KeyId: name, ValidPrincipals: []string{name}, ValidBefore: gossh.CertTimeInfinity, Serial: serial}
+		if err := cert.SignCert(rand.Reader, ca); err != nil {
+			t.Fatal(err)
+		}
+		write(certFile, gossh.MarshalAuthorizedKey(cert))
+	}
+	write(keyFile, pem.EncodeToMemory(block))
+	certify(1, "cp-1.prod")
+	renewed, err := HostFiles(keyFile, certFile, "cp-1.prod", zerolog.Nop())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := serve(t, func(o *Options) { o.HostSigners, o.HostRenewed = nil, renewed })
+	ada := s.person(t, "ada", nil)
+	dial := func() (*gossh.Client, uint64) {
+		t.Helper()
+		var serial uint64
+		client, err := gossh.Dial("tcp", s.addr, &gossh.ClientConfig{User: "responder", Auth: []gossh.AuthMethod{gossh.PublicKeys(ada)}, Timeout: patience,
+			HostKeyCallback: func(_ string, _ net.Addr, key gossh.PublicKey) error {
+				if cert, ok := key.(*gossh.Certificate); ok {
+					serial = cert.Serial
+				}
+				return nil
+			}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return client, serial
+	}
+	first, serial := dial()
+	defer first.Close()
+	if serial != 1 {
+		t.Fatalf("shown: %d", serial)
+	}
+	certify(2, "cp-2.prod")
+	time.Sleep(1100 * time.Millisecond) // it looks once in a second
+	client, serial := dial()
+	client.Close()
+	if serial != 1 {
+		t.Errorf("another node's certificate, %d, is shown", serial)
+	}
+	certify(3, "cp-1.prod")
+	for end := time.Now().Add(patience); serial != 3; {
+		if client, serial = dial(); time.Now().After(end) {
+			t.Fatalf("shown after it was renewed: %d", serial)
+		}
+		client.Close()
+		time.Sleep(50 * time.Millisecond)
+	}
+	if _, _, err := first.SendRequest("keepalive@openssh.com", true, nil); err != nil {
+		t.Errorf("who was in before: %v", err)
 	}
 }
 

@@ -46,6 +46,9 @@ type Options struct {
 	// client in use knows it, and the alternatives that x/crypto has are ones
 	// that an audit finds weak. One of each type.
 	HostSigners []gossh.Signer
+	// HostRenewed, if set, is asked for them for each connection, and HostSigners
+	// is not looked at; see HostFiles.
+	HostRenewed func() []gossh.Signer
 	// Authenticate says who it is that came as user with a key whose private
 	// half was proven to be at hand. It is called for proven keys only. The text
 	// of a *fault.Error is shown to the client, that of others is not.
@@ -103,23 +106,16 @@ type Server struct {
 // New returns a server, or says which option is missing or unsafe.
 func New(o Options) (*Server, error) {
 	switch {
-	case len(o.HostSigners) == 0:
-		return nil, errors.New("an SSH server needs a host key; none is made up")
 	case o.Authenticate == nil || o.Hold == nil:
 		return nil, errors.New("an SSH server needs to be told who may come in, and for how long")
 	case o.Handlers.Channels["session"] != nil:
 		return nil, errors.New("sessions are handled by Handlers.Session")
 	}
-	seen := map[string]bool{}
-	for _, signer := range o.HostSigners {
-		algorithm := signer.PublicKey().Type()
-		if algorithm != gossh.KeyAlgoED25519 && algorithm != gossh.CertAlgoED25519v01 {
-			return nil, fmt.Errorf("host key of type %s: only Ed25519 keys and certificates are taken", algorithm)
-		}
-		if seen[algorithm] {
-			return nil, fmt.Errorf("two host keys of type %s", algorithm)
-		}
-		seen[algorithm] = true
+	if o.HostRenewed == nil {
+		o.HostRenewed = func() []gossh.Signer { return o.HostSigners }
+	}
+	if err := checkSigners(o.HostRenewed()); err != nil {
+		return nil, err
 	}
 	limits, err := o.Limits.withDefaults()
 	if err != nil {
@@ -163,9 +159,6 @@ func New(o Options) (*Server, error) {
 		RequestHandlers:   map[string]gssh.RequestHandler{"default": s.globalRequest},
 		SubsystemHandlers: map[string]gssh.SubsystemHandler{},
 	}
-	for _, signer := range o.HostSigners {
-		s.library.HostSigners = append(s.library.HostSigners, signer)
-	}
 	return s, nil
 }
 
@@ -180,16 +173,21 @@ var (
 	macs         = []string{gossh.HMACSHA256ETM, gossh.HMACSHA512ETM}
 )
 
-// config is made anew for each connection. The library adds the host keys and
-// PublicKeyCallback; NoClientAuth stays false, since PublicKeyHandler is set.
+// config is made anew for each connection. The library adds PublicKeyCallback;
+// NoClientAuth stays false, since PublicKeyHandler is set. It has no host keys to
+// add, and makes none up, since its Serve is not used.
 func (s *Server) config(c *conn) *gossh.ServerConfig {
-	return &gossh.ServerConfig{
+	config := &gossh.ServerConfig{
 		Config:                    gossh.Config{KeyExchanges: keyExchanges, Ciphers: ciphers, MACs: macs},
 		PublicKeyAuthAlgorithms:   pubkey.Algorithms(),
 		MaxAuthTries:              s.o.Limits.AuthTries,
 		PreAuthConnCallback:       func(gossh.ServerPreAuthConn) { c.exchanged() },
 		VerifiedPublicKeyCallback: c.login,
 	}
+	for _, signer := range s.o.HostRenewed() {
+		config.AddHostKey(signer)
+	}
+	return config
 }
 
 // Serve takes connections from the listener until ctx ends, tells the sessions
