@@ -41,13 +41,8 @@ type link struct {
 
 // connect logs in at a node.
 func (f *fleet) connect(ctx context.Context, host bundle.Host) (*link, error) {
-	client, err := f.enter(ctx, host)
+	client, stream, err := f.callable(ctx, host)
 	if err != nil {
-		return nil, err
-	}
-	stream, err := client.API(ctx)
-	if err != nil {
-		client.Close()
 		return nil, err
 	}
 	conn, err := overConn(stream, host.ID(), func(context.Context) (net.Conn, error) {
@@ -58,6 +53,25 @@ func (f *fleet) connect(ctx context.Context, host bundle.Host) (*link, error) {
 		return nil, err
 	}
 	return &link{client, conn}, nil
+}
+
+// callable logs in at a node and opens its API. The bastion may break in between,
+// and then there is another.
+func (f *fleet) callable(ctx context.Context, host bundle.Host) (*sshclient.Client, net.Conn, error) {
+	for breaks := 0; ; breaks++ {
+		client, err := f.enter(ctx, host)
+		if err != nil {
+			return nil, nil, err
+		}
+		stream, err := client.API(ctx)
+		if err == nil {
+			return client, stream, nil
+		}
+		client.Close()
+		if ctx.Err() != nil || !fault.Is(err, fault.Unreachable) || f.login.SecurityKey() || breaks >= len(f.way.bastions) {
+			return nil, nil, err
+		}
+	}
 }
 
 func (k *link) gone() bool {

@@ -236,8 +236,11 @@ func (f *fleet) enter(ctx context.Context, host bundle.Host) (*sshclient.Client,
 		// Another bastion would ask for another touch, most likely to say the same.
 		case errors.As(err, &refused) && !f.login.SecurityKey():
 			not, why = append(not, p.host.ID()), append(why, refused.Error())
-		case refused == nil && p.broken() && breaks < 2*len(f.way.bastions):
+		case refused == nil && p.breaks() && breaks < 2*len(f.way.bastions):
 			breaks++
+		// A login that hangs or is cut off may be the bastion's doing.
+		case fault.Is(err, fault.Unreachable) && !f.login.SecurityKey() && len(f.way.bastions) > 1:
+			not, why = append(not, p.host.ID()), append(why, fault.Of(err).Message)
 		default:
 			return nil, err
 		}
@@ -250,6 +253,17 @@ func (p *passage) broken() bool {
 	case <-p.client.Done():
 		return true
 	default:
+		return false
+	}
+}
+
+// breaks is broken, for whoever has just seen a sign of it: what went through the
+// connection ends a moment before the connection itself.
+func (p *passage) breaks() bool {
+	select {
+	case <-p.client.Done():
+		return true
+	case <-time.After(noticed):
 		return false
 	}
 }
