@@ -30,6 +30,9 @@ import (
 // patience bounds what must happen at some time on a busy machine.
 const patience = 30 * time.Second
 
+// lastWords is how much of a log is shown, in bytes.
+const lastWords = 3000
+
 // nowhere is a name server that no route leads to.
 const nowhere = "192.0.2.53"
 
@@ -182,7 +185,7 @@ type process struct {
 	done chan struct{} // closed when it has ended
 }
 
-// daemon starts one. Its last words are shown where the test fails.
+// daemon starts one. The end of its log is shown where the test fails.
 func (n *network) daemon(space, name string, argv ...string) *process {
 	n.t.Helper()
 	p := &process{t: n.t, name: name, log: &said{}, done: make(chan struct{})}
@@ -212,7 +215,8 @@ func (n *network) daemon(space, name string, argv ...string) *process {
 			p.kill()
 		}
 		if n.t.Failed() {
-			n.t.Logf("%s says:\n%.6000s", name, p.log)
+			text := p.log.String()
+			n.t.Logf("%s says:\n%s", name, text[max(0, len(text)-lastWords):])
 		}
 	})
 	return p
