@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -229,7 +230,10 @@ func (a *application) many(ctx context.Context) {
 	for range chunksAtOnce {
 		workers.Go(func() {
 			for c := range chunks {
-				a.chunk(ctx, pace, c)
+				func() {
+					defer a.rescue(c...)
+					a.chunk(ctx, pace, c)
+				}()
 			}
 		})
 	}
@@ -365,9 +369,12 @@ func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, pa
 			continue
 		}
 		workers.Go(func() {
+			defer a.rescue(w.index)
 			began := time.Now()
-			revision, err := e.etcd.Commit(context.WithoutCancel(ctx), w.write)
-			pace.end(time.Since(began))
+			revision, err := func() (int64, error) {
+				defer func() { pace.end(time.Since(began)) }()
+				return e.etcd.Commit(context.WithoutCancel(ctx), w.write)
+			}()
 			e.steps("written")
 			settle(w.index, written(revision, err))
 		})
@@ -766,6 +773,28 @@ func (a *application) settle(i int, out outcome) {
 		a.told = now
 		a.progress(&halliganv1.Progress{Done: int64(a.done), Total: int64(len(a.outcomes)), Failed: int64(a.failed),
 			PerSecond: float64(a.done) / max(now.Sub(a.began).Seconds(), 1e-6)})
+	}
+}
+
+// rescue is deferred in goroutines that no door's recover reaches. A panic costs
+// the objects in hand: what became of each is not known, and no more are tried.
+func (a *application) rescue(indexes ...int) {
+	r := recover()
+	if r == nil {
+		return
+	}
+	a.engine.log.Error().Str("action", a.plan.plan.Id).Str("panic", neutral.LineMax(fmt.Sprint(r), 512)).Bytes("stack", debug.Stack()).Msg("applying panicked")
+	err := fault.New(fault.Unknown, "report it with the agent's log of this moment", "applying met a bug in the agent")
+	for _, i := range indexes {
+		a.mu.Lock()
+		settled := a.outcomes[i].what != ""
+		if a.stop == nil {
+			a.stop = err
+		}
+		a.mu.Unlock()
+		if !settled {
+			a.settle(i, outcome{what: outcomeUnknown, err: err})
+		}
 	}
 }
 

@@ -606,3 +606,42 @@ func runChild(spec []string) error {
 	}
 	return nil
 }
+
+// TestPanicMidAction: a bug that one object brings out costs what is in hand, not
+// the agent, and nothing is said of an object that is not so.
+func TestPanicMidAction(t *testing.T) {
+	for _, at := range []string{"read", "image", "written"} {
+		l := newLab(t, 1)
+		const many = 200
+		for i := range many {
+			l.put(&corev1.ConfigMap{ObjectMeta: labelled("telemetry", fmt.Sprintf("run-%04d", i), "app", "runaway")})
+		}
+		var once sync.Once
+		l.engine.steps = func(step string) {
+			if step == at {
+				once.Do(func() { panic("an object that nobody expected") })
+			}
+		}
+		p, err := l.plan("delete", map[string]any{"target": "cm", "namespace": "telemetry", "selector": "app=runaway"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := l.engine.Apply(l.ctx(), responder, toApply(p), nil)
+		count := map[string]int{}
+		for _, o := range r.Objects {
+			count[o.Outcome]++
+			gone := l.value(o.Key) == nil
+			if o.Outcome == journal.Applied && !gone || (o.Outcome == outcomeSkipped || o.Outcome == outcomeFailed) && gone {
+				t.Errorf("panic at %s: %s is said to be %s; gone is %v", at, o.Key, o.Outcome, gone)
+			}
+		}
+		t.Logf("panic at %s: %s, %v", at, r.Result, count)
+		if r.Result == resultApplied || r.Error == nil || len(r.Objects) != many {
+			t.Errorf("panic at %s: %s of %d objects, %v", at, r.Result, len(r.Objects), r.Error)
+		}
+		l.engine.steps = func(string) {}
+		if _, err := l.plan("delete", map[string]any{"target": "cm", "namespace": "telemetry", "selector": "app=runaway"}); err != nil {
+			t.Errorf("after the panic: %v", err)
+		}
+	}
+}
