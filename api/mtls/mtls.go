@@ -64,6 +64,7 @@ const (
 	maxHandshakes    = 64
 	maxOfSource      = 8
 	maxOfRelay       = 32
+	maxOfRelays      = 64 // together
 )
 
 // Listener accepts authenticated connections only; all are of type [grpcdoor.Conn].
@@ -87,7 +88,7 @@ func NewListener(l net.Listener, o Options) *Listener {
 		o.Protocol = "h2"
 	}
 	m := &Listener{Listener: l, o: o, ready: make(chan *conn), closed: make(chan struct{}), ended: make(chan struct{})}
-	m.room = admission.NewRoom(admission.RoomOptions{Total: maxHandshakes, Each: maxOfSource, Relayed: maxOfRelay, Relay: o.Relay,
+	m.room = admission.NewRoom(admission.RoomOptions{Total: maxHandshakes, Each: maxOfSource, Relayed: maxOfRelay, RelayedTotal: maxOfRelays, Relay: o.Relay,
 		Dropped: func(n uint64, source string) {
 			o.Alarm(alarm.Of(admission.Flood, trust.Identity{Door: trust.GRPC, Source: source}, fmt.Sprintf("%d TLS handshakes were cut short to make room for others", n)))
 		}})

@@ -39,8 +39,9 @@ const (
 // RoomOptions bound a room. All counts are required.
 type RoomOptions struct {
 	// Total is how many connections may be in, Each how many of them of one IPv4
-	// address or IPv6 /64, and Relayed how many of each bastion, beside Total.
-	Total, Each, Relayed int
+	// address or IPv6 /64. Beside Total, Relayed is how many may be in of each
+	// bastion, and RelayedTotal how many of all of them.
+	Total, Each, Relayed, RelayedTotal int
 	// Relay says which addresses are bastions of ours, behind each of which many
 	// people come; may be nil.
 	Relay func(netip.Addr) bool
@@ -122,6 +123,8 @@ func (r *Room) enter(g *Guest) (victim *Guest, dropped uint64) {
 		victim = r.last(func(other *Guest) bool { return other.source == g.source })
 	case !g.relay && r.public >= r.o.Total:
 		victim = r.last(func(other *Guest) bool { return !other.relay })
+	case g.relay && len(r.in)-r.public >= r.o.RelayedTotal:
+		victim = r.last(func(other *Guest) bool { return other.relay })
 	}
 	if victim != nil {
 		r.remove(victim)
@@ -227,9 +230,10 @@ type PlacesOptions struct {
 	What string
 	// Total is how many there are, Each how many one holder may have.
 	Total, Each int
-	// Reserved is how many of Total automation and drills can never take, and
-	// Console how many of Total nobody takes who is not at the node itself.
-	Reserved, Console int
+	// Reserved is how many of Total automation and drills can never take,
+	// Responders how many nobody takes who could not act, and Console how many
+	// nobody takes who is not at the node itself.
+	Reserved, Responders, Console int
 }
 
 // Places counts what is in use by those who have been let in.
@@ -252,7 +256,7 @@ type holder struct {
 // NewPlaces returns places that are all free. It panics where the options leave
 // none to somebody, which is a mistake in the program.
 func NewPlaces(o PlacesOptions) *Places {
-	if o.Each < 1 || o.Console < 0 || o.Reserved < o.Console || o.Reserved >= o.Total {
+	if o.Each < 1 || o.Console < 0 || o.Responders < 0 || o.Reserved < o.Console+o.Responders || o.Reserved >= o.Total {
 		panic(fmt.Sprintf("places that leave none: %+v", o))
 	}
 	return &Places{o: o, by: map[holder]int{}}
@@ -267,6 +271,9 @@ func (p *Places) Take(who trust.Identity) (release func(), err error) {
 		room -= p.o.Console
 	}
 	next := "try again, another node, or the console at the node"
+	if !who.Role.Has(trust.Responder) {
+		room -= p.o.Responders
+	}
 	if who.Kind == trust.Automation || who.Kind == trust.Bastion || who.Scope.Drill {
 		room, next = p.o.Total-p.o.Reserved, "try again later: the rest is kept for people"
 	}

@@ -35,7 +35,7 @@ func relays(a netip.Addr) bool {
 func TestRoom(t *testing.T) {
 	now := time.Unix(0, 0)
 	var told []uint64
-	r := NewRoom(RoomOptions{Total: 4, Each: 2, Relayed: 3, Relay: relays, Dropped: func(n uint64, _ string) { told = append(told, n) }})
+	r := NewRoom(RoomOptions{Total: 4, Each: 2, Relayed: 3, RelayedTotal: 6, Relay: relays, Dropped: func(n uint64, _ string) { told = append(told, n) }})
 	r.now = func() time.Time { return now }
 	// in lets one in, and returns which of all that are in was dropped for it.
 	var all []*Guest
@@ -120,6 +120,33 @@ func TestRoom(t *testing.T) {
 	}
 }
 
+// TestRelayedRoom: bastions together have a pool, and who crowds it loses.
+func TestRelayedRoom(t *testing.T) {
+	bastions := func(a netip.Addr) bool { return a.Is4() && a.As4()[0] == 10 }
+	r := NewRoom(RoomOptions{Total: 4, Each: 4, Relayed: 3, RelayedTotal: 5, Relay: bastions})
+	for range 4 {
+		r.Enter(from("192.0.2.1"))
+	}
+	known := r.Enter(from("10.0.0.1"))
+	known.Reached(Known)
+	for range 3 {
+		r.Enter(from("10.0.0.2"))
+	}
+	r.Enter(from("10.0.0.3"))
+	if r.Count() != 9 {
+		t.Fatalf("%d are in", r.Count())
+	}
+	for i := range 20 {
+		r.Enter(from(fmt.Sprint("10.0.1.", i)))
+		if n := r.Count(); n != 9 || r.public != 4 {
+			t.Fatalf("%d are in, %d of them public, after %d more bastions", n, r.public, i+1)
+		}
+	}
+	if !known.Leave() {
+		t.Error("who showed a key was dropped before the silent")
+	}
+}
+
 // TestSource counts addresses that one machine can have as one, and nobody's with
 // a bastion's.
 func TestSource(t *testing.T) {
@@ -199,7 +226,25 @@ func TestPlaces(t *testing.T) {
 	if _, err := p.Take(sealed); err != nil {
 		t.Errorf("a sealed key beside the same person's laptop: %v", err)
 	}
-	for name, o := range map[string]PlacesOptions{"none": {Each: 1}, "all reserved": {Total: 4, Each: 1, Reserved: 4}, "more for the console": {Total: 4, Each: 1, Reserved: 1, Console: 2}} {
+	acting := NewPlaces(PlacesOptions{What: "connections", Total: 8, Each: 4, Reserved: 4, Responders: 2})
+	take := func(name string, kind trust.Kind, role trust.Role) (n int) {
+		for ; ; n++ {
+			if _, err := acting.Take(trust.Identity{Person: fmt.Sprint(name, n), Kind: kind, Role: role, Door: trust.SSH}); err != nil {
+				return n
+			}
+		}
+	}
+	for _, c := range []struct {
+		kind trust.Kind
+		role trust.Role
+		want int
+	}{{trust.Automation, trust.Responder, 4}, {trust.Person, trust.Observer, 2}, {trust.Person, trust.Approver, 0}, {trust.Person, trust.Commander, 2}} {
+		if n := take(fmt.Sprint(c.kind, c.role), c.kind, c.role); n != c.want {
+			t.Errorf("%s %s took %d beside those before, want %d", c.kind, c.role, n, c.want)
+		}
+	}
+	for name, o := range map[string]PlacesOptions{"none": {Each: 1}, "all reserved": {Total: 4, Each: 1, Reserved: 4}, "more for the console": {Total: 4, Each: 1, Reserved: 1, Console: 2},
+		"more for responders": {Total: 4, Each: 1, Reserved: 2, Responders: 2, Console: 1}} {
 		func() {
 			defer func() {
 				if recover() == nil {

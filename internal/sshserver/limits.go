@@ -14,8 +14,9 @@ type Limits struct {
 	// behind one address, logging in at once). One more is always taken, and
 	// another dropped for it; see admission.Room.
 	Unauthenticated, UnauthenticatedEach int
-	// Relayed is UnauthenticatedEach of a bastion (default 48).
-	Relayed int
+	// Relayed is UnauthenticatedEach of a bastion (default 48), and RelayedTotal
+	// how many of all bastions there may be (default twice as many).
+	Relayed, RelayedTotal int
 	// KeyExchange and Login are how long a connection may take to agree on keys
 	// (default 10 s) and to log in, from its start (default 60 s: a security key
 	// wants a PIN and a touch).
@@ -28,7 +29,8 @@ type Limits struct {
 
 	// Connections is how many logins there may be at a time (default 64),
 	// ConnectionsEach those of one identity (default 8), ReservedConnections how
-	// many of the total automation and drills can never take (default 16).
+	// many of the total automation and drills can never take (default 16). Where
+	// people take roles, half of those are for who can act.
 	Connections, ConnectionsEach, ReservedConnections int
 	// Channels bounds open channels in the same way (default 64, 12 and 16). One
 	// that its handler does not read holds up to 2 MiB, x/crypto's fixed window,
@@ -64,6 +66,7 @@ func (l Limits) withDefaults() (Limits, error) {
 	count(&l.Unauthenticated, 96)
 	count(&l.UnauthenticatedEach, min(12, l.Unauthenticated))
 	count(&l.Relayed, 48)
+	count(&l.RelayedTotal, 2*l.Relayed)
 	count(&l.AuthTries, 6)
 	count(&l.Connections, 64)
 	count(&l.ConnectionsEach, min(8, l.Connections))
@@ -90,7 +93,7 @@ func (l Limits) withDefaults() (Limits, error) {
 	if l.LoginBytes == 0 {
 		l.LoginBytes = 256 << 10
 	}
-	for _, n := range []int{l.Unauthenticated, l.UnauthenticatedEach, l.Relayed, l.AuthTries, l.Connections, l.ConnectionsEach, l.ReservedConnections + 1,
+	for _, n := range []int{l.Unauthenticated, l.UnauthenticatedEach, l.Relayed, l.RelayedTotal, l.AuthTries, l.Connections, l.ConnectionsEach, l.ReservedConnections + 1,
 		l.Channels, l.ChannelsEach, l.ReservedChannels + 1, l.ChannelsOfConnection, l.Command, l.Env, l.Requests, int(l.LoginBytes)} {
 		if n < 1 {
 			return l, fmt.Errorf("limits of the SSH server: %d is not a number of anything", n)

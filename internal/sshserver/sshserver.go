@@ -125,14 +125,21 @@ func New(o Options) (*Server, error) {
 	if o.Alarm == nil {
 		o.Alarm = func(alarm.Event) {}
 	}
+	places := func(what string, total, each, reserved int) *admission.Places {
+		p := admission.PlacesOptions{What: what, Total: total, Each: each, Reserved: reserved}
+		if !o.Roleless {
+			p.Responders = reserved / 2
+		}
+		return admission.NewPlaces(p)
+	}
 	s := &Server{
 		o:        o,
-		logins:   admission.NewPlaces(admission.PlacesOptions{What: "connections", Total: limits.Connections, Each: limits.ConnectionsEach, Reserved: limits.ReservedConnections}),
-		channels: admission.NewPlaces(admission.PlacesOptions{What: "channels", Total: limits.Channels, Each: limits.ChannelsEach, Reserved: limits.ReservedChannels}),
-		places:   make(chan struct{}, 2*o.Limits.Unauthenticated+o.Limits.Relayed+o.Limits.Connections),
+		logins:   places("connections", limits.Connections, limits.ConnectionsEach, limits.ReservedConnections),
+		channels: places("channels", limits.Channels, limits.ChannelsEach, limits.ReservedChannels),
+		places:   make(chan struct{}, 2*(limits.Unauthenticated+limits.RelayedTotal)+limits.Connections),
 		refusals: rate.NewLimiter(5, 20),
 	}
-	s.waiting = admission.NewRoom(admission.RoomOptions{Total: limits.Unauthenticated, Each: limits.UnauthenticatedEach, Relayed: limits.Relayed, Relay: o.Relay,
+	s.waiting = admission.NewRoom(admission.RoomOptions{Total: limits.Unauthenticated, Each: limits.UnauthenticatedEach, Relayed: limits.Relayed, RelayedTotal: limits.RelayedTotal, Relay: o.Relay,
 		Dropped: func(n uint64, source string) {
 			s.flood(fmt.Sprintf("%d connections without a login were dropped to make room for others", n), trust.Identity{Source: source, Door: trust.SSH})
 		}})
