@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,14 +25,15 @@ const maxPlan = 16 << 20
 // approveCommand signs that somebody else's plan may go ahead.
 func (a *app) approveCommand(v *verb.Verbs) *cobra.Command {
 	return &cobra.Command{
-		Use: "approve PLAN-FILE|PLAN-ID", Short: "Sign that another person's plan may be applied",
-		Long: "Sign that another person's plan may be applied. The plan is shown, and what is\nsigned is the hash of what is shown. The plan comes from its agent, or\n" +
-			"from a file, as `halligan plan ID -o json` or --dry-run -o json prints it.\n\nOne line is printed: send it to whoever asked, for halligan apply --approval.",
-		Example:     "  halligan approve --node cp-1 0198a7c2\n  halligan approve plan.json",
+		Use: "approve [PLAN-FILE|PLAN-ID]", Short: "Sign that another person's plan may be applied",
+		Long: "Sign that another person's plan may be applied. The plan is shown, and what is\nsigned is the hash of what is shown. The plan comes from the mailbox\n" +
+			"of the bastions, from its agent, or from a file, as `halligan plan ID -o json` or\n--dry-run -o json prints it. Without any, what waits in the mailbox is listed.\n\n" +
+			"One line is printed: send it to whoever asked, for halligan apply --approval. Who\nwaits at the mailbox gets it from there.",
+		Example:     "  halligan approve\n  halligan approve 0198a7c2\n  halligan approve --node cp-1 0198a7c2\n  halligan approve plan.json",
 		Annotations: map[string]string{"effect": "mutate"},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) != 1 {
-				return verb.Usage(cmd, "approve needs a PLAN-FILE or a PLAN-ID")
+			if len(args) > 1 {
+				return verb.Usage(cmd, "approve takes one PLAN-FILE or PLAN-ID")
 			}
 			for _, name := range []string{"reason", "incident", "dry-run", "approval", "alone"} {
 				if cmd.Flags().Changed(name) {
@@ -45,7 +45,7 @@ func (a *app) approveCommand(v *verb.Verbs) *cobra.Command {
 				return err
 			}
 			a.approver = true
-			return a.approve(cmd.Context(), v, args[0], yes, cmd.Flag("output").Value.String() == "table")
+			return a.approve(cmd.Context(), v, strings.Join(args, ""), yes, cmd.Flag("output").Value.String() == "table")
 		},
 	}
 }
@@ -55,6 +55,12 @@ func (a *app) approve(ctx context.Context, v *verb.Verbs, what string, yes, tabl
 		return err
 	} else if socket != "" {
 		return fault.New(fault.Usage, "name a bundle with --bundle or HALLIGAN_BUNDLE", "an approval is signed with an approver's key, and at a console there is none")
+	}
+	if what == "" {
+		var err error
+		if what, err = a.choose(ctx, v, a.InTTY && table, table); what == "" {
+			return err
+		}
 	}
 	if !yes && !a.InTTY {
 		return fault.New(fault.Usage, "run it on a terminal, or with --yes once you have read the plan", "nothing was signed, since there is no terminal to ask on")
@@ -86,9 +92,12 @@ func (a *app) approve(ctx context.Context, v *verb.Verbs, what string, yes, tabl
 		return fault.New(fault.Failed, "see whether the ssh-agent still holds the key: ssh-add -l", "nothing was signed: %w", err)
 	}
 	if table {
-		_, err = fmt.Fprintln(a.Out, token)
+		if _, err = fmt.Fprintln(a.Out, token); err == nil {
+			f.hand(ctx, token)
+		}
 		return err
 	}
+	f.hand(ctx, token)
 	text, err := json.Marshal(struct {
 		Approval  string             `json:"approval"`
 		Statement approval.Statement `json:"statement"`
@@ -99,8 +108,9 @@ func (a *app) approve(ctx context.Context, v *verb.Verbs, what string, yes, tabl
 	return v.PrintJSON(text)
 }
 
-// planOf returns the plan of a file, or that an agent keeps under the ID; without
-// --node the agents of the cluster are asked for it.
+// planOf returns the plan of a file, or that a mailbox or an agent keeps under the
+// ID. With --node that agent is asked first; without, the mailbox is, and then
+// the agents of the cluster.
 func (a *app) planOf(ctx context.Context, v *verb.Verbs, what string) (*halliganv1.Plan, error) {
 	data, err := readFile(what, maxPlan)
 	switch {
@@ -109,7 +119,29 @@ func (a *app) planOf(ctx context.Context, v *verb.Verbs, what string) (*halligan
 	case !errors.Is(err, fs.ErrNotExist) || strings.ContainsAny(what, "/."):
 		return nil, fault.New(fault.Usage, "name a file with a plan, or a plan's ID", "the plan cannot be read: %w", err)
 	}
-	return v.Fetch(ctx, what)
+	f, err := a.open()
+	if err != nil {
+		return nil, err
+	}
+	if f.way.direct() {
+		return v.Fetch(ctx, what)
+	}
+	if err := f.way.ready(ctx); err != nil {
+		return nil, err
+	}
+	if a.node == "" {
+		if plan, err := f.fetch(ctx, what); plan != nil || err != nil {
+			return plan, err
+		}
+		return v.Fetch(ctx, what)
+	}
+	plan, err := v.Fetch(ctx, what)
+	if fault.CodeOf(err) == fault.Unreachable {
+		if kept, kerr := f.fetch(ctx, what); kept != nil && kerr == nil {
+			return kept, nil
+		}
+	}
+	return plan, err
 }
 
 // parsePlan reads a plan as JSON, or the result of a mutation that has one.
@@ -170,22 +202,12 @@ func (f *fleet) statement(plan *halliganv1.Plan) (approval.Statement, error) {
 
 // agree returns nil when a person says yes.
 func (a *app) agree(ctx context.Context, question string) error {
-	fmt.Fprint(a.Err, question)
-	answer := make(chan string, 1)
-	// It ends with the process at the latest: a read of a terminal cannot be
-	// called off.
-	go func() {
-		line, _ := bufio.NewReader(a.In).ReadString('\n')
-		answer <- strings.ToLower(strings.TrimSpace(line))
-	}()
-	select {
-	case <-ctx.Done():
-		fmt.Fprintln(a.Err)
-		return ctx.Err()
-	case said := <-answer:
-		if said == "y" || said == "yes" {
-			return nil
-		}
+	said, err := a.reply(ctx, question)
+	if err != nil {
+		return err
+	}
+	if said = strings.ToLower(said); said == "y" || said == "yes" {
+		return nil
 	}
 	return fault.New(fault.Cancelled, "nothing was signed", "the plan was not approved")
 }

@@ -10,6 +10,7 @@
 package cli
 
 import (
+	"bufio"
 	"context"
 	"fmt"
 	"os"
@@ -68,6 +69,7 @@ type app struct {
 	status int             // exit status of a shell
 	// approver is set while the verb needs an approver.
 	approver bool
+	input    *bufio.Reader // of In, once something was asked
 
 	mu        sync.Mutex      // guards all below
 	exchanged map[string]bool // nodes that were shown the bundle
@@ -91,7 +93,7 @@ func run(ctx context.Context, args []string, t verb.Terminal) int {
 	}
 	defer func() { a.fleet.close() }()
 	v := verb.New(t, verb.Options{
-		Connect: a.connect, Flags: a.flags, Commands: a.commands, ReadFile: a.readFile, Where: a.where,
+		Connect: a.connect, Flags: a.flags, Commands: a.commands, ReadFile: a.readFile, Where: a.where, Await: a.await,
 		Again: func(ctx context.Context) (context.Context, context.CancelFunc) {
 			return signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 		},

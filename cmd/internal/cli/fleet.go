@@ -42,6 +42,9 @@ type fixed struct{ b *bundle.Bundle }
 
 func (f fixed) Current() *bundle.Bundle { return f.b }
 
+// Subscribe returns a channel that nothing comes from.
+func (f fixed) Subscribe() (<-chan struct{}, func()) { return nil, func() {} }
+
 // bundleOf reads the bundle and the newer one that an agent has handed over
 // since, if there is one. The file that the person names is never written.
 func (a *app) bundleOf() (*fleet, error) {
@@ -129,6 +132,8 @@ func (a *app) open() (*fleet, error) {
 func (f *fleet) close() {
 	if f != nil {
 		f.way.carry()
+		f.loose.Wait()
+		f.way.carry() // what agents have handed over
 		f.loose.Wait()
 		f.way.close()
 		_ = f.ring.Close()

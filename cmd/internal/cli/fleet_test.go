@@ -10,9 +10,11 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -45,7 +47,9 @@ type fleetStage struct {
 	file   *bundle.File
 	dir    string
 	nodes  []*sshNode
-	serial uint64
+	// bastions are before the nodes, if there are any.
+	bastions []*realBastion
+	serial   uint64
 }
 
 // sshNode is one of them.
@@ -76,7 +80,7 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-func newFleet(t testing.TB, dir string) *fleetStage {
+func newFleet(t testing.TB, dir string, bastions int) *fleetStage {
 	f := &fleetStage{t: t, keys: testfleet.New(t), dir: dir, serial: 1000}
 	f.file = must(bundle.Parse(f.keys.Bundle()))
 	_, hardware, err := ed25519.GenerateKey(rand.Reader)
@@ -105,9 +109,17 @@ func newFleet(t testing.TB, dir string) *fleetStage {
 		}
 		c.Nodes = append(c.Nodes, bundle.Host{Name: name, Address: bundle.IP{Addr: address.Addr()}, SSHPort: address.Port()})
 	}
+	for i := range bastions {
+		b := newBastion("bastion-" + string(rune('a'+i)))
+		f.bastions = append(f.bastions, b)
+		inv.Bastions = append(inv.Bastions, bundle.Host{Name: b.name, Address: bundle.IP{Addr: b.address.Addr()}, SSHPort: b.address.Port()})
+	}
 	f.add(f.file, &inv, bundle.InventoryNamespace)
 	for i, n := range f.nodes {
 		f.start(n, outer[i], n.id)
+	}
+	for _, b := range f.bastions {
+		f.startBastion(b, b.name)
 	}
 	return f
 }
@@ -167,6 +179,7 @@ func (f *fleetStage) start(n *sshNode, relay net.Listener, name string) {
 	running.Go(func() { _ = ssh.Serve(ctx, inner) })
 	running.Go(func() { n.relay(relay, "tcp", inner.Addr().String()) })
 	n.stop = sync.OnceFunc(func() {
+		n.goOn()
 		relay.Close()
 		n.cut()
 		cancel()
@@ -176,6 +189,9 @@ func (f *fleetStage) start(n *sshNode, relay net.Listener, name string) {
 }
 
 func (f *fleetStage) stop() {
+	for _, b := range f.bastions {
+		b.kill()
+	}
 	for _, n := range f.nodes {
 		n.stop()
 	}
@@ -218,76 +234,109 @@ func TestFleet(t *testing.T) {
 		Dir:                 "testdata/fleet",
 		RequireExplicitExec: true,
 		UpdateScripts:       os.Getenv("HALLIGAN_UPDATE") != "",
-		Setup:               func(env *testscript.Env) error { return furnishFleet(t, env) },
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits,
-			// kill ends a node.
-			"kill-node": func(ts *testscript.TestScript, _ bool, args []string) {
-				for _, id := range args {
-					theFleet(ts).node(id).stop()
-				}
-			},
-			// impostor lets another machine answer in place of a node.
-			"impostor": func(ts *testscript.TestScript, _ bool, args []string) {
-				f := theFleet(ts)
-				n := f.node(args[0])
-				n.stop()
-				l, err := net.Listen("tcp", n.address.String())
-				ts.Check(err)
-				f.start(n, l, args[1])
-			},
-			// silent lets nobody answer at a node, and nobody refuse either.
-			"silent": func(ts *testscript.TestScript, _ bool, args []string) {
-				n := theFleet(ts).node(args[0])
-				n.stop()
-				l, err := net.Listen("tcp", n.address.String())
-				ts.Check(err)
-				ts.Defer(func() { l.Close() })
-			},
-			"leaderless": func(ts *testscript.TestScript, _ bool, args []string) {
-				for _, id := range args {
-					n := theFleet(ts).node(id)
-					n.mu.Lock()
-					n.leaderless = true
-					n.mu.Unlock()
-				}
-			},
-			"applications": func(ts *testscript.TestScript, _ bool, args []string) {
-				n := theFleet(ts).node(args[0])
-				n.mu.Lock()
-				defer n.mu.Unlock()
-				if strconv.Itoa(n.applied) != args[1] {
-					ts.Fatalf("%s was asked to apply %d times, want %s", args[0], n.applied, args[1])
-				}
-			},
-			// revoke hands nodes a bundle in which a person is revoked.
-			"revoke": func(ts *testscript.TestScript, _ bool, args []string) {
-				f := theFleet(ts)
-				newer := f.revoked(args[0])
-				for _, id := range args[1:] {
-					_, err := f.node(id).Offer(newer)
-					ts.Check(err)
-				}
-			},
-			// in-force compares the version of a node's revocations.
-			"in-force": func(ts *testscript.TestScript, _ bool, args []string) {
-				if v := theFleet(ts).node(args[0]).Status().GetRevocationsVersion(); strconv.FormatUint(v, 10) != args[1] {
-					ts.Fatalf("%s has revocations %d, want %s", args[0], v, args[1])
-				}
-			},
-		},
+		Setup:               func(env *testscript.Env) error { return furnishFleet(t, env, 0) },
+		Cmds:                fleetCommands(),
 	})
+}
+
+// fleetCommands are what a story of a fleet can do to it.
+func fleetCommands() map[string]func(*testscript.TestScript, bool, []string) {
+	return map[string]func(*testscript.TestScript, bool, []string){
+		"exits": exits,
+		// applying waits until a node has begun, and go-on lets it finish.
+		"applying": func(ts *testscript.TestScript, _ bool, args []string) { <-theFleet(ts).node(args[0]).begun },
+		"go-on":    func(ts *testscript.TestScript, _ bool, args []string) { theFleet(ts).node(args[0]).goOn() },
+		// bastion kill|stop|freeze|thaw|start NAME..., or impostor NAME OTHER, which lets the
+		// other one answer at its address.
+		"bastion": func(ts *testscript.TestScript, _ bool, args []string) {
+			f := theFleet(ts)
+			for _, b := range f.bastions {
+				if !slices.Contains(args[1:], b.name) || args[0] == "impostor" && b.name != args[1] {
+					continue
+				}
+				switch args[0] {
+				case "kill":
+					b.kill()
+				case "freeze":
+					ts.Check(b.cmd.Process.Signal(syscall.SIGSTOP))
+				case "thaw":
+					ts.Check(b.cmd.Process.Signal(syscall.SIGCONT))
+				case "start":
+					f.startBastion(b, b.name)
+				case "impostor":
+					b.kill()
+					f.startBastion(b, args[2])
+				default:
+					ts.Fatalf("no %s", args[0])
+				}
+			}
+		},
+		// kill ends a node.
+		"kill-node": func(ts *testscript.TestScript, _ bool, args []string) {
+			for _, id := range args {
+				theFleet(ts).node(id).stop()
+			}
+		},
+		// impostor lets another machine answer in place of a node.
+		"impostor": func(ts *testscript.TestScript, _ bool, args []string) {
+			f := theFleet(ts)
+			n := f.node(args[0])
+			n.stop()
+			l, err := net.Listen("tcp", n.address.String())
+			ts.Check(err)
+			f.start(n, l, args[1])
+		},
+		// silent lets nobody answer at a node, and nobody refuse either.
+		"silent": func(ts *testscript.TestScript, _ bool, args []string) {
+			n := theFleet(ts).node(args[0])
+			n.stop()
+			l, err := net.Listen("tcp", n.address.String())
+			ts.Check(err)
+			ts.Defer(func() { l.Close() })
+		},
+		"leaderless": func(ts *testscript.TestScript, _ bool, args []string) {
+			for _, id := range args {
+				n := theFleet(ts).node(id)
+				n.mu.Lock()
+				n.leaderless = true
+				n.mu.Unlock()
+			}
+		},
+		"applications": func(ts *testscript.TestScript, _ bool, args []string) {
+			n := theFleet(ts).node(args[0])
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			if strconv.Itoa(n.applied) != args[1] {
+				ts.Fatalf("%s was asked to apply %d times, want %s", args[0], n.applied, args[1])
+			}
+		},
+		// revoke hands nodes a bundle in which a person is revoked.
+		"revoke": func(ts *testscript.TestScript, _ bool, args []string) {
+			f := theFleet(ts)
+			newer := f.revoked(args[0])
+			for _, id := range args[1:] {
+				_, err := f.node(id).Offer(newer)
+				ts.Check(err)
+			}
+		},
+		// in-force compares the version of a node's revocations.
+		"in-force": func(ts *testscript.TestScript, _ bool, args []string) {
+			if v := theFleet(ts).node(args[0]).Status().GetRevocationsVersion(); strconv.FormatUint(v, 10) != args[1] {
+				ts.Fatalf("%s has revocations %d, want %s", args[0], v, args[1])
+			}
+		},
+	}
 }
 
 func theFleet(ts *testscript.TestScript) *fleetStage { return ts.Value("fleet").(*fleetStage) }
 
-func furnishFleet(t *testing.T, env *testscript.Env) (err error) {
+func furnishFleet(t *testing.T, env *testscript.Env, bastions int) (err error) {
 	defer func() { // of must
 		if r := recover(); r != nil {
 			err = fmt.Errorf("%v", r)
 		}
 	}()
-	f := newFleet(t, env.WorkDir)
+	f := newFleet(t, env.WorkDir, bastions)
 	env.Values["fleet"] = f
 	env.Defer(f.stop)
 	if err := os.Mkdir(filepath.Join(f.dir, "ids"), 0o700); err != nil {
@@ -333,6 +382,9 @@ func furnishFleet(t *testing.T, env *testscript.Env) (err error) {
 
 	if err := os.WriteFile(filepath.Join(f.dir, "bundle"), f.file.Format(), 0o600); err != nil {
 		return err
+	}
+	for _, b := range f.bastions {
+		env.Setenv("ADDRESS_"+strings.ReplaceAll(b.name, "-", ""), b.address.String())
 	}
 	for _, n := range f.nodes {
 		env.Setenv("ADDRESS_"+strings.NewReplacer("-", "", ".", "_").Replace(n.id), n.address.String())

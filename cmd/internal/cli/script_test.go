@@ -101,6 +101,7 @@ type stage struct {
 	socket string
 	begun  chan struct{} // told of each blocking application
 	halt   chan struct{} // closed when the application that can be stopped is
+	once   sync.Once     // for halt
 	stop   func()
 	// approvers verifies approvals; nil: none is asked for.
 	approvers func(tokens []string, p *halliganv1.Plan, who trust.Identity) error
@@ -110,6 +111,7 @@ type stage struct {
 	plans      map[string]*halliganv1.Plan
 	entries    []*halliganv1.HistoryEntry
 	applied    int
+	torn       int // how often that kind was asked for
 	leaderless bool
 }
 
@@ -180,6 +182,9 @@ func (s *stage) relay(l net.Listener, network, inner string) {
 		}
 	}
 }
+
+// goOn ends the application that can be stopped.
+func (s *stage) goOn() { s.once.Do(func() { close(s.halt) }) }
 
 // cut breaks every connection.
 func (s *stage) cut() {
@@ -257,7 +262,7 @@ func (s *stage) Plan(_ context.Context, who trust.Identity, req *halliganv1.Plan
 		p.Summary, p.ViaReason, p.Warnings = evil, evil, []string{evil}
 		p.Objects[0].Name, p.Objects[0].Changes[0].After, p.Objects[0].Warnings = evil, evil, []string{evil}
 	}
-	if play == "guarded" {
+	if strings.HasPrefix(play, "guarded") {
 		p.ApprovalsNeeded, p.ApprovalReason, p.Nonce, p.ClusterName, p.PolicyVersion = 1, "it is guarded", "nonce", testfleet.Cluster, 2
 		p.Created, p.Expires = timestamppb.Now(), timestamppb.New(time.Now().Add(time.Hour))
 	}
@@ -331,6 +336,12 @@ func (s *stage) Apply(ctx context.Context, who trust.Identity, req *halliganv1.A
 		s.begun <- struct{}{}
 		<-s.halt
 		return end("partial", fault.Cancelled)
+	case "passing":
+		s.begun <- struct{}{}
+		<-s.halt
+		s.mu.Lock()
+		s.entries = append(s.entries, &halliganv1.HistoryEntry{ActionId: id, Result: "applied", Objects: 1, Applied: 1, Results: r.GetObjects()})
+		s.mu.Unlock()
 	case "cut", "cutforever", "cutunrecorded":
 		result := map[string]string{"cut": "applied", "cutforever": "unfinished"}[play]
 		if result != "" {
@@ -347,11 +358,11 @@ func (s *stage) Stop(_ trust.Identity, id string) error {
 	if id != "id-stoppable" {
 		return fault.New(fault.NotFound, "see: halligan history", "no action %s is under way", id)
 	}
-	close(s.halt)
+	s.goOn()
 	return nil
 }
 
-func (s *stage) Get(_ context.Context, _ trust.Identity, req *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
+func (s *stage) Get(ctx context.Context, _ trust.Identity, req *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
 	params := req.GetParameters()
 	kind, name, one := strings.Cut(params.GetFields()["target"].GetStringValue(), "/")
 	full := one || params.GetFields()["full"].GetBoolValue()
@@ -361,6 +372,19 @@ func (s *stage) Get(_ context.Context, _ trust.Identity, req *halliganv1.GetRequ
 		return nil, fault.New(fault.NotFound, "see: halligan get deployments", "no deployment missing")
 	case one:
 		names = []string{name}
+	case kind == "torn":
+		s.mu.Lock()
+		s.torn++
+		first := s.torn == 1
+		s.mu.Unlock()
+		if names = []string{"first", "second"}; first {
+			if err := send(&halliganv1.Object{Key: "/registry/deployments/shop/first", Name: "first", State: "3/3"}); err != nil {
+				return nil, err
+			}
+			s.begun <- struct{}{}
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
 	case kind == "nothing":
 	case kind == "half":
 		if err := send(&halliganv1.Object{Name: "first", Json: `{"kind":"Deployment"}`}); err != nil {

@@ -34,7 +34,7 @@ type way struct {
 	open    map[string]*passage // by bastion, also those that broke
 	last    string              // bastion of the passage to take first
 	flights map[string]*flight  // by the bastions that are tried
-	carried bool
+	carried string              // hash of the bundle that the bastions were shown
 }
 
 // flight is an attempt to get through, for whoever waits for it.
@@ -162,7 +162,10 @@ func (w *way) take(try []bundle.Host) *flight {
 			if was := w.open[f.got.host.ID()]; was != nil {
 				w.dialling.Go(was.close) // broken, or beaten to it by another attempt
 			}
-			w.open[f.got.host.ID()], w.last = f.got, f.got.host.ID()
+			w.open[f.got.host.ID()] = f.got
+			if first := w.open[w.last]; first == nil || first.broken() {
+				w.last = f.got.host.ID()
+			}
 		}
 		close(f.done)
 	})
@@ -311,9 +314,8 @@ func (w *way) passages() (all []*passage) {
 }
 
 // each logs in at every bastion, for what is to be told to all of them, and calls
-// do for each that lets it in. A key that has to be touched is not touched for
-// that: then it is those that are open already. It returns when all calls have,
-// and what keeps the other bastions, by their order.
+// do for each that lets it in. It returns when all calls have, and why the other
+// bastions do not.
 func (w *way) each(ctx context.Context, do func(context.Context, *passage)) map[string]error {
 	failed := map[string]error{}
 	if w.direct() {
@@ -321,44 +323,56 @@ func (w *way) each(ctx context.Context, do func(context.Context, *passage)) map[
 	}
 	var mu sync.Mutex // guards failed
 	var asking sync.WaitGroup
-	if w.fleet.login.SecurityKey() {
-		for _, p := range w.passages() {
-			asking.Go(func() { do(ctx, p) })
-		}
-		asking.Wait()
-		return failed
-	}
 	for _, b := range w.bastions {
 		asking.Go(func() {
-			var not []string
-			for _, other := range w.bastions {
-				if other.ID() != b.ID() {
-					not = append(not, other.ID())
-				}
-			}
-			p, err := w.through(ctx, not)
-			if err != nil {
+			p, err := w.by(ctx, b)
+			switch {
+			case err == nil:
+				do(ctx, p)
+			case !errors.Is(err, errTouch):
 				mu.Lock()
 				defer mu.Unlock()
 				failed[b.ID()] = err
-				return
 			}
-			do(ctx, p)
 		})
 	}
 	asking.Wait()
 	return failed
 }
 
-// carry exchanges bundles with the bastions that are open, once in a run. Nobody
-// waits for its outcome before the answer.
+// errTouch is why a bastion is not asked besides.
+var errTouch = errors.New("the key would have to be touched for it")
+
+// by returns a passage by that bastion, for what is not needed: nobody touches a
+// key for it.
+func (w *way) by(ctx context.Context, b bundle.Host) (*passage, error) {
+	if w.fleet.login.SecurityKey() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if p := w.alive([]bundle.Host{b}); p != nil {
+			return p, nil
+		}
+		return nil, errTouch
+	}
+	var not []string
+	for _, other := range w.bastions {
+		if other.ID() != b.ID() {
+			not = append(not, other.ID())
+		}
+	}
+	return w.through(ctx, not)
+}
+
+// carry exchanges bundles with the bastions that are open, once in a run unless a
+// newer one came since. Nobody waits for its outcome before the answer.
 func (w *way) carry() {
 	if w == nil {
 		return
 	}
+	mine := w.fleet.bundles.Current().Hash
 	w.mu.Lock()
-	done := w.carried
-	w.carried = true
+	done := w.carried == mine
+	w.carried = mine
 	w.mu.Unlock()
 	if done || w.ctx.Err() != nil {
 		return
