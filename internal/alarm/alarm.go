@@ -31,6 +31,7 @@ const (
 	Bundle  Kind = "bundle"  // something is wrong with the bundle
 	Closed  Kind = "closed"  // a door of the daemon could not be opened
 	Clock   Kind = "clock"   // this machine's clock was or is wrong
+	Panic   Kind = "panic"   // a fault of the daemon ended something
 )
 
 // Loud reports whether the event must come through even where others flood.

@@ -37,7 +37,7 @@ import (
 )
 
 // Panic is the alarm of a fault of this program that a client found.
-const Panic alarm.Kind = "panic"
+const Panic = alarm.Panic
 
 // Options say what a server is to be. HostSigners, Authenticate and Hold are
 // required; there is no default that lets anybody in.

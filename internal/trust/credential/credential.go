@@ -15,6 +15,7 @@ import (
 	"context"
 	"net"
 	"path"
+	"runtime/debug"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -56,6 +57,8 @@ type Options struct {
 	// unnoticed: a sealed credential, or one past an edge of its validity. It is
 	// called once for each session, by Hold, and must not block.
 	Alarm func(who trust.Identity, why string)
+	// Panicked, if any, is told of a fault of the daemon that ended a session.
+	Panicked func(who trust.Identity, what any, stack []byte)
 }
 
 // Authority authenticates for one daemon. It is safe for concurrent use.
@@ -223,7 +226,8 @@ const checkEvery = 500 * time.Millisecond
 // *fault.Error as its cause, within a second of Check no longer holding, and in
 // any case when the credential's time is over by the monotonic clock: setting
 // the wall clock back prolongs nothing. The caller must call cancel, which
-// waits until the watch has ended.
+// waits until the watch has ended. A fault of the watch ends the session, since
+// then nobody knows whether the identity still holds.
 func (a *Authority) Hold(ctx context.Context, id trust.Identity) (context.Context, context.CancelFunc) {
 	ctx, end := context.WithCancelCause(ctx)
 	if id.Kind == trust.Local {
@@ -252,6 +256,14 @@ func (a *Authority) Hold(ctx context.Context, id trust.Identity) (context.Contex
 	go func() {
 		defer close(done)
 		defer unsubscribe()
+		defer func() {
+			if p := recover(); p != nil {
+				end(refuseNext("log in again, and report it with the daemon's log of this moment", "a fault of the daemon: whether the credential of %s still holds is not known", id.Person))
+				if a.Panicked != nil {
+					a.Panicked(id, p, debug.Stack())
+				}
+			}
+		}()
 		over := time.NewTimer(left)
 		defer over.Stop()
 		tick := time.NewTicker(checkEvery)

@@ -3,13 +3,16 @@ package credential_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
+	"github.com/halligan-io/halligan/internal/trust/credential"
 )
 
 func isRevoked(err error) bool { return errors.Is(err, trust.ErrRevoked) }
@@ -72,6 +75,45 @@ func TestHold(t *testing.T) {
 				t.Errorf("an alarm for an ordinary session: %s", <-f.alarms)
 			}
 		})
+	}
+}
+
+// faulty is a clock that breaks.
+type faulty struct {
+	*clock
+	broken atomic.Bool
+}
+
+func (c *faulty) Now() time.Time {
+	if c.broken.Load() {
+		panic("no time")
+	}
+	return c.clock.Now()
+}
+
+// TestHoldPanic: who can no longer be watched is out, and nothing else ends.
+func TestHoldPanic(t *testing.T) {
+	f := newFleet(t)
+	broken := &faulty{clock: f.clock}
+	told := make(chan string, 1)
+	a := credential.New(credential.Options{Bundle: f.store, Clock: broken, Cluster: "prod", Node: "cp-1",
+		Panicked: func(who trust.Identity, what any, stack []byte) { told <- fmt.Sprint(who.Person, what, len(stack) > 0) }})
+	id, err := a.User(f.certify(order{}), "responder", from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := a.Hold(t.Context(), id)
+	defer cancel()
+	broken.broken.Store(true)
+	if _, cause := ended(t, ctx); !fault.Is(cause, fault.Unauthenticated) || isRevoked(cause) || !strings.Contains(cause.Error(), "is not known") {
+		t.Error(cause)
+	}
+	if got := <-told; got != id.Person+"no timetrue" {
+		t.Error(got)
+	}
+	cancel()
+	if n := f.store.subscribers(); n != 0 {
+		t.Errorf("%d subscribers are left", n)
 	}
 }
 

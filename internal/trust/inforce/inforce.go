@@ -13,6 +13,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -40,7 +41,8 @@ type Options struct {
 	Path, State string
 	Anchor      *bundle.Anchor
 	Clock       *trust.Clock
-	// Credential says who may come in; its Bundle, Clock and Alarm are set here.
+	// Credential says who may come in; its Bundle, Clock, Alarm and Panicked are
+	// set here.
 	Credential credential.Options
 	// Raise takes alarms. It must not block.
 	Raise func(alarm.Event)
@@ -89,7 +91,7 @@ func (t *Trust) Open() error {
 	}
 	t.o.Clock.Raise(store.Current().Signed())
 	c := t.o.Credential
-	c.Bundle, c.Clock, c.Alarm = store, t.o.Clock, t.unusual
+	c.Bundle, c.Clock, c.Alarm, c.Panicked = store, t.o.Clock, t.unusual, t.panicked
 	t.opened.Store(&opened{store, credential.New(c), &credential.Servers{Bundle: store, Clock: t.o.Clock}})
 	return nil
 }
@@ -101,16 +103,46 @@ func (t *Trust) Watch(ctx context.Context) {
 	defer cancel()
 	var watching sync.WaitGroup
 	defer watching.Wait()
-	watching.Go(func() { store.Watch(ctx) })
-	for {
+	watching.Go(func() { t.keep(ctx, func() { store.Watch(ctx) }) })
+	t.keep(ctx, func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-changed:
+				t.o.Clock.Raise(store.Current().Signed())
+				t.setTrouble(nil)
+			}
+		}
+	})
+}
+
+// againAfter is how long after a fault what follows the bundle is begun anew.
+const againAfter = time.Second
+
+// keep runs something until the context ends, and again where it panics.
+func (t *Trust) keep(ctx context.Context, run func()) {
+	for ctx.Err() == nil {
+		func() {
+			defer func() {
+				if p := recover(); p != nil {
+					t.panicked(trust.Identity{}, p, debug.Stack())
+				}
+			}()
+			run()
+		}()
 		select {
 		case <-ctx.Done():
-			return
-		case <-changed:
-			t.o.Clock.Raise(store.Current().Signed())
-			t.setTrouble(nil)
+		case <-time.After(againAfter):
 		}
 	}
+}
+
+// panicked tells of a fault of the daemon. Raising it may be what is at fault.
+func (t *Trust) panicked(who trust.Identity, what any, stack []byte) {
+	defer func() { _ = recover() }()
+	t.o.Log.Error().Str("person", who.Person).Str("panic", neutral.LineMax(fmt.Sprint(what), 512)).Bytes("stack", stack).Msg("panic while the bundle was followed")
+	t.o.Raise(alarm.Of(alarm.Panic, who, "a fault of the "+t.o.Daemon+" while it followed the bundle; its log has the stack"))
 }
 
 // Current returns the bundle in force, nil before there is one.

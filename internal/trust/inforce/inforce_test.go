@@ -1,10 +1,12 @@
 package inforce_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -32,6 +34,8 @@ type world struct {
 
 	mu    sync.Mutex // guards heard
 	heard []alarm.Event
+	// faulty makes hearing of trouble with the bundle panic.
+	faulty bool
 }
 
 func newWorld(t *testing.T, state string) *world {
@@ -42,6 +46,9 @@ func newWorld(t *testing.T, state string) *world {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			w.heard = append(w.heard, e)
+			if w.faulty && e.Kind == alarm.Bundle {
+				panic("faulty")
+			}
 		}})
 	return w
 }
@@ -119,6 +126,46 @@ func TestTrouble(t *testing.T) {
 	if signed := w.Current().Signed(); w.clock.Now().Before(signed) {
 		t.Errorf("it is %v, before the bundle of %v", w.clock.Now(), signed)
 	}
+}
+
+// TestPanic: a fault ends neither the daemon nor its following of the bundle.
+func TestPanic(t *testing.T) {
+	w := newWorld(t, "")
+	w.open(t)
+	w.mu.Lock()
+	w.faulty = true
+	w.mu.Unlock()
+	ctx, cancel := context.WithCancel(t.Context())
+	var watching sync.WaitGroup
+	watching.Go(func() { w.Watch(ctx) })
+	defer watching.Wait()
+	defer cancel()
+	replace := func(data []byte) {
+		t.Helper()
+		if err := os.WriteFile(w.file+".new", data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(w.file+".new", w.file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	until := func(what string, done func() bool) {
+		t.Helper()
+		for began := time.Now(); !done(); time.Sleep(10 * time.Millisecond) {
+			if time.Since(began) > 20*time.Second {
+				t.Fatal(what)
+			}
+		}
+	}
+	replace([]byte("no bundle"))
+	until("no alarm of the fault", func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return slices.ContainsFunc(w.heard, func(e alarm.Event) bool { return e.Kind == alarm.Panic })
+	})
+	next := w.fleet.Revoke(func(*bundle.Revocations) {})
+	replace(next)
+	until("the next bundle is not taken over", func() bool { return bytes.Equal(w.Raw(), next) })
 }
 
 // TestShown: a daemon says itself what clients would refuse.
