@@ -39,7 +39,7 @@ test: build kube $(TOOLS)/etcdctl $(TOOLS)/grpcurl ## run all tests
 
 .PHONY: race
 race: $(TOOLS)/etcdctl ## run the tests of concurrent code under the race detector
-	$(GO) test -buildvcs=false -race -short -timeout 20m ./agent/action ./agent/console ./agent/door ./agent/etcd ./agent/journal ./agent/sshd ./api/grpcdoor ./api/mtls ./api/verb ./bastion/... ./internal/...
+	$(GO) test -buildvcs=false -race -short -timeout 20m ./agent ./agent/action ./agent/console ./agent/door ./agent/etcd ./agent/journal ./agent/sshd ./agent/tunnel ./api/grpcdoor ./api/mtls ./api/mux ./api/verb ./bastion/... ./internal/...
 
 .PHONY: bench
 bench: build kube $(TOOLS)/etcdctl ## measure beside the raw references, as ratios
