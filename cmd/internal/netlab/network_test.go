@@ -42,7 +42,10 @@ type network struct {
 	prefix string
 }
 
-var networks atomic.Int32
+var (
+	networks atomic.Int32
+	folder   sync.Mutex // guards that /etc/netns is there
+)
 
 // newNetwork makes the hub with its switches.
 func newNetwork(t testing.TB, switches ...string) *network {
@@ -82,11 +85,15 @@ func (n *network) space(name string) {
 		if out, err := exec.Command("ip", "netns", "del", full).CombinedOutput(); err != nil {
 			n.t.Errorf("ip netns del: %v: %s", err, out)
 		}
+		folder.Lock()
+		defer folder.Unlock()
 		if err := os.RemoveAll(etc); err != nil {
 			n.t.Error(err)
 		}
 		_ = os.Remove(filepath.Dir(etc)) // if it was the last one
 	})
+	folder.Lock()
+	defer folder.Unlock()
 	// ip-netns(8) puts this in the place of /etc/resolv.conf.
 	if err := errors.Join(os.MkdirAll(etc, 0o755), os.WriteFile(filepath.Join(etc, "resolv.conf"), []byte("nameserver "+nowhere+"\noptions timeout:1 attempts:1\n"), 0o644)); err != nil {
 		n.t.Fatal(err)

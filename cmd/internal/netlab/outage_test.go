@@ -24,6 +24,7 @@ const someSeconds = 15 * time.Second
 // TestOutage: without any name service, through bastions of which either may die,
 // be cut off or be far away.
 func TestOutage(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	t.Run("nobody resolves names", w.nameless)
 	t.Run("commands", w.commands)
