@@ -128,6 +128,11 @@ func (n *network) told(kind alarm.Kind, person, text string) bool {
 // dial comes to the gRPC door.
 func (n *network) dial(cert tls.Certificate) halliganv1.AgentClient {
 	n.t.Helper()
+	return halliganv1.NewAgentClient(n.conn(cert))
+}
+
+func (n *network) conn(cert tls.Certificate) *grpc.ClientConn {
+	n.t.Helper()
 	pool := x509.NewCertPool()
 	pool.AddCert(n.fleet.Servers.Certificate)
 	c, err := grpc.NewClient("passthrough:///"+n.config.GRPC.Listen[0], grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: pool, ServerName: testfleet.Server,
@@ -136,7 +141,7 @@ func (n *network) dial(cert tls.Certificate) halliganv1.AgentClient {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(func() { c.Close() })
-	return halliganv1.NewAgentClient(c)
+	return c
 }
 
 // login comes to the SSH door.

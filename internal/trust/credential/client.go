@@ -24,7 +24,7 @@ func (a *Authority) Client(certs []*x509.Certificate, source net.Addr) (trust.Id
 	if len(certs) == 0 {
 		return trust.Identity{}, refuse("no client certificate")
 	}
-	if !a.Relay && isBastion(certs[0]) {
+	if !a.Relay && a.Cluster != "" && isBastion(certs[0]) {
 		return a.server(certs[0], trust.Bastion, source)
 	}
 	r, now, leaf := a.rules(), a.Clock.Now(), certs[0]
