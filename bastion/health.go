@@ -76,6 +76,7 @@ func (b *bastion) metrics() *prometheus.Registry {
 	}
 	relay := b.relay
 	gauge("relays", "Connections that are relayed now.", func() float64 { return float64(relay.Stats().Open) })
+	gauge("tunnels", "Tunnels of nodes that are open.", func() float64 { return float64(len(b.tunnels.Since())) })
 	counter("relays_total", "Connections that were relayed.", nil, func() uint64 { return uint64(relay.Stats().Begun) })
 	counter("relays_refused_total", "Connections that were asked for and are not relayed.", nil, func() uint64 { return uint64(relay.Stats().Refused) })
 	counter("relays_failed_total", "Connections to nodes that could not be reached.", nil, func() uint64 { return uint64(relay.Stats().Failed) })
@@ -83,7 +84,7 @@ func (b *bastion) metrics() *prometheus.Registry {
 	counter("relayed_bytes_total", "Bytes that were relayed.", prometheus.Labels{"direction": "down"}, func() uint64 { return uint64(relay.Stats().BytesDown) })
 	counter("alarms_dropped_total", "Alarms that a sink did not get.", nil, b.alarms.Dropped)
 	gauge("ready", "Whether people can come in.", func() float64 { return yes(b.doors.ready()) })
-	for _, door := range []string{"ssh", "grpc"} {
+	for _, door := range []string{"ssh", "grpc", "tunnel"} {
 		counter("connections_total", "Connections that came, whoever they were.", prometheus.Labels{"door": door}, func() uint64 { return b.doors.Came(door) })
 	}
 	for _, kind := range []alarm.Kind{alarm.Login, alarm.Refusal, alarm.Relay, alarm.Sealed, alarm.Late, alarm.Bundle, alarm.Closed, admission.Flood, sshserver.Panic} {

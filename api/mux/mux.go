@@ -30,9 +30,10 @@ import (
 // another port works here, nor the other way round.
 const Protocol = "halligan-tunnel/1"
 
-// MaxStreams is how many streams a tunnel may have. Each holds at most a window
-// of 256 KiB at either end, and that only while its reader takes nothing.
-const MaxStreams = 128
+// MaxStreams is how many streams a tunnel may have: several times as many as one
+// person may have relayed. Each holds at most a window of 256 KiB at either end,
+// and that only while its reader takes nothing.
+const MaxStreams = 256
 
 const (
 	backlog = 32 // streams that the node has not taken yet
@@ -163,9 +164,10 @@ func Node(conn net.Conn, log zerolog.Logger, started func(*Session), hand Hand) 
 		if err != nil {
 			return err
 		}
-		// Those that one end has closed already count, too.
-		if s.NumStreams() > 2*MaxStreams {
-			return fmt.Errorf("the bastion has more than %d streams", 2*MaxStreams)
+		// Those that one end has closed already count, here as there. A few more
+		// may be asked for at the same time.
+		if s.NumStreams() > MaxStreams+backlog {
+			return fmt.Errorf("the bastion has more than %d streams", MaxStreams)
 		}
 		serving.Go(func() { serve(&Stream{Stream: raw}, hand) })
 	}

@@ -30,9 +30,16 @@ import (
 type Tunnels struct {
 	log zerolog.Logger
 
-	mu   sync.Mutex // guards open
+	mu   sync.Mutex // guards what follows
 	open map[string]*tunnel
+	// came counts the connections of each node, those included that do not answer
+	// yet or are not over.
+	came map[string]int
 }
+
+// maxEach is how many connections one node may have at a time: the tunnel, the one
+// after it, and some room.
+const maxEach = 4
 
 var _ relay.Tunnels = (*Tunnels)(nil)
 
@@ -42,7 +49,9 @@ type tunnel struct {
 }
 
 // New returns tunnels of which none is open yet.
-func New(log zerolog.Logger) *Tunnels { return &Tunnels{log: log, open: map[string]*tunnel{}} }
+func New(log zerolog.Logger) *Tunnels {
+	return &Tunnels{log: log, open: map[string]*tunnel{}, came: map[string]int{}}
+}
 
 // Listen authenticates the nodes that connect to l. Closing what it returns closes
 // l.
@@ -91,6 +100,10 @@ func (t *Tunnels) serve(ctx context.Context, conn grpcdoor.Conn) {
 	if err != nil {
 		return
 	}
+	if !t.enter(who.Person) {
+		return
+	}
+	defer t.leave(who.Person)
 	log := t.log.With().Str("node", who.Person).Str("source", who.Source).Logger()
 	session, err := mux.Bastion(conn, log)
 	if err != nil {
@@ -125,6 +138,24 @@ func (t *Tunnels) serve(ctx context.Context, conn grpcdoor.Conn) {
 	}
 	t.mu.Unlock()
 	log.Info().Str("why", why).Stringer("lasted", time.Since(now.since).Round(time.Second)).Msg("tunnel ended")
+}
+
+func (t *Tunnels) enter(node string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.came[node] == maxEach {
+		return false
+	}
+	t.came[node]++
+	return true
+}
+
+func (t *Tunnels) leave(node string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.came[node]--; t.came[node] == 0 {
+		delete(t.came, node)
+	}
 }
 
 // Open is that of relay.Tunnels.

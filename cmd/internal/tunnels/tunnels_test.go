@@ -262,6 +262,36 @@ func (p *pieces) raw(certificate func() (*tls.Certificate, error)) (ended chan s
 	return ended
 }
 
+// TestCrowd: a node that only connects does not fill the bastion.
+func TestCrowd(t *testing.T) {
+	p := newPieces(t)
+	config := (&credential.Servers{Bundle: p.store, Clock: p.clock}).TLS("bastion-a.bastion")
+	config.NextProtos = []string{mux.Protocol}
+	certificate, err := p.server("cp-1.staging")()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.Certificates = []tls.Certificate{*certificate}
+	ended := make(chan struct{}, 8)
+	for range 8 {
+		c, err := tls.Dial("tcp", p.at.String(), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		go func() { _, _ = io.Copy(io.Discard, c); ended <- struct{}{} }()
+	}
+	for range 4 { // the others wait for an answer, for some seconds
+		select {
+		case <-ended:
+		case <-time.After(patience):
+			t.Fatal("all of them stay")
+		}
+	}
+	p.node(p.server("cp-1.prod"))
+	eventually(t, "another node has its tunnel", func() bool { return p.up("cp-1.prod") })
+}
+
 // TestStrangers: nobody but the node itself is taken for it.
 func TestStrangers(t *testing.T) {
 	p := newPieces(t)
