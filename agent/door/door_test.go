@@ -534,10 +534,10 @@ func TestUnfinishedRequests(t *testing.T) {
 		}
 		return stream
 	}
-	first := connect(t, server, alice, t.Context())
+	first, another := connect(t, server, alice, t.Context()), connect(t, server, alice, t.Context())
 	var open []grpc.ClientStream
-	for range grpcdoor.MaxCallsEach {
-		open = append(open, begin(first))
+	for range grpcdoor.MaxCallsEach / 2 {
+		open = append(open, begin(first), begin(another))
 	}
 	eventually(t, "all places to be taken", func() bool { return server.Calls() == grpcdoor.MaxCallsEach })
 	remote := alice
@@ -557,8 +557,9 @@ func TestUnfinishedRequests(t *testing.T) {
 	eventually(t, "the places to be free", func() bool { return server.Calls() == 0 })
 
 	// Who goes on all the same is hung up on.
-	for range grpcdoor.MaxCallsEach {
+	for range grpcdoor.MaxCallsEach / 2 {
 		begin(first)
+		begin(another)
 	}
 	eventually(t, "all places to be taken again", func() bool { return server.Calls() == grpcdoor.MaxCallsEach })
 	client := halliganv1.NewAgentClient(second)

@@ -71,7 +71,9 @@ const (
 	maxConnections     = 256
 	maxConnectionsEach = 20 // SSH lets one have 12 sessions, each with one
 	maxCalls           = 128
-	maxStreams         = 16 // of one connection
+	// maxStreams are those of one connection, in which answers stay for as long as
+	// their client takes nothing: a call has ended when its answer is written.
+	maxStreams = 8
 	// maxMessage bounds an answer in bytes; a plan for 10,000 objects has about
 	// 4 MiB, a stored object at most etcd's 1.5 MiB. A request is a few words,
 	// or a bundle of at most 1 MiB.
