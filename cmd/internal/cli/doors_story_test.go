@@ -134,6 +134,10 @@ func TestDoorStories(t *testing.T) {
 				ts.Value("scene").(*scene).people[args[0]] = p
 				sees(ts, p, args[1])
 			},
+			// sees NAME TEXT waits until somebody's command shows the text.
+			"sees": func(ts *testscript.TestScript, _ bool, args []string) {
+				sees(ts, ts.Value("scene").(*scene).people[args[0]], args[1])
+			},
 			// types NAME LINE TEXT types a line until the text is shown.
 			"types": func(ts *testscript.TestScript, _ bool, args []string) {
 				p := ts.Value("scene").(*scene).people[args[0]]
