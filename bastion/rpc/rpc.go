@@ -288,6 +288,18 @@ func (s *Server) PostApproval(ctx context.Context, req *halliganv1.PostApprovalR
 	case !trust.ValidPerson(t.Statement.Requester):
 		return nil, fault.New(fault.Usage, "hand the line to the requester yourself", "the mailbox is not for %.80q", t.Statement.Requester)
 	}
+	// Only for the plan that it names of itself, so that nobody stands among those
+	// who approved what is not for them.
+	waiting, err := s.o.Store.Plans(ctx, t.Statement.Requester)
+	if err != nil {
+		return nil, err
+	}
+	if !slices.ContainsFunc(waiting, func(p *halliganv1.WaitingPlan) bool {
+		at, known := s.node(p.GetNode(), p.GetCluster())
+		return known && at.ID() == h.ID() && p.GetPlanId() == t.Statement.Plan && p.GetPlanSha256() == t.Statement.PlanSHA256
+	}) {
+		return nil, fault.New(fault.NotFound, "hand the line to the requester yourself", "the mailbox has no plan %.80q of %s that this approves", t.Statement.Plan, t.Statement.Requester)
+	}
 	return &halliganv1.PostApprovalResponse{}, s.o.Store.PostApproval(ctx, t.Statement.Requester, t.Statement.Plan, c.Who.Person, t.String())
 }
 

@@ -231,6 +231,28 @@ func TestApproval(t *testing.T) {
 			t.Errorf("%s hands in bob's approval: %v", name, err)
 		}
 	}
+	// An approver of another cluster, or of another node, cannot stand among those
+	// who approved it, nor fill the room that its approvals have.
+	misdirected := func(change func(*halliganv1.Plan)) string {
+		p := of("alice")
+		p.Id, p.Nonce = plan.GetId(), plan.GetNonce()
+		change(p)
+		return w.approve("dave", p)
+	}
+	dave := elsewhere
+	dave.Person, dave.Clusters = "dave", []string{other, testfleet.Cluster}
+	for name, token := range map[string]string{
+		"node of another cluster": misdirected(func(p *halliganv1.Plan) { p.Node, p.ClusterName, p.Sha256 = "cp-2", other, plan.GetSha256() }),
+		"other node":              misdirected(func(p *halliganv1.Plan) { p.Node, p.Sha256 = "cp-2", plan.GetSha256() }),
+		"other plan of that name": misdirected(func(p *halliganv1.Plan) { p.Summary = "harmless"; hashed(p) }),
+	} {
+		if _, err := w.as(dave).PostApproval(ctx, &halliganv1.PostApprovalRequest{Approval: token}); code(err) != fault.NotFound {
+			t.Errorf("an approval for the %s: %v", name, err)
+		}
+	}
+	if list, err := w.as(alice).ListPlans(ctx, &halliganv1.ListPlansRequest{}); err != nil || !slices.Equal(list.GetPlans()[0].GetApprovers(), []string{"bob"}) {
+		t.Errorf("then alice sees %v, %v", list, err)
+	}
 	// A watch ends when the bastion stops.
 	w.server.Shutdown()
 	if _, err := watch.Recv(); err == nil || errors.Is(err, io.EOF) {
