@@ -355,8 +355,10 @@ type server struct {
 	logins chan string  // user and fingerprint of each login
 	config *gossh.ServerConfig
 	handle func(gossh.Channel, <-chan *gossh.Request)
-	stall  bool // never says a word
-	plain  bool // has no host certificate
+	relay  func(gossh.NewChannel)
+	asked  chan string // what is to be relayed to
+	stall  bool        // never says a word
+	plain  bool        // has no host certificate
 }
 
 func startServer(t *testing.T, change func(*server, gossh.Signer, *gossh.Certificate)) *server {
@@ -364,7 +366,7 @@ func startServer(t *testing.T, change func(*server, gossh.Signer, *gossh.Certifi
 	_, hostCA := newKey(t)
 	_, hostKey := newKey(t)
 	cert := &gossh.Certificate{Key: hostKey.PublicKey(), CertType: gossh.HostCert, KeyId: "cp-1.prod", Serial: 1, ValidPrincipals: []string{"cp-1.prod"}, ValidBefore: gossh.CertTimeInfinity}
-	s := &server{logins: make(chan string, 8)}
+	s := &server{logins: make(chan string, 8), asked: make(chan string, 8)}
 	_, s.ca = newKey(t)
 	checker := &gossh.CertChecker{IsHostAuthority: func(k gossh.PublicKey, _ string) bool { return same(k, hostCA.PublicKey()) }}
 	s.target = Target{Name: "cp-1.prod", HostKey: checker.CheckHostKey}
@@ -428,6 +430,19 @@ func (s *server) serve(raw net.Conn) {
 	var handling sync.WaitGroup
 	defer handling.Wait()
 	for c := range channels {
+		if s.relay != nil && c.ChannelType() == "direct-tcpip" {
+			var m struct {
+				Host       string
+				Port       uint32
+				OriginHost string
+				OriginPort uint32
+			}
+			if gossh.Unmarshal(c.ExtraData(), &m) == nil {
+				s.asked <- fmt.Sprintf("%s:%d", m.Host, m.Port)
+			}
+			handling.Go(func() { s.relay(c) })
+			continue
+		}
 		if s.handle == nil {
 			_ = c.Reject(gossh.ResourceShortage, "full\x1b[2J")
 			continue
