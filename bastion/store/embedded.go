@@ -44,6 +44,8 @@ const (
 	segment = 8 << 20
 	// snapshotEvery bounds how many requests its log and its memory keep.
 	snapshotEvery = 500
+	// keepGone is how long it keeps what is no longer there.
+	keepGone = 5 * time.Minute
 	// memory is where its garbage collector begins to work hard.
 	memory = "GOMEMLIMIT=192MiB"
 	// badness makes the kernel end it before the bastion, when memory ends.
@@ -94,7 +96,7 @@ func serve() error {
 	c.InitialCluster = c.InitialClusterFromName(c.Name)
 	c.TickMs, c.ElectionMs = 50, 500
 	c.QuotaBackendBytes = quota
-	c.AutoCompactionMode, c.AutoCompactionRetention = embed.CompactorModePeriodic, "5m"
+	c.AutoCompactionMode, c.AutoCompactionRetention = embed.CompactorModePeriodic, keepGone.String()
 	c.SnapshotCount, c.SnapshotCatchUpEntries = snapshotEvery, snapshotEvery/10
 	c.EnableGRPCGateway = false
 	if err := durable.Dir(c.Dir); err != nil {

@@ -45,7 +45,9 @@ const (
 	// maxHeadText bounds each text of what a list shows, in bytes.
 	maxHeadText = 512
 	// A plan waits for as long as it lives by its own word, within these bounds.
-	leastWait = 5 * time.Second
+	// The least is as long as the embedded store keeps what is gone: shorter ones,
+	// one after the other, would fill it, though few are there at any time.
+	leastWait = keepGone
 	mostWait  = time.Hour
 )
 
@@ -69,7 +71,7 @@ func (s *Store) PostPlan(ctx context.Context, requester string, plan *halliganv1
 		return fault.New(fault.TooLarge, "send your approver the line that names the plan: it is read at the agent", "the plan has %d KiB; the mailbox takes %d", len(body)>>10, maxPlan>>10)
 	}
 	// By the agent's clock alone: the bastion's may be another.
-	wait := min(max(plan.GetExpires().AsTime().Sub(plan.GetCreated().AsTime()), leastWait), mostWait)
+	wait := min(max(plan.GetExpires().AsTime().Sub(plan.GetCreated().AsTime()), s.leastWait), mostWait)
 	head, err := proto.Marshal(headOf(requester, plan, wait))
 	if err != nil {
 		return err

@@ -131,6 +131,20 @@ func TestExpiry(t *testing.T) {
 	works(t, s)
 	p := plan(1)
 	p.Expires = p.GetCreated()
+	// Not at once, or one person's plans, one after the other, would fill the store.
+	must(t, s.PostPlan(t.Context(), "mallory", p))
+	if x, err := s.Plan(t.Context(), "mallory", p.GetId()); err != nil || x.GetExpires().AsTime().Sub(x.GetPosted().AsTime()) < keepGone || maxPlans*maxPlan*3 > quota {
+		t.Errorf("%v, %v", x, err)
+	}
+	kv, err := s.client.Load().Get(t.Context(), heads+"mallory/", clientv3.WithPrefix())
+	must(t, err)
+	if left, err := s.client.Load().TimeToLive(t.Context(), clientv3.LeaseID(kv.Kvs[0].Lease)); err != nil || time.Duration(left.GrantedTTL)*time.Second < keepGone {
+		t.Errorf("%v, %v", left, err)
+	}
+	_, err = s.client.Load().Revoke(t.Context(), clientv3.LeaseID(kv.Kvs[0].Lease))
+	must(t, err)
+
+	s.leastWait = 2 * time.Second
 	must(t, s.PostPlan(t.Context(), "alice", p))
 	must(t, s.PostApproval(t.Context(), "alice", p.GetId(), "bob", "token"))
 	got := 0

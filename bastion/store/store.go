@@ -83,6 +83,8 @@ type Store struct {
 	server *embedded // nil with external endpoints
 	client atomic.Pointer[clientv3.Client]
 	look   chan struct{} // asks for a probe now
+	// leastWait is the constant, but in tests.
+	leastWait time.Duration
 
 	mu      sync.Mutex // guards what follows
 	down    string     // why calls fail; empty: they do not
@@ -97,7 +99,7 @@ type Store struct {
 // Open starts to reach the store, and returns without waiting for it. Errors are
 // those of the options (fault.Usage).
 func Open(o Options) (*Store, error) {
-	s := &Store{o: o, look: make(chan struct{}, 1), own: map[string]*halliganv1.Session{}, down: "it has not answered yet"}
+	s := &Store{o: o, look: make(chan struct{}, 1), own: map[string]*halliganv1.Session{}, down: "it has not answered yet", leastWait: leastWait}
 	s.ctx, s.end = context.WithCancel(context.Background())
 	if len(o.Endpoints) == 0 {
 		if !filepath.IsAbs(o.Dir) {
