@@ -125,7 +125,7 @@ func (l *Lab) inventory() string {
 	}
 	b.WriteString("bastions:\n")
 	for i := range bastionHosts {
-		fmt.Fprintf(&b, "- {name: %s, address: %s, sshPort: %d, grpcPort: %d}\n", bastionName(i), l.bastionIP(i), sshPort, grpcPort)
+		fmt.Fprintf(&b, "- {name: %s, address: %s, sshPort: %d, grpcPort: %d, tunnelPort: %d}\n", bastionName(i), l.bastionIP(i), sshPort, grpcPort, tunnelPort)
 	}
 	return b.String()
 }
