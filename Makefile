@@ -25,8 +25,8 @@ build: ## build every binary into bin/
 kube: ## build a real Kubernetes control plane into a cache: ten minutes, once
 	@GO=$(GO) internal/kube/build $(BIN)/kube
 
-.PHONY: etcdctl
-etcdctl: $(TOOLS)/etcdctl ## build etcdctl into internal/tools/bin
+.PHONY: etcdctl grpcurl
+etcdctl grpcurl: %: $(TOOLS)/% ## build etcdctl or grpcurl into internal/tools/bin
 
 .PHONY: demo
 demo: build $(if $(filter-out 0,$(KUBE)),kube) ## stage an outage and heal it through etcd, without an API server; KUBE=1: with a real one
