@@ -314,6 +314,8 @@ const inventorySkeleton = `
 # - name: prod
 #   nodes:
 #   - {name: cp-1, address: 192.0.2.11, sshPort: 2222, grpcPort: 7443}
+# and - {name: bastion-a, address: 198.51.100.21, sshPort: 2222, grpcPort: 7443} among the bastions. A node with reach: out is not
+# dialled: it keeps tunnels to the bastions that have a tunnelPort: 7444.
 clusters: []
 bastions: []
 `
