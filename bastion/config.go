@@ -34,7 +34,8 @@ type Config struct {
 	Trust *TrustConfig `json:"trust"`
 	// SSH is the door that people come through; required.
 	SSH *SSHConfig `json:"ssh"`
-	// GRPC is the door of automation to the bastion's own API.
+	// GRPC is the door of automation to the bastion's own API. Its certificate is
+	// also what nodes know the bastion by: without it they are brought no bundles.
 	GRPC *GRPCConfig `json:"grpc,omitempty"`
 	// Tunnel is where nodes that cannot be dialled keep tunnels to. It shows the
 	// certificate of GRPC, which it needs.

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -260,6 +261,73 @@ func (p *pieces) raw(certificate func() (*tls.Certificate, error)) (ended chan s
 		})
 	}()
 	return ended
+}
+
+// TestSilence: a link that carries nothing any more, and does not say so, is given
+// up by both ends, and a new one is tried.
+func TestSilence(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it waits for 20 s")
+	}
+	t.Parallel() // it does little but wait
+	p := newPieces(t)
+	var dead atomic.Bool // what passes the link is lost
+	link, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer link.Close()
+	go func() {
+		for {
+			near, err := link.Accept()
+			if err != nil {
+				return
+			}
+			far, err := net.Dial("tcp", p.at.String())
+			if err != nil {
+				near.Close()
+				continue
+			}
+			silent := dead.Load() // those that come later are well
+			pass := func(to, from net.Conn) {
+				defer to.Close()
+				defer from.Close()
+				for buf := make([]byte, 4096); ; {
+					n, err := from.Read(buf)
+					if err != nil {
+						return
+					}
+					if dead.Load() == silent {
+						_, _ = to.Write(buf[:n]) // the next read tells of its end
+					}
+				}
+			}
+			go pass(far, near)
+			go pass(near, far)
+		}
+	}()
+	at := netip.MustParseAddrPort(link.Addr().String())
+	if _, err := p.store.Offer(p.fleet.Inventory(func(inv *bundle.Inventory) {
+		inv.Bastions = []bundle.Host{{Name: "bastion-a", Address: bundle.IP{Addr: at.Addr()}, SSHPort: 1, TunnelPort: at.Port()}}
+	})); err != nil {
+		t.Fatal(err)
+	}
+	tunnels, _ := p.node(p.server("cp-1.prod"))
+	eventually(t, "the tunnel is open", func() bool { return p.up("cp-1.prod") && len(tunnels.Warnings("cp-1", "prod")) == 0 })
+	was := p.bastion.Since()["cp-1.prod"]
+	dead.Store(true)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := p.bastion.Open(ctx, "cp-1.prod", trust.SSH); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a stream through a dead link: %v", err)
+	}
+	eventually(t, "there is another tunnel", func() bool { return p.bastion.Since()["cp-1.prod"].After(was) })
+	// The peer that the node tells of has another port than the bastion's own.
+	conn, err := p.bastion.Open(t.Context(), "cp-1.prod", trust.SSH)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
 }
 
 // TestCrowd: a node that only connects does not fill the bastion.
