@@ -32,6 +32,14 @@ func (a *app) completions(set *pflag.FlagSet) {
 		}
 		return nil
 	})
+	offer("bastion", func() (names []string) {
+		if b := a.untrusted(); b != nil {
+			for _, h := range b.Inventory.Bastions {
+				names = append(names, h.Name)
+			}
+		}
+		return names
+	})
 	offer("as", func() []string {
 		var names []string
 		for _, r := range trust.Roles() {
