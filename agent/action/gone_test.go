@@ -162,7 +162,7 @@ func TestGoneAttacked(t *testing.T) {
 	l.apply(carol, p, resultApplied, "", false, "bob/k1")
 
 	// After a day nothing is looked at any more.
-	undo = remove()
+	remove()
 	l.look()
 	l.again(func(o *Options) { o.Now = func() time.Time { return now.Add(undoOwn + time.Hour) } })
 	l.look()

@@ -365,7 +365,7 @@ func TestHostileBastion(t *testing.T) {
 		before := acts()
 		for _, offset := range []int{0, 700} {
 			h.plot(nil, nil, withhold(offset))
-			if r := scale("heard", "--timeout", "2s"); r.status != 8 || r.took > someSeconds || acts() != before {
+			if r := scale("heard", "--timeout", "2s"); r.status != 8 || r.took > lossBound || acts() != before {
 				t.Errorf("acts %d: %v", acts(), r)
 			}
 		}

@@ -17,9 +17,9 @@ import (
 	"time"
 )
 
-// someSeconds is what a lost bastion may cost a responder here, where the machine
+// lossBound is what a lost bastion may cost a responder here, where the machine
 // may be as busy as in the outage.
-const someSeconds = 15 * time.Second
+const lossBound = 15 * time.Second
 
 // TestOutage: without any name service, through bastions of which either may die,
 // be cut off or be far away.
@@ -157,12 +157,12 @@ func (w *world) killedInSession(t *testing.T) {
 			t.Errorf("the shell ended with %v", err)
 		}
 		ended <- nil
-	case <-time.After(someSeconds):
+	case <-time.After(lossBound):
 		t.Fatal("the shell hangs")
 	}
 	w.ssh("-J", bastionAddress(1), "cp-1", "whoami").ok(t)
 	w.halligan("get", "deploy", "-n", "shop").ok(t)
-	if took := time.Since(began); took > someSeconds {
+	if took := time.Since(began); took > lossBound {
 		t.Errorf("back after %v", took)
 	}
 	if r := w.halligan("--bastion", "bastion-a", "status"); r.status != 8 || !strings.Contains(r.errs, "bastion-a.bastion") {
@@ -198,7 +198,7 @@ func (w *world) killedInRead(t *testing.T) {
 	defer w.startBastion(i)
 	began := time.Now()
 	r := (<-reading).ok(t)
-	if !strings.Contains(r.out, "web-bastion-a") || time.Since(began) > someSeconds {
+	if !strings.Contains(r.out, "web-bastion-a") || time.Since(began) > lossBound {
 		t.Errorf("%v after %s was killed: %v", time.Since(began), bastionNames[i], r)
 	}
 }
@@ -224,7 +224,7 @@ func (w *world) killedInAction(t *testing.T) {
 	w.distant(0)
 	r := (<-acting).ok(t)
 	got := r.result(t)
-	if got.Result != "applied" || time.Since(began) > someSeconds {
+	if got.Result != "applied" || time.Since(began) > lossBound {
 		t.Errorf("%v after %s was killed: %v", time.Since(began), bastionNames[i], r)
 	}
 	if n := w.written(key); n != 2 {
@@ -251,7 +251,7 @@ func (w *world) partition(t *testing.T) {
 	began := time.Now()
 	w.distant(0)
 	for _, args := range [][]string{{"get", "deploy", "-n", "shop"}, {"--node", "cp-2", "get", "deploy", "-n", "shop"}} {
-		if r := w.halligan(args...).ok(t); r.took > someSeconds {
+		if r := w.halligan(args...).ok(t); r.took > lossBound {
 			t.Error(r)
 		}
 	}
@@ -271,7 +271,7 @@ func (w *world) unreachable(t *testing.T) {
 	for _, bastion := range bastionNames {
 		w.idle()
 		mend := w.cut(bastion, "out")
-		if r := w.halligan("get", "deploy", "-n", "shop").ok(t); r.took > someSeconds {
+		if r := w.halligan("get", "deploy", "-n", "shop").ok(t); r.took > lossBound {
 			t.Error(r)
 		}
 		mend()
