@@ -178,7 +178,7 @@ func whose(key string) (at, approver string) {
 // PostPlan writes.
 func readHead(at string, value []byte) *halliganv1.WaitingPlan {
 	x := &halliganv1.WaitingPlan{}
-	if proto.Unmarshal(value, x) != nil || x.GetRequester()+"/"+x.GetPlanId() != at || x.GetPlan() != nil || len(x.GetApprovers()) > 0 {
+	if !fromStore(value, x, func() []*timestamppb.Timestamp { return []*timestamppb.Timestamp{x.Posted, x.Expires} }) || x.GetRequester()+"/"+x.GetPlanId() != at || x.GetPlan() != nil || len(x.GetApprovers()) > 0 {
 		return nil
 	}
 	for _, text := range []*string{&x.PlanId, &x.PlanSha256, &x.Requester, &x.Cluster, &x.Node, &x.Action, &x.Summary, &x.Reason, &x.Incident, &x.ApprovalReason} {

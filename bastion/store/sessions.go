@@ -13,6 +13,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/neutral"
@@ -75,7 +76,7 @@ func (s *Store) Sessions(ctx context.Context) (list []*halliganv1.Session, incom
 		for _, kv := range got.Kvs {
 			bastion, id, _ := strings.Cut(strings.TrimPrefix(string(kv.Key), sessions), "/")
 			x := &halliganv1.Session{}
-			if bastion == s.o.Bastion || proto.Unmarshal(kv.Value, x) != nil || x.GetBastion() != bastion || x.GetId() != id {
+			if bastion == s.o.Bastion || !fromStore(kv.Value, x, func() []*timestamppb.Timestamp { return []*timestamppb.Timestamp{x.Started} }) || x.GetBastion() != bastion || x.GetId() != id {
 				continue
 			}
 			shorten(x)

@@ -35,6 +35,8 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/durable"
@@ -181,12 +183,17 @@ func (s *Store) call(ctx context.Context, step func(context.Context, *clientv3.C
 		var f *fault.Error
 		switch {
 		case err == nil || errors.As(err, &f):
+			if s.server != nil {
+				s.server.ended("") // before the next probe, too: what comes next is something else
+			}
 			return err
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
 		case errors.Is(err, rpctypes.ErrNoSpace):
 			s.probeNow()
 			return fault.New(fault.NoSpace, s.full(), "the bastion's store is full")
+		case status.Code(err) == codes.ResourceExhausted: // it answers, and all else is taken
+			return fault.New(fault.TooLarge, "approvals can be pasted by hand; see who else writes into the etcd of the bastions", "the bastion's store has more of this than is taken: %s", reason(err))
 		}
 	}
 	why := reason(err)
@@ -208,6 +215,15 @@ func reason(err error) string {
 		return "it does not answer in time"
 	}
 	return neutral.LineMax(err.Error(), 256)
+}
+
+// fromStore decodes what anybody may have written, and reports whether it can be
+// handed on: with no more than this build knows, and times that can be shown.
+func fromStore(value []byte, x proto.Message, times func() []*timestamppb.Timestamp) bool {
+	if (proto.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(value, x) != nil {
+		return false
+	}
+	return !slices.ContainsFunc(times(), func(t *timestamppb.Timestamp) bool { return t != nil && !t.IsValid() })
 }
 
 func (s *Store) set(what *string, to string) {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -18,6 +19,7 @@ import (
 	"github.com/rs/zerolog"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/etcdcluster"
@@ -475,6 +477,17 @@ func TestHostileStore(t *testing.T) {
 	if len(list) != 1 || strings.Contains(list[0].GetPerson(), "\x1b") || len(list[0].GetPerson()) > 2*maxText {
 		t.Errorf("%v", list)
 	}
+	// Times that no client could print.
+	never := &timestamppb.Timestamp{Seconds: 1 << 60, Nanos: -1}
+	put(sessions+"b/4", marshal(t, &halliganv1.Session{Id: "4", Bastion: "b", Started: never}))
+	put(heads+"eve/late", marshal(t, &halliganv1.WaitingPlan{Requester: "eve", PlanId: "late", Expires: never}))
+	put(heads+"eve/early", marshal(t, &halliganv1.WaitingPlan{Requester: "eve", PlanId: "early", Posted: never}))
+	unknown := append([]byte(marshal(t, &halliganv1.Session{Id: "5", Bastion: "b"})), 0xfa, 0x3f, 3, 'e', 'v', 'e') // field 1023
+	put(sessions+"b/5", string(unknown))
+	list, _ = s.Sessions(t.Context())
+	if i := slices.IndexFunc(list, func(x *halliganv1.Session) bool { return x.GetId() == "5" }); len(list) != 2 || i < 0 || len(list[i].ProtoReflect().GetUnknown()) > 0 {
+		t.Errorf("%v", list)
+	}
 	put(heads+"eve/"+plan(1).GetId(), marshal(t, &halliganv1.WaitingPlan{Requester: "alice", PlanId: plan(1).GetId()}))
 	put(heads+"eve/x", "\xff")
 	put(tokens+at+"/bob/1", strings.Repeat("x", 100<<10))
@@ -501,8 +514,11 @@ func TestHostileStore(t *testing.T) {
 	for i := range 12 { // more than an answer may have
 		put(fmt.Sprint(heads, "flood/", i), strings.Repeat("x", 1<<20))
 	}
-	if _, err := s.Plans(t.Context(), ""); err == nil {
-		t.Error("an answer over the limit was taken")
+	if _, err := s.Plans(t.Context(), ""); !fault.Is(err, fault.TooLarge) {
+		t.Errorf("an answer over the limit: %v", err)
+	}
+	if why := s.Degraded(); why != "" {
+		t.Errorf("the rest does not work either: %s", why)
 	}
 	_, err = c.Delete(t.Context(), heads, clientv3.WithPrefix())
 	must(t, err)
