@@ -79,6 +79,9 @@ type world struct {
 	agents   []*process
 	bastions []*process
 	identity string
+	// Of benchmarks:
+	sshd  *process
+	crowd []one
 }
 
 func must[T any](v T, err error) T {
@@ -88,8 +91,9 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// newWorld starts everything, and returns when every door is open.
-func newWorld(t testing.TB) *world {
+// newWorld starts everything, and returns when every door is open. The inventory
+// has more nodes, if given, which are the caller's to make.
+func newWorld(t testing.TB, more ...bundle.Host) *world {
 	t.Helper()
 	bin, err := programs()
 	if err != nil {
@@ -106,7 +110,7 @@ func newWorld(t testing.TB) *world {
 		w.plug(name, "in", bastionInside(i)+"/24")
 	}
 	w.startEtcd()
-	w.inventory()
+	w.inventory(more)
 	for i, name := range nodeNames {
 		w.space(name)
 		w.plug(name, "in", nodeAddress(i)+"/24")
@@ -152,7 +156,8 @@ func (w *world) opens(from, address string, port int) {
 // loopback has a cable to its own.
 func (w *world) startEtcd() {
 	w.t.Helper()
-	w.etcd = etcdcluster.ForTest(w.t, len(nodeNames))
+	_, measured := w.t.(*testing.B)
+	w.etcd = etcdcluster.ForTest(w.t, len(nodeNames), func(o *etcdcluster.Options) { o.UnsafeNoFsync = !measured })
 	w.eye = must(w.etcd.Client())
 	w.t.Cleanup(func() { w.eye.Close() })
 	w.put("/registry/namespaces/shop", &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", UID: "u0"}})
@@ -197,17 +202,19 @@ func (w *world) written(key string) int64 {
 	return got.Kvs[0].Version
 }
 
+func host(name, address string) bundle.Host {
+	return bundle.Host{Name: name, Address: bundle.IP{Addr: netip.MustParseAddr(address)}, SSHPort: sshPort, GRPCPort: grpcPort}
+}
+
 // inventory has the nodes and bastions, and one node of another cluster.
-func (w *world) inventory() {
+func (w *world) inventory(more []bundle.Host) {
 	w.t.Helper()
-	host := func(name, address string) bundle.Host {
-		return bundle.Host{Name: name, Address: bundle.IP{Addr: netip.MustParseAddr(address)}, SSHPort: sshPort, GRPCPort: grpcPort}
-	}
 	w.write("bundle", w.fleet.Inventory(func(inv *bundle.Inventory) {
 		prod := bundle.Cluster{Name: testfleet.Cluster}
 		for i, name := range nodeNames {
 			prod.Nodes = append(prod.Nodes, host(name, nodeAddress(i)))
 		}
+		prod.Nodes = append(prod.Nodes, more...)
 		inv.Clusters = []bundle.Cluster{prod, {Name: "staging", Nodes: []bundle.Host{host("st-1", "203.0.113.31")}}}
 		inv.Bastions = nil
 		for i, name := range bastionNames {
