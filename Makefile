@@ -43,7 +43,7 @@ race: $(TOOLS)/etcdctl ## run the tests of concurrent code under the race detect
 
 .PHONY: bench
 bench: build kube $(TOOLS)/etcdctl ## measure beside the raw references, as ratios
-	$(GO) test -buildvcs=false -run '^$$' -bench . -benchtime 1x -timeout 30m ./agent/action ./cmd/internal/lab
+	$(GO) test -buildvcs=false -run '^$$' -bench . -benchtime 1x -timeout 30m ./agent/action ./cmd/internal/lab ./cmd/internal/netlab
 
 .PHONY: lint
 lint: $(TOOLS)/staticcheck ## gofmt, go vet and staticcheck
