@@ -21,6 +21,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -178,7 +179,7 @@ func (s *Store) call(ctx context.Context, step func(context.Context, *clientv3.C
 	var err error
 	for range tries {
 		try, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), tryTimeout)
-		err = step(try, c)
+		err = s.try(try, c, step)
 		cancel()
 		var f *fault.Error
 		switch {
@@ -200,6 +201,18 @@ func (s *Store) call(ctx context.Context, step func(context.Context, *clientv3.C
 	s.set(&s.down, why)
 	s.probeNow()
 	return s.isDown(why)
+}
+
+// try carries out a step once. One that panics, on what somebody has written
+// there, fails.
+func (s *Store) try(ctx context.Context, c *clientv3.Client, step func(context.Context, *clientv3.Client) error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.o.Log.Error().Str("panic", neutral.LineMax(fmt.Sprint(p), 512)).Bytes("stack", debug.Stack()).Msg("panic with what is in the bastion's store")
+			err = fault.New(fault.Failed, "approvals can be pasted by hand; report it with the bastion's log of this moment", "a fault of the bastion with what is in its store")
+		}
+	}()
+	return step(ctx, c)
 }
 
 func (s *Store) full() string {

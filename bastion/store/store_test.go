@@ -507,6 +507,9 @@ func TestHostileStore(t *testing.T) {
 	if len(got) != 1 || got[0] != "" {
 		t.Errorf("%q", got)
 	}
+	if err := s.call(t.Context(), func(context.Context, *clientv3.Client) error { panic("what is this") }); !fault.Is(err, fault.Failed) || s.Degraded() != "" {
+		t.Errorf("what this program cannot take: %v, %s", err, s.Degraded())
+	}
 	put(bodies+at, marshal(t, &halliganv1.Plan{Id: "another"}))
 	if _, err := s.Plan(t.Context(), "alice", plan(1).GetId()); !fault.Is(err, fault.Undecodable) {
 		t.Errorf("another plan in its place: %v", err)
