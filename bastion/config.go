@@ -230,8 +230,9 @@ func checkAddresses(doors map[string][]string) error {
 	return nil
 }
 
-// own returns the addresses at which this bastion listens, and whether one of
-// them is on loopback. An address that stands for all is there as each of them.
+// own returns the addresses at which this bastion listens, and whether people
+// only come by loopback, as in a lab. An address that stands for all is there as
+// each of them.
 func (c *Config) own() (list []netip.AddrPort, loopback bool, err error) {
 	all := slices.Clone(c.SSH.Listen)
 	if c.GRPC != nil {
@@ -243,12 +244,13 @@ func (c *Config) own() (list []netip.AddrPort, loopback bool, err error) {
 	if c.Metrics.Listen != "off" {
 		all = append(all, c.Metrics.Listen)
 	}
+	loopback = true
 	for i, a := range all {
 		at, err := netip.ParseAddrPort(a)
 		if err != nil {
 			return nil, false, err
 		}
-		loopback = loopback || at.Addr().IsLoopback() && i < len(c.SSH.Listen)
+		loopback = loopback && (at.Addr().IsLoopback() || i >= len(c.SSH.Listen))
 		if !at.Addr().IsUnspecified() {
 			list = append(list, netip.AddrPortFrom(at.Addr().Unmap(), at.Port()))
 			continue

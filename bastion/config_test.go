@@ -109,4 +109,9 @@ func TestOwn(t *testing.T) {
 	if own, loopback, err := c.own(); err != nil || !loopback || len(own) != 3 {
 		t.Error(own, loopback, err)
 	}
+	// Who also listens there for somebody at the machine is no lab.
+	c.SSH.Listen = []string{"127.0.0.1:2222", "10.0.0.9:2222"}
+	if own, loopback, err := c.own(); err != nil || loopback {
+		t.Error(own, loopback, err)
+	}
 }
