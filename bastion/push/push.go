@@ -12,7 +12,9 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -127,7 +129,7 @@ func (p *pusher) round(ctx context.Context) {
 		group.Go(func() error {
 			within, cancel := context.WithTimeout(ctx, each)
 			defer cancel()
-			if err := p.exchange(within, h); ctx.Err() == nil {
+			if err := p.try(within, h); ctx.Err() == nil {
 				p.note(h, err)
 			}
 			return nil
@@ -152,6 +154,17 @@ func (p *pusher) note(h bundle.Host, err error) {
 		p.failed[h.ID()] = why
 		p.Log.Info().Str("node", h.ID()).Str("why", why).Msg("the bundle could not be brought to it")
 	}
+}
+
+// try is exchange, which fails where what a node answers makes it panic.
+func (p *pusher) try(ctx context.Context, h bundle.Host) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			p.Log.Error().Str("node", h.ID()).Str("panic", neutral.LineMax(fmt.Sprint(r), 512)).Bytes("stack", debug.Stack()).Msg("panic with a node's bundle")
+			err = fault.New(fault.Failed, "report it with the bastion's log of this moment", "a fault of the bastion with what %s answers", h.ID())
+		}
+	}()
+	return p.exchange(ctx, h)
 }
 
 // exchange brings a node the bundle in force, and takes over what it has itself.

@@ -262,3 +262,20 @@ func TestImpostor(t *testing.T) {
 		t.Error("another node is brought the bundle")
 	}
 }
+
+// TestFault: a node whose answer this program cannot take costs the others
+// nothing.
+func TestFault(t *testing.T) {
+	fleet := testfleet.New(t)
+	a, b := serve(t, fleet, "cp-0.prod"), serve(t, fleet, "cp-1.prod")
+	first := inventory(fleet, 0, a, b)
+	_, log := run(t, fleet, first, 50*time.Millisecond, func(ctx context.Context, h bundle.Host) (net.Conn, error) {
+		if h.Name == "cp-0" {
+			panic("what is this")
+		}
+		return dial(ctx, h)
+	})
+	eventually(t, "it is told", func() bool { return log.has("what is this") && log.has("a fault of the bastion") })
+	asked := b.asked()
+	eventually(t, "the other is asked again", func() bool { return b.has(first) && b.asked() > asked })
+}
