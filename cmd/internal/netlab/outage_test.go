@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/halligan-io/halligan/internal/trust/bundle"
 )
 
 // lossBound is what a lost bastion may cost a responder here, where the machine
@@ -308,4 +310,44 @@ func (w *world) slow(t *testing.T) {
 	if n := w.written(key); n != 2 {
 		t.Errorf("written %d times", n)
 	}
+}
+
+// TestDialOut: a node that nobody can dial keeps tunnels to both bastions, and
+// loses one with its bastion.
+func TestDialOut(t *testing.T) {
+	t.Parallel()
+	const name, address = "cp-4", "192.0.2.14" // where no bastion has a route to
+	out := host(name, address)
+	out.Reach = bundle.ReachOut
+	w := newWorld(t, out)
+	w.space(name)
+	w.plug(name, "in", "203.0.113.14/24")
+	w.ip(name, "addr", "add", address+"/32", "dev", "lo")
+	w.ip(name, "route", "add", "198.51.100.0/24", "dev", "in")
+	w.startAgent(0, name, address, bundle.ReachOut)
+	for i := range bastionNames {
+		if c, err := w.dial(bastionNames[i], fmt.Sprintf("%s:%d", address, sshPort)); err == nil {
+			c.Close()
+			t.Errorf("%s can dial %s", bastionNames[i], name)
+		}
+	}
+	whoami := func(i int) run {
+		return w.ssh("-oHostKeyAlias=cp-4.prod", "-J", bastionAddress(i), name, "whoami")
+	}
+	for i := range bastionNames {
+		eventually(t, "a tunnel is there", func() bool { return whoami(i).status == 0 })
+	}
+	scale := func(to string) run {
+		return w.halligan("--node", name, "scale", "deploy/web", "-n", "shop", "--to", to, "--yes", "-o", "json").ok(t)
+	}
+	key := w.deployment("web")
+	if r := scale("0"); r.result(t).Result != "applied" || w.written(key) != 2 {
+		t.Error(r)
+	}
+	w.bastions[0].kill()
+	if r := scale("5"); r.result(t).Result != "applied" || w.written(key) != 3 || r.took > lossBound {
+		t.Error(r)
+	}
+	w.startBastion(0)
+	eventually(t, "the tunnel is there again", func() bool { return whoami(0).status == 0 })
 }

@@ -38,6 +38,7 @@ const (
 	responderAddress = "198.51.100.10"
 	sshPort          = 2222
 	grpcPort         = 7443
+	tunnelPort       = 7444
 )
 
 var (
@@ -114,7 +115,7 @@ func newWorld(t testing.TB, more ...bundle.Host) *world {
 	for i, name := range nodeNames {
 		w.space(name)
 		w.plug(name, "in", nodeAddress(i)+"/24")
-		w.equipAgent(i)
+		w.startAgent(i, name, nodeAddress(i), "in")
 	}
 	w.equipResponder()
 	for i := range bastionNames {
@@ -218,7 +219,9 @@ func (w *world) inventory(more []bundle.Host) {
 		inv.Clusters = []bundle.Cluster{prod, {Name: "staging", Nodes: []bundle.Host{host("st-1", "203.0.113.31")}}}
 		inv.Bastions = nil
 		for i, name := range bastionNames {
-			inv.Bastions = append(inv.Bastions, host(name, bastionAddress(i)))
+			h := host(name, bastionAddress(i))
+			h.TunnelPort = tunnelPort
+			inv.Bastions = append(inv.Bastions, h)
 		}
 	}))
 }
@@ -240,16 +243,17 @@ func (w *world) doors(config map[string]any, id, address string) map[string]any 
 	return config
 }
 
-func (w *world) equipAgent(i int) {
+// startAgent starts one with member i of etcd.
+func (w *world) startAgent(i int, name, address, reach string) {
 	w.t.Helper()
-	name, c := nodeNames[i], &cable{}
+	c := &cable{}
 	const member = "127.0.0.1:2379"
 	go c.carry(w.listen(name, member), func() (net.Conn, error) { return net.Dial("tcp", w.etcd.Endpoints()[i]) })
 	w.toEtcd = append(w.toEtcd, c)
 	config := must(yaml.Marshal(w.doors(map[string]any{
-		"node": name, "cluster": testfleet.Cluster, "stateDir": w.file(name + "/state"), "socket": w.file(name + "/console.sock"), "trust": w.trusted(name),
+		"node": name, "cluster": testfleet.Cluster, "reach": reach, "stateDir": w.file(name + "/state"), "socket": w.file(name + "/console.sock"), "trust": w.trusted(name),
 		"etcd": map[string]any{"endpoints": []string{member}, "caFile": w.etcd.CAFile(), "certFile": w.etcd.CertFile(), "keyFile": w.etcd.KeyFile()},
-	}, name+"."+testfleet.Cluster, nodeAddress(i))))
+	}, name+"."+testfleet.Cluster, address)))
 	w.agents = append(w.agents, w.daemon(name, name, w.bin+"/halligan-agent", "--config", w.write(name+"/agent.yaml", config)))
 }
 
@@ -259,7 +263,8 @@ func (w *world) startBastion(i int) {
 	name := bastionNames[i]
 	file := w.file(name + "/bastion.yaml")
 	if _, err := os.Stat(file); err != nil {
-		config := must(yaml.Marshal(w.doors(map[string]any{"name": name, "stateDir": w.file(name + "/state"), "trust": w.trusted(name)},
+		config := must(yaml.Marshal(w.doors(map[string]any{"name": name, "stateDir": w.file(name + "/state"), "trust": w.trusted(name),
+			"tunnel": map[string]any{"listen": []string{fmt.Sprintf("%s:%d", bastionAddress(i), tunnelPort)}}},
 			name+".bastion", bastionAddress(i))))
 		w.write(name+"/bastion.yaml", config)
 	}
