@@ -15,7 +15,8 @@ import (
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
-// BenchmarkStorm measures a scale through the console with the real binaries
+// BenchmarkStorm measures a scale, through the console and through a bastion and
+// the agent's SSH door in turn, with the real binaries
 // while a LIST storm saturates the API server, beside what the victim's and the
 // administrator's kubectl take for the same at the same moment; then the time
 // from the first command to relief. One row for each shape of the outage.
@@ -86,7 +87,7 @@ func stormBench(b *testing.B, shape string) {
 	}
 	halligan := filepath.Join(bin, "halligan")
 	l := stormLab(b, shape, func(o *Options) {
-		o.Agent, o.Halligan = []string{filepath.Join(bin, "halligan-agent")}, []string{halligan}
+		o.Agent, o.Halligan, o.Bastion = []string{filepath.Join(bin, "halligan-agent")}, []string{halligan}, []string{filepath.Join(bin, "halligan-bastion")}
 	})
 	o := DefaultStorm()
 	load := shapes[shape]
@@ -100,16 +101,21 @@ func stormBench(b *testing.B, shape string) {
 	ours := func(args ...string) []string {
 		return append([]string{halligan, "--socket", l.Socket(0), "--reason", "benchmark", "--yes"}, args...)
 	}
+	away := func(args ...string) []string {
+		return append([]string{halligan, "--bundle", filepath.Join(l.opts.Dir, "bundle"), "--identity", filepath.Join(l.opts.Dir, "ids", "responder"),
+			"--node", "cp-1", "--reason", "benchmark", "--yes"}, args...)
+	}
 	kubectl := func(config string, replicas int) []string {
 		return append(l.Kube().Kubectl(), "--kubeconfig", config, "--request-timeout", unhurried.kubectl.String(),
 			"scale", "deployment/checkout", "-n", victimNamespace, fmt.Sprint("--replicas=", replicas))
 	}
 	scale := func(n int) []string {
-		return ours("scale", "deploy/web", "-n", victimNamespace, "--to", fmt.Sprint(2+n%2))
+		return []string{"scale", "deploy/web", "-n", victimNamespace, "--to", fmt.Sprint(2 + n%2)}
 	}
-	var calmOurs, calmVictim tries
+	var calmOurs, calmAway, calmVictim tries
 	for i := range 10 {
-		calmOurs.run(b.Context(), scale(i))
+		calmOurs.run(b.Context(), ours(scale(i)...))
+		calmAway.run(b.Context(), away(scale(i+1)...))
 		calmVictim.run(b.Context(), kubectl(s.VictimKubeconfig(), 2+i%2))
 	}
 	time.Sleep(3 * time.Second)
@@ -121,7 +127,7 @@ func stormBench(b *testing.B, shape string) {
 	}
 	time.Sleep(unhurried.storm)
 	ctx, cancel := context.WithCancel(b.Context())
-	var mine, victim, ruler tries
+	var mine, far, victim, ruler tries
 	var others sync.WaitGroup
 	for config, r := range map[string]*tries{s.VictimKubeconfig(): &victim, l.Kube().AdminKubeconfig(): &ruler} {
 		others.Go(func() {
@@ -132,7 +138,8 @@ func stormBench(b *testing.B, shape string) {
 	}
 	tick := time.NewTicker(stormEach)
 	for i := range stormTries {
-		mine.run(b.Context(), scale(i))
+		mine.run(b.Context(), ours(scale(i)...))
+		far.run(b.Context(), away(scale(i+1)...))
 		<-tick.C
 	}
 	tick.Stop()
@@ -154,15 +161,18 @@ func stormBench(b *testing.B, shape string) {
 		}
 	}
 	relief += began.Sub(first)
-	if mine.failed+rescue.failed+calmOurs.failed > 0 {
-		b.Errorf("halligan failed %d of %d times", mine.failed+rescue.failed+calmOurs.failed, len(mine.took)+len(rescue.took)+len(calmOurs.took))
+	for what, r := range map[string]*tries{"calm, at the console": &calmOurs, "calm, through a bastion": &calmAway, "at the console": &mine, "through a bastion": &far, "in the rescue": &rescue} {
+		if r.failed > 0 {
+			b.Errorf("halligan %s failed %d of %d times", what, r.failed, len(r.took))
+		}
 	}
 	ratio := func(other, ours time.Duration) float64 { return float64(other) / float64(max(ours, 1)) }
-	fmt.Printf("\nstorm %s (%s)\n  halligan scale: %s, calm p50 %s; bar p99 %s\n  kubectl scale of the victim: %s, calm p50 %s: ratio p50 %.0f, p99 %.0f\n"+
+	fmt.Printf("\nstorm %s (%s)\n  halligan scale at the console: %s, calm p50 %s; bar p99 %s\n  through a bastion: %s, calm p50 %s\n  kubectl scale of the victim: %s, calm p50 %s: ratio p50 %.0f, p99 %.0f\n"+
 		"  kubectl scale of the administrator: %s: ratio p50 %.0f, p99 %.0f\n  from the first command to relief (p99 below %s): %s, with %s\n",
-		shape, load.told, &mine, short(calmOurs.at(50)), short(stormBar), &victim, short(calmVictim.at(50)), ratio(victim.at(50), mine.at(50)), ratio(victim.at(99), mine.at(99)),
+		shape, load.told, &mine, short(calmOurs.at(50)), short(stormBar), &far, short(calmAway.at(50)), &victim, short(calmVictim.at(50)), ratio(victim.at(50), mine.at(50)), ratio(victim.at(99), mine.at(99)),
 		&ruler, ratio(ruler.at(50), mine.at(50)), ratio(ruler.at(99), mine.at(99)), short(bar), short(relief), by)
 	b.ReportMetric(float64(mine.at(99).Milliseconds()), "p99-ms")
+	b.ReportMetric(float64(far.at(99).Milliseconds()), "bastion-p99-ms")
 	b.ReportMetric(ratio(victim.at(50), mine.at(50)), "victim/ours")
 	b.ReportMetric(0, "ns/op")
 }
