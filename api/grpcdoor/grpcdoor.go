@@ -12,6 +12,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -196,14 +197,39 @@ func (s *Server) Dial(who trust.Identity, held context.Context) (*grpc.ClientCon
 		if err != nil {
 			return nil, err
 		}
-		if err := s.Hand(&local{Conn: <-accepted, who: who, held: held}); err != nil {
+		if err := s.Hand(&local{Conn: &end{Conn: <-accepted}, who: who, held: held}); err != nil {
 			return nil, errors.Join(err, near.Close())
 		}
-		return near, nil
+		return &end{Conn: near}, nil
 	}
 	return grpc.NewClient("passthrough:///door", grpc.WithContextDialer(dial), grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)), grpc.WithDisableRetry(), grpc.WithDisableServiceConfig(),
 		grpc.WithReadBufferSize(pipeBuffer), grpc.WithWriteBufferSize(pipeBuffer))
+}
+
+// end is one end of an in-memory connection. Its deadlines end with it: bufconn
+// keeps the buffers until the last one has passed, and gRPC sets some when it
+// closes, so that one client in a loop would fill the memory.
+type end struct {
+	net.Conn
+	closed atomic.Bool
+}
+
+func (c *end) Close() error {
+	c.closed.Store(true)
+	return errors.Join(c.Conn.Close(), c.Conn.SetDeadline(time.Time{}))
+}
+
+func (c *end) SetDeadline(at time.Time) error      { return c.until(at, c.Conn.SetDeadline) }
+func (c *end) SetReadDeadline(at time.Time) error  { return c.until(at, c.Conn.SetReadDeadline) }
+func (c *end) SetWriteDeadline(at time.Time) error { return c.until(at, c.Conn.SetWriteDeadline) }
+
+func (c *end) until(at time.Time, set func(time.Time) error) error {
+	err := set(at)
+	if c.closed.Load() {
+		return errors.Join(net.ErrClosed, set(time.Time{}))
+	}
+	return err
 }
 
 // local is this process's end of an in-memory connection.

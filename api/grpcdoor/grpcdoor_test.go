@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -152,5 +153,39 @@ func TestUnknownConnections(t *testing.T) {
 		if _, err := healthpb.NewHealthClient(c).Check(t.Context(), nil); err == nil {
 			t.Error("a stopped server answers")
 		}
+	}
+}
+
+// TestClosed: a connection in this process leaves nothing behind, or one client in
+// a loop would fill the memory.
+func TestClosed(t *testing.T) {
+	s := open(t)
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	one := func() {
+		t.Helper()
+		c, err := s.Dial(trust.Identity{Person: "ada"}, t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := healthpb.NewHealthClient(c).Check(t.Context(), &healthpb.HealthCheckRequest{}); err != nil {
+			t.Error(err)
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	one()
+	before := heap()
+	const calls = 400 // of 64 KiB each
+	for range calls {
+		one()
+	}
+	if left := int64(heap()) - int64(before); left > 8<<20 {
+		t.Errorf("%d connections that are closed hold %d KiB", calls, left>>10)
 	}
 }
