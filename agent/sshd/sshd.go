@@ -85,7 +85,9 @@ const settle = 2 * time.Second
 
 // session runs a line, or a shell until it ends.
 func (h *handler) session(s session) {
-	sh := &shell{handler: h, session: s, variables: s.Env()}
+	sh := &shell{handler: h, session: s, variables: s.Env(),
+		// Nobody fills the log by typing; what is done has a record of its own.
+		lines: h.Log.Sample(&zerolog.BurstSampler{Burst: linesLogged, Period: 5 * time.Second})}
 	status := 0
 	pty, onTerminal := s.Pty()
 	if onTerminal {
@@ -121,7 +123,11 @@ type shell struct {
 	keyboard  *keyboard // nil where there is no terminal
 	editor    *editor   // as keyboard
 	left      bool      // by exit
+	lines     zerolog.Logger
 }
+
+// linesLogged is how many lines of one session are logged in 5 s.
+const linesLogged = 50
 
 func (sh *shell) connect(context.Context) (verb.Agent, error) {
 	conn, err := sh.Door.Dial(sh.Identity(), sh.Held())
@@ -176,7 +182,7 @@ func (sh *shell) line(text string) int {
 	}
 	status := sh.verbs().Run(ctx, words)
 	if len(words) > 0 {
-		sh.Log.Info().Str("person", neutral.Line(sh.Identity().Person)).Str("source", sh.RemoteAddr().String()).
+		sh.lines.Info().Str("person", neutral.Line(sh.Identity().Person)).Str("source", sh.RemoteAddr().String()).
 			Str("verb", neutral.LineMax(words[0], 40)).Int("status", status).Msg("a line came in by SSH")
 	}
 	return status

@@ -43,6 +43,9 @@ type Options struct {
 	Log zerolog.Logger
 }
 
+// linesLogged is how many lines of one session are logged in 5 s.
+const linesLogged = 50
+
 // callTimeout bounds one command: all it asks for is at hand, or in a store that
 // fails sooner.
 const callTimeout = 10 * time.Second
@@ -77,6 +80,8 @@ type visit struct {
 
 func serve(o Options, s session) {
 	v := &visit{Options: o, session: s, out: s, err: s.Stderr()}
+	// Nobody fills the log by typing; who does what is the agents' to record.
+	v.Log = o.Log.Sample(zerolog.LevelSampler{InfoSampler: &zerolog.BurstSampler{Burst: linesLogged, Period: 5 * time.Second}})
 	status := 0
 	pty, onTerminal := s.Pty()
 	switch {
