@@ -128,5 +128,6 @@ func (c *Client) pty(channel gossh.Channel, t Terminal) (restore func(), err err
 	}, nil
 }
 
-// size bounds a terminal's size to what makes sense.
-func size(n int) uint32 { return uint32(min(max(n, 1), 1<<12)) } // #nosec G115 -- bounded
+// size bounds a terminal's size to what makes sense. A serial console has none:
+// 0 leaves it to the agent.
+func size(n int) uint32 { return uint32(min(max(n, 0), 1<<12)) } // #nosec G115 -- bounded

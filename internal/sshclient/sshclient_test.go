@@ -756,3 +756,12 @@ func TestOpenSSH(t *testing.T) {
 		}
 	}
 }
+
+// A serial console has no size: the agent takes its own, not one column.
+func TestSize(t *testing.T) {
+	for n, want := range map[int]uint32{-1: 0, 0: 0, 1: 1, 80: 80, 1 << 20: 1 << 12} {
+		if got := size(n); got != want {
+			t.Errorf("size(%d) is %d, not %d", n, got, want)
+		}
+	}
+}
