@@ -109,11 +109,15 @@ func (t *tool) introduce(dir string) error {
 	}
 	t.say("next: read %s, write the clusters into %s, then", filepath.Join(dir, "policy.yaml"), filepath.Join(dir, "inventory.yaml"))
 	for _, part := range parts {
-		by := "root-1   (and further roots, until enough have signed)"
+		by, more := "root-1", "   (and further roots, until enough have signed)"
 		if part != "policy" {
-			by = "delegate"
+			by, more = "delegate", ""
 		}
-		t.say("  halligan ca --dir %s bundle sign %s --signer %s", dir, part, filepath.Join(dir, by))
+		signer := filepath.Join(dir, by)
+		if _, err := os.Lstat(signer); err != nil { // kept elsewhere: the .pub file names a key in the ssh-agent
+			signer += ".pub"
+		}
+		t.say("  halligan ca --dir %s bundle sign %s --signer %s%s", dir, part, signer, more)
 	}
 	return nil
 }
