@@ -237,7 +237,7 @@ func (p *planner) addAuthority(why string) error {
 	p.request.AddsAuthority = true
 	if err := p.policy.Decide(p.who, p.request); err != nil {
 		f := fault.Of(err)
-		return fault.New(f.Code, "ask whoever did it, or a commander; or change the object by a plan of your own", "%s adds authority: %s", why, f.Message)
+		return fault.New(f.Code, "ask whoever did it, or come as commander; or change the object by a plan of your own", "%s adds authority: %s", why, f.Message)
 	}
 	p.warn("%s adds authority", why)
 	return nil

@@ -2,7 +2,9 @@ package verb
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -118,7 +120,11 @@ func (v *Verbs) tokens(cmd *cobra.Command) ([]string, error) {
 			}
 			text, err := v.with.ReadFile(given)
 			if err != nil {
-				return nil, Usage(cmd, "reading an approval: %w", err)
+				if path := (*fs.PathError)(nil); errors.As(err, &path) {
+					err = path.Err // without the path, which may be half a token
+				}
+				return nil, fault.New(fault.Usage, "paste the whole line that halligan approve printed, or name a file of it",
+					"--approval %.32q is no token, which begins with %s, and no file that can be read: %w", given, approval.Prefix, err)
 			}
 			given = string(text)
 		}

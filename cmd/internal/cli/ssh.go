@@ -1,12 +1,15 @@
 package cli
 
 import (
+	"fmt"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/halligan-io/halligan/api/verb"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/sshclient"
 )
 
@@ -24,8 +27,13 @@ func (a *app) sshCommand() *cobra.Command {
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch {
-			case len(args) != 1:
+			case len(args) > 1:
+				return fault.New(fault.Usage, "for a single verb: halligan VERB --node NODE", "ssh opens a shell and takes one NODE")
+			case len(args) == 0:
 				return verb.Usage(cmd, "ssh needs one NODE")
+			case strings.Contains(args[0], "@"):
+				role, node, _ := strings.Cut(args[0], "@")
+				return fault.New(fault.Usage, fmt.Sprintf("say halligan ssh %s --as %s", neutral.LineMax(node, 64), neutral.LineMax(role, 64)), "ssh takes a NODE, and the role apart from it")
 			case a.given("socket") || a.given("node"):
 				return verb.Usage(cmd, "the argument says where to go: --socket and --node do not apply")
 			case a.bundle == "":
