@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path"
 	"runtime/debug"
 	"sync/atomic"
 
@@ -36,7 +37,7 @@ func (s *Server) allow(who trust.Identity, method string) error {
 	if who.Role == trust.None { // at a bastion
 		as = who.Person
 	}
-	return fault.New(fault.Refused, "take another role, or ask somebody who has it", "%s may not call %s", as, method)
+	return fault.New(fault.Refused, "take another role, or ask somebody who has it", "%s may not call %s", as, path.Base(method))
 }
 
 // tap takes the place of a call when its headers have come: gRPC would read a
