@@ -10,6 +10,8 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -35,6 +37,7 @@ func TestOutage(t *testing.T) {
 	t.Run("killed in mid-action", w.killedInAction)
 	t.Run("bastion cut off from nodes", w.partition)
 	t.Run("bastion cut off from responders", w.unreachable)
+	t.Run("stores gone", w.storeless)
 	t.Run("slow link", w.slow)
 }
 
@@ -278,6 +281,34 @@ func (w *world) unreachable(t *testing.T) {
 		}
 		mend()
 	}
+}
+
+// storeless: no bastion has its store any more; its process hangs, which is worse
+// than none. People come through all the same, and are told.
+func (w *world) storeless(t *testing.T) {
+	told := func() int { return strings.Count(w.halligan("status").ok(t).errs, "store does not work") }
+	eventually(t, "the stores work", func() bool { return told() == 0 })
+	for _, b := range w.bastions {
+		// proc(5): the children of each of its threads.
+		var stores []string
+		for _, file := range must(filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", b.cmd.Process.Pid))) {
+			stores = append(stores, strings.Fields(string(must(os.ReadFile(file))))...)
+		}
+		if len(stores) != 1 {
+			t.Fatalf("the children of a bastion: %q", stores)
+		}
+		store := must(strconv.Atoi(stores[0]))
+		if err := syscall.Kill(store, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		defer syscall.Kill(store, syscall.SIGCONT)
+	}
+	for _, bastion := range bastionNames {
+		if r := w.halligan("--bastion", bastion, "--node", "cp-2", "get", "deploy", "-n", "shop").ok(t); r.took > lossBound {
+			t.Error(r)
+		}
+	}
+	eventually(t, "people are told", func() bool { return told() == len(bastionNames) })
 }
 
 // slow: the way to both bastions takes 200 ms in each direction.
