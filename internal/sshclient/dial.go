@@ -140,9 +140,10 @@ func (t Target) login(ctx context.Context, raw net.Conn, login Login) (*Client, 
 	defer cancel(nil)
 	limit := time.AfterFunc(handshake, func() { cancel(context.DeadlineExceeded) })
 	defer limit.Stop()
+	in := false
 	if login.SecurityKey() {
 		key := &touched{Signer: login.signer, ctx: ctx, target: t, limit: limit}
-		defer key.release()
+		defer func() { key.release(in) }()
 		login.signer = key
 	}
 	signer, err := login.certified()
@@ -182,6 +183,7 @@ func (t Target) login(ctx context.Context, raw net.Conn, login Login) (*Client, 
 		if r.err != nil {
 			return nil, h.failed(ctx, login, r.err)
 		}
+		in = true
 		c := &Client{conn: r.conn, raw: raw, target: t, done: make(chan struct{})}
 		c.alive.Go(func() { _ = r.conn.Wait(); close(c.done) })
 		c.alive.Go(c.keepAlive)
@@ -246,12 +248,13 @@ func (k *touched) turn() error {
 	return k.ctx.Err()
 }
 
-// release ends the turn with the login.
-func (k *touched) release() {
+// release ends the turn with the login. Who was let in keeps it: nobody else is
+// to ask for a touch then.
+func (k *touched) release(in bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.gone = true
-	if k.mine {
+	if k.mine && !in {
 		<-k.target.turns
 	}
 }

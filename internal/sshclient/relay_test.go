@@ -190,10 +190,9 @@ func TestFirstTouch(t *testing.T) {
 		t.Fatalf("%v", errs)
 	}
 	c.Close()
-	close(touches)
 	var asked []string
-	for n := range touches {
-		asked = append(asked, strconv.Itoa(n))
+	for len(touches) > 0 {
+		asked = append(asked, strconv.Itoa(<-touches))
 	}
 	if i == 0 || len(asked) > 2 || asked[len(asked)-1] != strconv.Itoa(i) {
 		t.Errorf("%d let in, after a touch was asked for by %v", i, asked)
