@@ -42,7 +42,7 @@ test: build kube $(TOOLS)/etcdctl $(TOOLS)/grpcurl ## run all tests
 PATIENT := ^(TestKill|TestKillBulk|TestLongNames|TestQuorumLost|TestQuorumLostMidAction|TestShared|TestSilentMember|TestShare|TestExpiry)$$
 
 .PHONY: race
-race: $(TOOLS)/etcdctl ## run the tests of concurrent code under the race detector
+race: $(TOOLS)/etcdctl $(TOOLS)/grpcurl ## run the tests of concurrent code under the race detector
 	$(GO) test -buildvcs=false -race -skip '$(PATIENT)' -timeout 20m ./agent ./agent/action ./agent/console ./agent/door ./agent/etcd ./agent/journal ./agent/sshd ./agent/tunnel ./api/grpcdoor ./api/mtls ./api/mux ./api/verb ./bastion/... \
 		$(addprefix ./internal/,admission alarm daemonlog reload sshclient sshserver trust trust/bundle trust/credential trust/inforce ways)
 
