@@ -257,7 +257,7 @@ func (s *Store) probeNow() {
 func (s *Store) watch() {
 	every := time.NewTicker(probeEvery)
 	defer every.Stop()
-	said := ""
+	said := s.Degraded() // so that the first good answer is told, too
 	var asked time.Time
 	for {
 		down := s.probe()

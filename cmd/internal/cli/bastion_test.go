@@ -11,6 +11,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -27,7 +29,25 @@ type realBastion struct {
 	name    string
 	address netip.AddrPort
 	cmd     *exec.Cmd // nil: it does not run
-	log     bytes.Buffer
+	log     saying
+}
+
+// saying is what a process writes while it is read.
+type saying struct {
+	mu   sync.Mutex // guards text
+	text bytes.Buffer
+}
+
+func (s *saying) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.Write(p)
+}
+
+func (s *saying) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.String()
 }
 
 // newBastion has an address that nobody has at the moment.
@@ -37,7 +57,8 @@ func newBastion(name string) *realBastion {
 	return &realBastion{name: name, address: netip.MustParseAddrPort(l.Addr().String())}
 }
 
-// startBastion starts it under a name, and returns when it lets people in.
+// startBastion starts it under a name, and returns when it lets people in and its
+// store works, without which there is no mailbox.
 func (f *fleetStage) startBastion(b *realBastion, name string) {
 	dir := must(os.MkdirTemp(f.dir, "bastion"))
 	file := func(name string, data []byte) string {
@@ -60,15 +81,17 @@ func (f *fleetStage) startBastion(b *realBastion, name string) {
 	b.cmd = exec.Command(argv[0], argv[1:]...)
 	// No bastion outlives its test, however that ends.
 	b.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	b.log.Reset()
+	b.log.text.Reset()
 	b.cmd.Stdout, b.cmd.Stderr = &b.log, &b.log
 	if err := b.cmd.Start(); err != nil {
 		panic(err)
 	}
-	for range 1000 {
-		if conn, err := net.Dial("tcp", b.address.String()); err == nil {
-			conn.Close()
-			return
+	for range 3000 {
+		if strings.Contains(b.log.String(), "store works") {
+			if conn, err := net.Dial("tcp", b.address.String()); err == nil {
+				conn.Close()
+				return
+			}
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
