@@ -395,7 +395,9 @@ type StatusResponse struct {
 	// What is degraded or needs attention, each in one line.
 	Warnings []string `protobuf:"bytes,15,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	// The door of this call: console, ssh or grpc.
-	Door          string `protobuf:"bytes,16,opt,name=door,proto3" json:"door,omitempty"`
+	Door string `protobuf:"bytes,16,opt,name=door,proto3" json:"door,omitempty"`
+	// How the daemon's own evidence log is.
+	Audit         *AuditStatus `protobuf:"bytes,17,opt,name=audit,proto3" json:"audit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -542,6 +544,210 @@ func (x *StatusResponse) GetDoor() string {
 	return ""
 }
 
+func (x *StatusResponse) GetAudit() *AuditStatus {
+	if x != nil {
+		return x.Audit
+	}
+	return nil
+}
+
+// AuditStatus is how a transparency log is.
+type AuditStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Events in the log, those that a signed checkpoint covers, and those that each
+	// witness has countersigned, by its name.
+	Events    uint64            `protobuf:"varint,1,opt,name=events,proto3" json:"events,omitempty"`
+	Signed    uint64            `protobuf:"varint,2,opt,name=signed,proto3" json:"signed,omitempty"`
+	Witnessed map[string]uint64 `protobuf:"bytes,3,rep,name=witnessed,proto3" json:"witnessed,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// What verifies the generation that is written now (C2SP signed-note vkey).
+	Vkey string `protobuf:"bytes,4,opt,name=vkey,proto3" json:"vkey,omitempty"`
+	// Generations count from 1; bytes are those of all of them on disk.
+	Generation uint64 `protobuf:"varint,5,opt,name=generation,proto3" json:"generation,omitempty"`
+	Bytes      int64  `protobuf:"varint,6,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// How many events of break-glass roles still fit when the disk takes nothing.
+	Reserve int64 `protobuf:"varint,7,opt,name=reserve,proto3" json:"reserve,omitempty"`
+	// Why the log does not grow as it should; empty: it does.
+	Problem string `protobuf:"bytes,8,opt,name=problem,proto3" json:"problem,omitempty"`
+	// Why nothing can be recorded, so that nothing may be changed; empty: it can.
+	Refused string `protobuf:"bytes,9,opt,name=refused,proto3" json:"refused,omitempty"`
+	// Events that nobody waited for and that had no room.
+	Lost          uint64 `protobuf:"varint,10,opt,name=lost,proto3" json:"lost,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditStatus) Reset() {
+	*x = AuditStatus{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditStatus) ProtoMessage() {}
+
+func (x *AuditStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
+func (*AuditStatus) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AuditStatus) GetEvents() uint64 {
+	if x != nil {
+		return x.Events
+	}
+	return 0
+}
+
+func (x *AuditStatus) GetSigned() uint64 {
+	if x != nil {
+		return x.Signed
+	}
+	return 0
+}
+
+func (x *AuditStatus) GetWitnessed() map[string]uint64 {
+	if x != nil {
+		return x.Witnessed
+	}
+	return nil
+}
+
+func (x *AuditStatus) GetVkey() string {
+	if x != nil {
+		return x.Vkey
+	}
+	return ""
+}
+
+func (x *AuditStatus) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *AuditStatus) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *AuditStatus) GetReserve() int64 {
+	if x != nil {
+		return x.Reserve
+	}
+	return 0
+}
+
+func (x *AuditStatus) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *AuditStatus) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
+func (x *AuditStatus) GetLost() uint64 {
+	if x != nil {
+		return x.Lost
+	}
+	return 0
+}
+
+// MirrorStatus is a bastion's copy of another daemon's log.
+type MirrorStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// NODE.CLUSTER or NAME.bastion.
+	Origin string `protobuf:"bytes,1,opt,name=origin,proto3" json:"origin,omitempty"`
+	Events uint64 `protobuf:"varint,2,opt,name=events,proto3" json:"events,omitempty"`
+	// How long ago the copy was last known to be complete, in seconds; -1: never.
+	LagSeconds float64 `protobuf:"fixed64,3,opt,name=lag_seconds,json=lagSeconds,proto3" json:"lag_seconds,omitempty"`
+	// What is wrong: the log cannot be reached, was rolled back, has forked.
+	Problem       string `protobuf:"bytes,4,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MirrorStatus) Reset() {
+	*x = MirrorStatus{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MirrorStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MirrorStatus) ProtoMessage() {}
+
+func (x *MirrorStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MirrorStatus.ProtoReflect.Descriptor instead.
+func (*MirrorStatus) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *MirrorStatus) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
+}
+
+func (x *MirrorStatus) GetEvents() uint64 {
+	if x != nil {
+		return x.Events
+	}
+	return 0
+}
+
+func (x *MirrorStatus) GetLagSeconds() float64 {
+	if x != nil {
+		return x.LagSeconds
+	}
+	return 0
+}
+
+func (x *MirrorStatus) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 // BundleStatus says which signed bundle is in force.
 type BundleStatus struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
@@ -559,7 +765,7 @@ type BundleStatus struct {
 
 func (x *BundleStatus) Reset() {
 	*x = BundleStatus{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	mi := &file_halligan_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -571,7 +777,7 @@ func (x *BundleStatus) String() string {
 func (*BundleStatus) ProtoMessage() {}
 
 func (x *BundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	mi := &file_halligan_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -584,7 +790,7 @@ func (x *BundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleStatus.ProtoReflect.Descriptor instead.
 func (*BundleStatus) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *BundleStatus) GetPolicyVersion() uint64 {
@@ -649,7 +855,7 @@ type EtcdStatus struct {
 
 func (x *EtcdStatus) Reset() {
 	*x = EtcdStatus{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[7]
+	mi := &file_halligan_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -661,7 +867,7 @@ func (x *EtcdStatus) String() string {
 func (*EtcdStatus) ProtoMessage() {}
 
 func (x *EtcdStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[7]
+	mi := &file_halligan_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -674,7 +880,7 @@ func (x *EtcdStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EtcdStatus.ProtoReflect.Descriptor instead.
 func (*EtcdStatus) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *EtcdStatus) GetEndpoint() string {
@@ -767,7 +973,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[8]
+	mi := &file_halligan_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -779,7 +985,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[8]
+	mi := &file_halligan_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -792,7 +998,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *PlanRequest) GetAction() string {
@@ -835,7 +1041,7 @@ type UndoRequest struct {
 
 func (x *UndoRequest) Reset() {
 	*x = UndoRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[9]
+	mi := &file_halligan_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -847,7 +1053,7 @@ func (x *UndoRequest) String() string {
 func (*UndoRequest) ProtoMessage() {}
 
 func (x *UndoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[9]
+	mi := &file_halligan_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -860,7 +1066,7 @@ func (x *UndoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoRequest.ProtoReflect.Descriptor instead.
 func (*UndoRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UndoRequest) GetActionId() string {
@@ -938,7 +1144,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[10]
+	mi := &file_halligan_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -950,7 +1156,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[10]
+	mi := &file_halligan_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -963,7 +1169,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Plan) GetId() string {
@@ -1184,7 +1390,7 @@ type PlannedObject struct {
 
 func (x *PlannedObject) Reset() {
 	*x = PlannedObject{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[11]
+	mi := &file_halligan_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1402,7 @@ func (x *PlannedObject) String() string {
 func (*PlannedObject) ProtoMessage() {}
 
 func (x *PlannedObject) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[11]
+	mi := &file_halligan_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1415,7 @@ func (x *PlannedObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedObject.ProtoReflect.Descriptor instead.
 func (*PlannedObject) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PlannedObject) GetKey() string {
@@ -1287,7 +1493,7 @@ type FieldChange struct {
 
 func (x *FieldChange) Reset() {
 	*x = FieldChange{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[12]
+	mi := &file_halligan_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1299,7 +1505,7 @@ func (x *FieldChange) String() string {
 func (*FieldChange) ProtoMessage() {}
 
 func (x *FieldChange) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[12]
+	mi := &file_halligan_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1312,7 +1518,7 @@ func (x *FieldChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FieldChange.ProtoReflect.Descriptor instead.
 func (*FieldChange) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *FieldChange) GetPath() string {
@@ -1351,7 +1557,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	mi := &file_halligan_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1363,7 +1569,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	mi := &file_halligan_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1376,7 +1582,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ApplyRequest) GetPlanId() string {
@@ -1416,7 +1622,7 @@ type ShowPlanRequest struct {
 
 func (x *ShowPlanRequest) Reset() {
 	*x = ShowPlanRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	mi := &file_halligan_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1428,7 +1634,7 @@ func (x *ShowPlanRequest) String() string {
 func (*ShowPlanRequest) ProtoMessage() {}
 
 func (x *ShowPlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	mi := &file_halligan_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1441,7 +1647,7 @@ func (x *ShowPlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowPlanRequest.ProtoReflect.Descriptor instead.
 func (*ShowPlanRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ShowPlanRequest) GetPlanId() string {
@@ -1461,7 +1667,7 @@ type ExchangeBundleRequest struct {
 
 func (x *ExchangeBundleRequest) Reset() {
 	*x = ExchangeBundleRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	mi := &file_halligan_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +1679,7 @@ func (x *ExchangeBundleRequest) String() string {
 func (*ExchangeBundleRequest) ProtoMessage() {}
 
 func (x *ExchangeBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	mi := &file_halligan_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1486,7 +1692,7 @@ func (x *ExchangeBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExchangeBundleRequest.ProtoReflect.Descriptor instead.
 func (*ExchangeBundleRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExchangeBundleRequest) GetBundle() []byte {
@@ -1510,7 +1716,7 @@ type ExchangeBundleResponse struct {
 
 func (x *ExchangeBundleResponse) Reset() {
 	*x = ExchangeBundleResponse{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	mi := &file_halligan_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1522,7 +1728,7 @@ func (x *ExchangeBundleResponse) String() string {
 func (*ExchangeBundleResponse) ProtoMessage() {}
 
 func (x *ExchangeBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	mi := &file_halligan_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1535,7 +1741,7 @@ func (x *ExchangeBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExchangeBundleResponse.ProtoReflect.Descriptor instead.
 func (*ExchangeBundleResponse) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ExchangeBundleResponse) GetBundle() []byte {
@@ -1568,7 +1774,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[17]
+	mi := &file_halligan_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1786,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[17]
+	mi := &file_halligan_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1799,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StopRequest) GetActionId() string {
@@ -1611,7 +1817,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[18]
+	mi := &file_halligan_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1623,7 +1829,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[18]
+	mi := &file_halligan_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1636,7 +1842,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 type ApplyEvent struct {
@@ -1652,7 +1858,7 @@ type ApplyEvent struct {
 
 func (x *ApplyEvent) Reset() {
 	*x = ApplyEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[19]
+	mi := &file_halligan_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1664,7 +1870,7 @@ func (x *ApplyEvent) String() string {
 func (*ApplyEvent) ProtoMessage() {}
 
 func (x *ApplyEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[19]
+	mi := &file_halligan_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1677,7 +1883,7 @@ func (x *ApplyEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyEvent.ProtoReflect.Descriptor instead.
 func (*ApplyEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ApplyEvent) GetEvent() isApplyEvent_Event {
@@ -1734,7 +1940,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[20]
+	mi := &file_halligan_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1746,7 +1952,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[20]
+	mi := &file_halligan_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1759,7 +1965,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Progress) GetDone() int64 {
@@ -1809,7 +2015,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[21]
+	mi := &file_halligan_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1821,7 +2027,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[21]
+	mi := &file_halligan_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1834,7 +2040,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Result) GetAction() string {
@@ -1902,7 +2108,7 @@ type ObjectResult struct {
 
 func (x *ObjectResult) Reset() {
 	*x = ObjectResult{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[22]
+	mi := &file_halligan_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1914,7 +2120,7 @@ func (x *ObjectResult) String() string {
 func (*ObjectResult) ProtoMessage() {}
 
 func (x *ObjectResult) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[22]
+	mi := &file_halligan_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1927,7 +2133,7 @@ func (x *ObjectResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectResult.ProtoReflect.Descriptor instead.
 func (*ObjectResult) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ObjectResult) GetKey() string {
@@ -1985,7 +2191,7 @@ type Error struct {
 
 func (x *Error) Reset() {
 	*x = Error{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[23]
+	mi := &file_halligan_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1997,7 +2203,7 @@ func (x *Error) String() string {
 func (*Error) ProtoMessage() {}
 
 func (x *Error) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[23]
+	mi := &file_halligan_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2010,7 +2216,7 @@ func (x *Error) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Error.ProtoReflect.Descriptor instead.
 func (*Error) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Error) GetCode() string {
@@ -2046,7 +2252,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[24]
+	mi := &file_halligan_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2058,7 +2264,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[24]
+	mi := &file_halligan_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2071,7 +2277,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GetRequest) GetParameters() *structpb.Struct {
@@ -2106,7 +2312,7 @@ type GetEvent struct {
 
 func (x *GetEvent) Reset() {
 	*x = GetEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[25]
+	mi := &file_halligan_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2118,7 +2324,7 @@ func (x *GetEvent) String() string {
 func (*GetEvent) ProtoMessage() {}
 
 func (x *GetEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[25]
+	mi := &file_halligan_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2131,7 +2337,7 @@ func (x *GetEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEvent.ProtoReflect.Descriptor instead.
 func (*GetEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *GetEvent) GetObjects() []*Object {
@@ -2170,7 +2376,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[26]
+	mi := &file_halligan_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2182,7 +2388,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[26]
+	mi := &file_halligan_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2195,7 +2401,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Object) GetKey() string {
@@ -2282,7 +2488,7 @@ type GetSummary struct {
 
 func (x *GetSummary) Reset() {
 	*x = GetSummary{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[27]
+	mi := &file_halligan_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2294,7 +2500,7 @@ func (x *GetSummary) String() string {
 func (*GetSummary) ProtoMessage() {}
 
 func (x *GetSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[27]
+	mi := &file_halligan_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2307,7 +2513,7 @@ func (x *GetSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSummary.ProtoReflect.Descriptor instead.
 func (*GetSummary) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetSummary) GetObjects() int64 {
@@ -2350,7 +2556,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[28]
+	mi := &file_halligan_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2362,7 +2568,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[28]
+	mi := &file_halligan_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2375,7 +2581,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *HistoryRequest) GetLimit() int64 {
@@ -2425,7 +2631,7 @@ type HistoryEntry struct {
 
 func (x *HistoryEntry) Reset() {
 	*x = HistoryEntry{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[29]
+	mi := &file_halligan_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2437,7 +2643,7 @@ func (x *HistoryEntry) String() string {
 func (*HistoryEntry) ProtoMessage() {}
 
 func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[29]
+	mi := &file_halligan_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2450,7 +2656,7 @@ func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryEntry.ProtoReflect.Descriptor instead.
 func (*HistoryEntry) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *HistoryEntry) GetActionId() string {
@@ -2617,7 +2823,7 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"positional\x12\x1c\n" +
 	"\tshorthand\x18\x06 \x01(\tR\tshorthand\x12 \n" +
 	"\vplaceholder\x18\a \x01(\tR\vplaceholder\"\x0f\n" +
-	"\rStatusRequest\"\xae\x05\n" +
+	"\rStatusRequest\"\xde\x05\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12.\n" +
@@ -2637,10 +2843,34 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\x06bundle\x18\r \x01(\v2\x19.halligan.v1.BundleStatusR\x06bundle\x12I\n" +
 	"\x12credential_expires\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\x11credentialExpires\x12\x1a\n" +
 	"\bwarnings\x18\x0f \x03(\tR\bwarnings\x12\x12\n" +
-	"\x04door\x18\x10 \x01(\tR\x04door\x1a=\n" +
+	"\x04door\x18\x10 \x01(\tR\x04door\x12.\n" +
+	"\x05audit\x18\x11 \x01(\v2\x18.halligan.v1.AuditStatusR\x05audit\x1a=\n" +
 	"\x0fEncryptionEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x98\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xee\x02\n" +
+	"\vAuditStatus\x12\x16\n" +
+	"\x06events\x18\x01 \x01(\x04R\x06events\x12\x16\n" +
+	"\x06signed\x18\x02 \x01(\x04R\x06signed\x12E\n" +
+	"\twitnessed\x18\x03 \x03(\v2'.halligan.v1.AuditStatus.WitnessedEntryR\twitnessed\x12\x12\n" +
+	"\x04vkey\x18\x04 \x01(\tR\x04vkey\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x05 \x01(\x04R\n" +
+	"generation\x12\x14\n" +
+	"\x05bytes\x18\x06 \x01(\x03R\x05bytes\x12\x18\n" +
+	"\areserve\x18\a \x01(\x03R\areserve\x12\x18\n" +
+	"\aproblem\x18\b \x01(\tR\aproblem\x12\x18\n" +
+	"\arefused\x18\t \x01(\tR\arefused\x12\x12\n" +
+	"\x04lost\x18\n" +
+	" \x01(\x04R\x04lost\x1a<\n" +
+	"\x0eWitnessedEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"y\n" +
+	"\fMirrorStatus\x12\x16\n" +
+	"\x06origin\x18\x01 \x01(\tR\x06origin\x12\x16\n" +
+	"\x06events\x18\x02 \x01(\x04R\x06events\x12\x1f\n" +
+	"\vlag_seconds\x18\x03 \x01(\x01R\n" +
+	"lagSeconds\x12\x18\n" +
+	"\aproblem\x18\x04 \x01(\tR\aproblem\"\x98\x02\n" +
 	"\fBundleStatus\x12%\n" +
 	"\x0epolicy_version\x18\x01 \x01(\x04R\rpolicyVersion\x12+\n" +
 	"\x11inventory_version\x18\x02 \x01(\x04R\x10inventoryVersion\x12/\n" +
@@ -2852,7 +3082,7 @@ func file_halligan_v1_agent_proto_rawDescGZIP() []byte {
 	return file_halligan_v1_agent_proto_rawDescData
 }
 
-var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_halligan_v1_agent_proto_goTypes = []any{
 	(*DescribeRequest)(nil),        // 0: halligan.v1.DescribeRequest
 	(*DescribeResponse)(nil),       // 1: halligan.v1.DescribeResponse
@@ -2860,91 +3090,96 @@ var file_halligan_v1_agent_proto_goTypes = []any{
 	(*Parameter)(nil),              // 3: halligan.v1.Parameter
 	(*StatusRequest)(nil),          // 4: halligan.v1.StatusRequest
 	(*StatusResponse)(nil),         // 5: halligan.v1.StatusResponse
-	(*BundleStatus)(nil),           // 6: halligan.v1.BundleStatus
-	(*EtcdStatus)(nil),             // 7: halligan.v1.EtcdStatus
-	(*PlanRequest)(nil),            // 8: halligan.v1.PlanRequest
-	(*UndoRequest)(nil),            // 9: halligan.v1.UndoRequest
-	(*Plan)(nil),                   // 10: halligan.v1.Plan
-	(*PlannedObject)(nil),          // 11: halligan.v1.PlannedObject
-	(*FieldChange)(nil),            // 12: halligan.v1.FieldChange
-	(*ApplyRequest)(nil),           // 13: halligan.v1.ApplyRequest
-	(*ShowPlanRequest)(nil),        // 14: halligan.v1.ShowPlanRequest
-	(*ExchangeBundleRequest)(nil),  // 15: halligan.v1.ExchangeBundleRequest
-	(*ExchangeBundleResponse)(nil), // 16: halligan.v1.ExchangeBundleResponse
-	(*StopRequest)(nil),            // 17: halligan.v1.StopRequest
-	(*StopResponse)(nil),           // 18: halligan.v1.StopResponse
-	(*ApplyEvent)(nil),             // 19: halligan.v1.ApplyEvent
-	(*Progress)(nil),               // 20: halligan.v1.Progress
-	(*Result)(nil),                 // 21: halligan.v1.Result
-	(*ObjectResult)(nil),           // 22: halligan.v1.ObjectResult
-	(*Error)(nil),                  // 23: halligan.v1.Error
-	(*GetRequest)(nil),             // 24: halligan.v1.GetRequest
-	(*GetEvent)(nil),               // 25: halligan.v1.GetEvent
-	(*Object)(nil),                 // 26: halligan.v1.Object
-	(*GetSummary)(nil),             // 27: halligan.v1.GetSummary
-	(*HistoryRequest)(nil),         // 28: halligan.v1.HistoryRequest
-	(*HistoryEntry)(nil),           // 29: halligan.v1.HistoryEntry
-	nil,                            // 30: halligan.v1.StatusResponse.EncryptionEntry
-	nil,                            // 31: halligan.v1.Result.TimingsMsEntry
-	(*timestamppb.Timestamp)(nil),  // 32: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),        // 33: google.protobuf.Struct
+	(*AuditStatus)(nil),            // 6: halligan.v1.AuditStatus
+	(*MirrorStatus)(nil),           // 7: halligan.v1.MirrorStatus
+	(*BundleStatus)(nil),           // 8: halligan.v1.BundleStatus
+	(*EtcdStatus)(nil),             // 9: halligan.v1.EtcdStatus
+	(*PlanRequest)(nil),            // 10: halligan.v1.PlanRequest
+	(*UndoRequest)(nil),            // 11: halligan.v1.UndoRequest
+	(*Plan)(nil),                   // 12: halligan.v1.Plan
+	(*PlannedObject)(nil),          // 13: halligan.v1.PlannedObject
+	(*FieldChange)(nil),            // 14: halligan.v1.FieldChange
+	(*ApplyRequest)(nil),           // 15: halligan.v1.ApplyRequest
+	(*ShowPlanRequest)(nil),        // 16: halligan.v1.ShowPlanRequest
+	(*ExchangeBundleRequest)(nil),  // 17: halligan.v1.ExchangeBundleRequest
+	(*ExchangeBundleResponse)(nil), // 18: halligan.v1.ExchangeBundleResponse
+	(*StopRequest)(nil),            // 19: halligan.v1.StopRequest
+	(*StopResponse)(nil),           // 20: halligan.v1.StopResponse
+	(*ApplyEvent)(nil),             // 21: halligan.v1.ApplyEvent
+	(*Progress)(nil),               // 22: halligan.v1.Progress
+	(*Result)(nil),                 // 23: halligan.v1.Result
+	(*ObjectResult)(nil),           // 24: halligan.v1.ObjectResult
+	(*Error)(nil),                  // 25: halligan.v1.Error
+	(*GetRequest)(nil),             // 26: halligan.v1.GetRequest
+	(*GetEvent)(nil),               // 27: halligan.v1.GetEvent
+	(*Object)(nil),                 // 28: halligan.v1.Object
+	(*GetSummary)(nil),             // 29: halligan.v1.GetSummary
+	(*HistoryRequest)(nil),         // 30: halligan.v1.HistoryRequest
+	(*HistoryEntry)(nil),           // 31: halligan.v1.HistoryEntry
+	nil,                            // 32: halligan.v1.StatusResponse.EncryptionEntry
+	nil,                            // 33: halligan.v1.AuditStatus.WitnessedEntry
+	nil,                            // 34: halligan.v1.Result.TimingsMsEntry
+	(*timestamppb.Timestamp)(nil),  // 35: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),        // 36: google.protobuf.Struct
 }
 var file_halligan_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: halligan.v1.DescribeResponse.actions:type_name -> halligan.v1.Action
 	3,  // 1: halligan.v1.Action.parameters:type_name -> halligan.v1.Parameter
-	32, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
-	7,  // 3: halligan.v1.StatusResponse.etcd:type_name -> halligan.v1.EtcdStatus
-	30, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
-	6,  // 5: halligan.v1.StatusResponse.bundle:type_name -> halligan.v1.BundleStatus
-	32, // 6: halligan.v1.StatusResponse.credential_expires:type_name -> google.protobuf.Timestamp
-	32, // 7: halligan.v1.BundleStatus.signed:type_name -> google.protobuf.Timestamp
-	32, // 8: halligan.v1.BundleStatus.fresh_until:type_name -> google.protobuf.Timestamp
-	33, // 9: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
-	33, // 10: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
-	11, // 11: halligan.v1.Plan.objects:type_name -> halligan.v1.PlannedObject
-	32, // 12: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
-	32, // 13: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
-	12, // 14: halligan.v1.PlannedObject.changes:type_name -> halligan.v1.FieldChange
-	6,  // 15: halligan.v1.ExchangeBundleResponse.status:type_name -> halligan.v1.BundleStatus
-	23, // 16: halligan.v1.ExchangeBundleResponse.refused:type_name -> halligan.v1.Error
-	20, // 17: halligan.v1.ApplyEvent.progress:type_name -> halligan.v1.Progress
-	21, // 18: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
-	10, // 19: halligan.v1.Result.plan:type_name -> halligan.v1.Plan
-	22, // 20: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
-	31, // 21: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
-	23, // 22: halligan.v1.Result.error:type_name -> halligan.v1.Error
-	33, // 23: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
-	26, // 24: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
-	27, // 25: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
-	32, // 26: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
-	32, // 27: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
-	10, // 28: halligan.v1.HistoryEntry.plan:type_name -> halligan.v1.Plan
-	22, // 29: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
-	0,  // 30: halligan.v1.Agent.Describe:input_type -> halligan.v1.DescribeRequest
-	4,  // 31: halligan.v1.Agent.Status:input_type -> halligan.v1.StatusRequest
-	8,  // 32: halligan.v1.Agent.Plan:input_type -> halligan.v1.PlanRequest
-	9,  // 33: halligan.v1.Agent.Undo:input_type -> halligan.v1.UndoRequest
-	13, // 34: halligan.v1.Agent.Apply:input_type -> halligan.v1.ApplyRequest
-	14, // 35: halligan.v1.Agent.ShowPlan:input_type -> halligan.v1.ShowPlanRequest
-	15, // 36: halligan.v1.Agent.ExchangeBundle:input_type -> halligan.v1.ExchangeBundleRequest
-	17, // 37: halligan.v1.Agent.Stop:input_type -> halligan.v1.StopRequest
-	24, // 38: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
-	28, // 39: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
-	1,  // 40: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
-	5,  // 41: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
-	10, // 42: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
-	10, // 43: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
-	19, // 44: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
-	10, // 45: halligan.v1.Agent.ShowPlan:output_type -> halligan.v1.Plan
-	16, // 46: halligan.v1.Agent.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
-	18, // 47: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
-	25, // 48: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
-	29, // 49: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
-	40, // [40:50] is the sub-list for method output_type
-	30, // [30:40] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	35, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
+	9,  // 3: halligan.v1.StatusResponse.etcd:type_name -> halligan.v1.EtcdStatus
+	32, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
+	8,  // 5: halligan.v1.StatusResponse.bundle:type_name -> halligan.v1.BundleStatus
+	35, // 6: halligan.v1.StatusResponse.credential_expires:type_name -> google.protobuf.Timestamp
+	6,  // 7: halligan.v1.StatusResponse.audit:type_name -> halligan.v1.AuditStatus
+	33, // 8: halligan.v1.AuditStatus.witnessed:type_name -> halligan.v1.AuditStatus.WitnessedEntry
+	35, // 9: halligan.v1.BundleStatus.signed:type_name -> google.protobuf.Timestamp
+	35, // 10: halligan.v1.BundleStatus.fresh_until:type_name -> google.protobuf.Timestamp
+	36, // 11: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
+	36, // 12: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
+	13, // 13: halligan.v1.Plan.objects:type_name -> halligan.v1.PlannedObject
+	35, // 14: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
+	35, // 15: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
+	14, // 16: halligan.v1.PlannedObject.changes:type_name -> halligan.v1.FieldChange
+	8,  // 17: halligan.v1.ExchangeBundleResponse.status:type_name -> halligan.v1.BundleStatus
+	25, // 18: halligan.v1.ExchangeBundleResponse.refused:type_name -> halligan.v1.Error
+	22, // 19: halligan.v1.ApplyEvent.progress:type_name -> halligan.v1.Progress
+	23, // 20: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
+	12, // 21: halligan.v1.Result.plan:type_name -> halligan.v1.Plan
+	24, // 22: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
+	34, // 23: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
+	25, // 24: halligan.v1.Result.error:type_name -> halligan.v1.Error
+	36, // 25: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
+	28, // 26: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
+	29, // 27: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
+	35, // 28: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
+	35, // 29: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
+	12, // 30: halligan.v1.HistoryEntry.plan:type_name -> halligan.v1.Plan
+	24, // 31: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
+	0,  // 32: halligan.v1.Agent.Describe:input_type -> halligan.v1.DescribeRequest
+	4,  // 33: halligan.v1.Agent.Status:input_type -> halligan.v1.StatusRequest
+	10, // 34: halligan.v1.Agent.Plan:input_type -> halligan.v1.PlanRequest
+	11, // 35: halligan.v1.Agent.Undo:input_type -> halligan.v1.UndoRequest
+	15, // 36: halligan.v1.Agent.Apply:input_type -> halligan.v1.ApplyRequest
+	16, // 37: halligan.v1.Agent.ShowPlan:input_type -> halligan.v1.ShowPlanRequest
+	17, // 38: halligan.v1.Agent.ExchangeBundle:input_type -> halligan.v1.ExchangeBundleRequest
+	19, // 39: halligan.v1.Agent.Stop:input_type -> halligan.v1.StopRequest
+	26, // 40: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
+	30, // 41: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
+	1,  // 42: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
+	5,  // 43: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
+	12, // 44: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
+	12, // 45: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
+	21, // 46: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
+	12, // 47: halligan.v1.Agent.ShowPlan:output_type -> halligan.v1.Plan
+	18, // 48: halligan.v1.Agent.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
+	20, // 49: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
+	27, // 50: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
+	31, // 51: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
+	42, // [42:52] is the sub-list for method output_type
+	32, // [32:42] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_halligan_v1_agent_proto_init() }
@@ -2952,7 +3187,7 @@ func file_halligan_v1_agent_proto_init() {
 	if File_halligan_v1_agent_proto != nil {
 		return
 	}
-	file_halligan_v1_agent_proto_msgTypes[19].OneofWrappers = []any{
+	file_halligan_v1_agent_proto_msgTypes[21].OneofWrappers = []any{
 		(*ApplyEvent_Progress)(nil),
 		(*ApplyEvent_Result)(nil),
 	}
@@ -2962,7 +3197,7 @@ func file_halligan_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_halligan_v1_agent_proto_rawDesc), len(file_halligan_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -88,7 +88,10 @@ type BastionStatusResponse struct {
 	// What is degraded or needs attention, each in one line.
 	Warnings []string `protobuf:"bytes,12,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	// The door of this call: ssh or grpc.
-	Door          string `protobuf:"bytes,13,opt,name=door,proto3" json:"door,omitempty"`
+	Door string `protobuf:"bytes,13,opt,name=door,proto3" json:"door,omitempty"`
+	// How the bastion's own evidence log is, and its copies of others.
+	Audit         *AuditStatus    `protobuf:"bytes,14,opt,name=audit,proto3" json:"audit,omitempty"`
+	Mirrors       []*MirrorStatus `protobuf:"bytes,15,rep,name=mirrors,proto3" json:"mirrors,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -212,6 +215,20 @@ func (x *BastionStatusResponse) GetDoor() string {
 		return x.Door
 	}
 	return ""
+}
+
+func (x *BastionStatusResponse) GetAudit() *AuditStatus {
+	if x != nil {
+		return x.Audit
+	}
+	return nil
+}
+
+func (x *BastionStatusResponse) GetMirrors() []*MirrorStatus {
+	if x != nil {
+		return x.Mirrors
+	}
+	return nil
 }
 
 type NodesRequest struct {
@@ -1111,7 +1128,7 @@ var File_halligan_v1_bastion_proto protoreflect.FileDescriptor
 const file_halligan_v1_bastion_proto_rawDesc = "" +
 	"\n" +
 	"\x19halligan/v1/bastion.proto\x12\vhalligan.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17halligan/v1/agent.proto\"\x16\n" +
-	"\x14BastionStatusRequest\"\xcc\x03\n" +
+	"\x14BastionStatusRequest\"\xb1\x04\n" +
 	"\x15BastionStatusResponse\x12\x18\n" +
 	"\abastion\x18\x01 \x01(\tR\abastion\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12.\n" +
@@ -1126,7 +1143,9 @@ const file_halligan_v1_bastion_proto_rawDesc = "" +
 	" \x01(\x03R\x06relays\x12\x18\n" +
 	"\atunnels\x18\v \x01(\x03R\atunnels\x12\x1a\n" +
 	"\bwarnings\x18\f \x03(\tR\bwarnings\x12\x12\n" +
-	"\x04door\x18\r \x01(\tR\x04door\"(\n" +
+	"\x04door\x18\r \x01(\tR\x04door\x12.\n" +
+	"\x05audit\x18\x0e \x01(\v2\x18.halligan.v1.AuditStatusR\x05audit\x123\n" +
+	"\amirrors\x18\x0f \x03(\v2\x19.halligan.v1.MirrorStatusR\amirrors\"(\n" +
 	"\fNodesRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\"8\n" +
 	"\rNodesResponse\x12'\n" +
@@ -1232,44 +1251,48 @@ var file_halligan_v1_bastion_proto_goTypes = []any{
 	(*WatchPlanEvent)(nil),         // 16: halligan.v1.WatchPlanEvent
 	(*timestamppb.Timestamp)(nil),  // 17: google.protobuf.Timestamp
 	(*BundleStatus)(nil),           // 18: halligan.v1.BundleStatus
-	(*Plan)(nil),                   // 19: halligan.v1.Plan
-	(*ExchangeBundleRequest)(nil),  // 20: halligan.v1.ExchangeBundleRequest
-	(*ExchangeBundleResponse)(nil), // 21: halligan.v1.ExchangeBundleResponse
+	(*AuditStatus)(nil),            // 19: halligan.v1.AuditStatus
+	(*MirrorStatus)(nil),           // 20: halligan.v1.MirrorStatus
+	(*Plan)(nil),                   // 21: halligan.v1.Plan
+	(*ExchangeBundleRequest)(nil),  // 22: halligan.v1.ExchangeBundleRequest
+	(*ExchangeBundleResponse)(nil), // 23: halligan.v1.ExchangeBundleResponse
 }
 var file_halligan_v1_bastion_proto_depIdxs = []int32{
 	17, // 0: halligan.v1.BastionStatusResponse.time:type_name -> google.protobuf.Timestamp
 	17, // 1: halligan.v1.BastionStatusResponse.credential_expires:type_name -> google.protobuf.Timestamp
 	18, // 2: halligan.v1.BastionStatusResponse.bundle:type_name -> halligan.v1.BundleStatus
-	4,  // 3: halligan.v1.NodesResponse.nodes:type_name -> halligan.v1.Node
-	17, // 4: halligan.v1.Node.tunnel_since:type_name -> google.protobuf.Timestamp
-	7,  // 5: halligan.v1.SessionsResponse.sessions:type_name -> halligan.v1.Session
-	17, // 6: halligan.v1.Session.started:type_name -> google.protobuf.Timestamp
-	10, // 7: halligan.v1.ListPlansResponse.plans:type_name -> halligan.v1.WaitingPlan
-	17, // 8: halligan.v1.WaitingPlan.posted:type_name -> google.protobuf.Timestamp
-	17, // 9: halligan.v1.WaitingPlan.expires:type_name -> google.protobuf.Timestamp
-	19, // 10: halligan.v1.WaitingPlan.plan:type_name -> halligan.v1.Plan
-	19, // 11: halligan.v1.PostPlanRequest.plan:type_name -> halligan.v1.Plan
-	0,  // 12: halligan.v1.Bastion.Status:input_type -> halligan.v1.BastionStatusRequest
-	2,  // 13: halligan.v1.Bastion.Nodes:input_type -> halligan.v1.NodesRequest
-	5,  // 14: halligan.v1.Bastion.Sessions:input_type -> halligan.v1.SessionsRequest
-	8,  // 15: halligan.v1.Bastion.ListPlans:input_type -> halligan.v1.ListPlansRequest
-	11, // 16: halligan.v1.Bastion.PostPlan:input_type -> halligan.v1.PostPlanRequest
-	13, // 17: halligan.v1.Bastion.PostApproval:input_type -> halligan.v1.PostApprovalRequest
-	15, // 18: halligan.v1.Bastion.WatchPlan:input_type -> halligan.v1.WatchPlanRequest
-	20, // 19: halligan.v1.Bastion.ExchangeBundle:input_type -> halligan.v1.ExchangeBundleRequest
-	1,  // 20: halligan.v1.Bastion.Status:output_type -> halligan.v1.BastionStatusResponse
-	3,  // 21: halligan.v1.Bastion.Nodes:output_type -> halligan.v1.NodesResponse
-	6,  // 22: halligan.v1.Bastion.Sessions:output_type -> halligan.v1.SessionsResponse
-	9,  // 23: halligan.v1.Bastion.ListPlans:output_type -> halligan.v1.ListPlansResponse
-	12, // 24: halligan.v1.Bastion.PostPlan:output_type -> halligan.v1.PostPlanResponse
-	14, // 25: halligan.v1.Bastion.PostApproval:output_type -> halligan.v1.PostApprovalResponse
-	16, // 26: halligan.v1.Bastion.WatchPlan:output_type -> halligan.v1.WatchPlanEvent
-	21, // 27: halligan.v1.Bastion.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
-	20, // [20:28] is the sub-list for method output_type
-	12, // [12:20] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	19, // 3: halligan.v1.BastionStatusResponse.audit:type_name -> halligan.v1.AuditStatus
+	20, // 4: halligan.v1.BastionStatusResponse.mirrors:type_name -> halligan.v1.MirrorStatus
+	4,  // 5: halligan.v1.NodesResponse.nodes:type_name -> halligan.v1.Node
+	17, // 6: halligan.v1.Node.tunnel_since:type_name -> google.protobuf.Timestamp
+	7,  // 7: halligan.v1.SessionsResponse.sessions:type_name -> halligan.v1.Session
+	17, // 8: halligan.v1.Session.started:type_name -> google.protobuf.Timestamp
+	10, // 9: halligan.v1.ListPlansResponse.plans:type_name -> halligan.v1.WaitingPlan
+	17, // 10: halligan.v1.WaitingPlan.posted:type_name -> google.protobuf.Timestamp
+	17, // 11: halligan.v1.WaitingPlan.expires:type_name -> google.protobuf.Timestamp
+	21, // 12: halligan.v1.WaitingPlan.plan:type_name -> halligan.v1.Plan
+	21, // 13: halligan.v1.PostPlanRequest.plan:type_name -> halligan.v1.Plan
+	0,  // 14: halligan.v1.Bastion.Status:input_type -> halligan.v1.BastionStatusRequest
+	2,  // 15: halligan.v1.Bastion.Nodes:input_type -> halligan.v1.NodesRequest
+	5,  // 16: halligan.v1.Bastion.Sessions:input_type -> halligan.v1.SessionsRequest
+	8,  // 17: halligan.v1.Bastion.ListPlans:input_type -> halligan.v1.ListPlansRequest
+	11, // 18: halligan.v1.Bastion.PostPlan:input_type -> halligan.v1.PostPlanRequest
+	13, // 19: halligan.v1.Bastion.PostApproval:input_type -> halligan.v1.PostApprovalRequest
+	15, // 20: halligan.v1.Bastion.WatchPlan:input_type -> halligan.v1.WatchPlanRequest
+	22, // 21: halligan.v1.Bastion.ExchangeBundle:input_type -> halligan.v1.ExchangeBundleRequest
+	1,  // 22: halligan.v1.Bastion.Status:output_type -> halligan.v1.BastionStatusResponse
+	3,  // 23: halligan.v1.Bastion.Nodes:output_type -> halligan.v1.NodesResponse
+	6,  // 24: halligan.v1.Bastion.Sessions:output_type -> halligan.v1.SessionsResponse
+	9,  // 25: halligan.v1.Bastion.ListPlans:output_type -> halligan.v1.ListPlansResponse
+	12, // 26: halligan.v1.Bastion.PostPlan:output_type -> halligan.v1.PostPlanResponse
+	14, // 27: halligan.v1.Bastion.PostApproval:output_type -> halligan.v1.PostApprovalResponse
+	16, // 28: halligan.v1.Bastion.WatchPlan:output_type -> halligan.v1.WatchPlanEvent
+	23, // 29: halligan.v1.Bastion.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
+	22, // [22:30] is the sub-list for method output_type
+	14, // [14:22] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_halligan_v1_bastion_proto_init() }
