@@ -114,6 +114,9 @@ type Identity struct {
 	// notes them: an agent has one cluster, and takes people in one role.
 	Clusters []string
 	Roles    []Role
+	// Session names the connection in records. The door makes it up; it proves
+	// nothing.
+	Session string
 }
 
 // May reports whether the identity has at least the role.
