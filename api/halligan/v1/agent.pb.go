@@ -1032,9 +1032,12 @@ func (x *PlanRequest) GetIncident() string {
 type UndoRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Identifier of an action, or an unambiguous beginning of it.
-	ActionId      string `protobuf:"bytes,1,opt,name=action_id,json=actionId,proto3" json:"action_id,omitempty"`
-	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
-	Incident      string `protobuf:"bytes,3,opt,name=incident,proto3" json:"incident,omitempty"`
+	ActionId string `protobuf:"bytes,1,opt,name=action_id,json=actionId,proto3" json:"action_id,omitempty"`
+	Reason   string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Incident string `protobuf:"bytes,3,opt,name=incident,proto3" json:"incident,omitempty"`
+	// Where the action is one of another node of the cluster, which is gone: what
+	// proves it, and what it changed.
+	Evidence      *SealedEvidence `protobuf:"bytes,4,opt,name=evidence,proto3" json:"evidence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1088,6 +1091,134 @@ func (x *UndoRequest) GetIncident() string {
 		return x.Incident
 	}
 	return ""
+}
+
+func (x *UndoRequest) GetEvidence() *SealedEvidence {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
+// SealedEvidence is an action of another agent of the cluster, as its log and its
+// sealed before-images tell it. Nothing in it has to be believed: the agent that
+// takes it checks all of it, with the bundle and its own key.
+type SealedEvidence struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The statement that ties the key of the log to the node.
+	Identity []byte `protobuf:"bytes,1,opt,name=identity,proto3" json:"identity,omitempty"`
+	// The events of the action: its intent, and those that name the sealed file.
+	Events []*ProvenEvent `protobuf:"bytes,2,rep,name=events,proto3" json:"events,omitempty"`
+	// The age file.
+	Sealed        []byte `protobuf:"bytes,3,opt,name=sealed,proto3" json:"sealed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SealedEvidence) Reset() {
+	*x = SealedEvidence{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SealedEvidence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SealedEvidence) ProtoMessage() {}
+
+func (x *SealedEvidence) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SealedEvidence.ProtoReflect.Descriptor instead.
+func (*SealedEvidence) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SealedEvidence) GetIdentity() []byte {
+	if x != nil {
+		return x.Identity
+	}
+	return nil
+}
+
+func (x *SealedEvidence) GetEvents() []*ProvenEvent {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+func (x *SealedEvidence) GetSealed() []byte {
+	if x != nil {
+		return x.Sealed
+	}
+	return nil
+}
+
+// ProvenEvent is an entry of a log.
+type ProvenEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The entry, byte for byte.
+	Event []byte `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"`
+	// Its inclusion under a signed checkpoint (C2SP tlog-proof).
+	Proof         []byte `protobuf:"bytes,2,opt,name=proof,proto3" json:"proof,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProvenEvent) Reset() {
+	*x = ProvenEvent{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProvenEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProvenEvent) ProtoMessage() {}
+
+func (x *ProvenEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProvenEvent.ProtoReflect.Descriptor instead.
+func (*ProvenEvent) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ProvenEvent) GetEvent() []byte {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+func (x *ProvenEvent) GetProof() []byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
 }
 
 // Plan says exactly what would be done. Its sha256 covers every other field,
@@ -1144,7 +1275,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[12]
+	mi := &file_halligan_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1156,7 +1287,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[12]
+	mi := &file_halligan_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1169,7 +1300,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Plan) GetId() string {
@@ -1390,7 +1521,7 @@ type PlannedObject struct {
 
 func (x *PlannedObject) Reset() {
 	*x = PlannedObject{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	mi := &file_halligan_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1402,7 +1533,7 @@ func (x *PlannedObject) String() string {
 func (*PlannedObject) ProtoMessage() {}
 
 func (x *PlannedObject) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	mi := &file_halligan_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1415,7 +1546,7 @@ func (x *PlannedObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedObject.ProtoReflect.Descriptor instead.
 func (*PlannedObject) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PlannedObject) GetKey() string {
@@ -1493,7 +1624,7 @@ type FieldChange struct {
 
 func (x *FieldChange) Reset() {
 	*x = FieldChange{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	mi := &file_halligan_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1505,7 +1636,7 @@ func (x *FieldChange) String() string {
 func (*FieldChange) ProtoMessage() {}
 
 func (x *FieldChange) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	mi := &file_halligan_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1518,7 +1649,7 @@ func (x *FieldChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FieldChange.ProtoReflect.Descriptor instead.
 func (*FieldChange) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *FieldChange) GetPath() string {
@@ -1557,7 +1688,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	mi := &file_halligan_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1569,7 +1700,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	mi := &file_halligan_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1582,7 +1713,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ApplyRequest) GetPlanId() string {
@@ -1622,7 +1753,7 @@ type ShowPlanRequest struct {
 
 func (x *ShowPlanRequest) Reset() {
 	*x = ShowPlanRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	mi := &file_halligan_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1634,7 +1765,7 @@ func (x *ShowPlanRequest) String() string {
 func (*ShowPlanRequest) ProtoMessage() {}
 
 func (x *ShowPlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	mi := &file_halligan_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1647,7 +1778,7 @@ func (x *ShowPlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowPlanRequest.ProtoReflect.Descriptor instead.
 func (*ShowPlanRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ShowPlanRequest) GetPlanId() string {
@@ -1667,7 +1798,7 @@ type ExchangeBundleRequest struct {
 
 func (x *ExchangeBundleRequest) Reset() {
 	*x = ExchangeBundleRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[17]
+	mi := &file_halligan_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1679,7 +1810,7 @@ func (x *ExchangeBundleRequest) String() string {
 func (*ExchangeBundleRequest) ProtoMessage() {}
 
 func (x *ExchangeBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[17]
+	mi := &file_halligan_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1692,7 +1823,7 @@ func (x *ExchangeBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExchangeBundleRequest.ProtoReflect.Descriptor instead.
 func (*ExchangeBundleRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExchangeBundleRequest) GetBundle() []byte {
@@ -1716,7 +1847,7 @@ type ExchangeBundleResponse struct {
 
 func (x *ExchangeBundleResponse) Reset() {
 	*x = ExchangeBundleResponse{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[18]
+	mi := &file_halligan_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1728,7 +1859,7 @@ func (x *ExchangeBundleResponse) String() string {
 func (*ExchangeBundleResponse) ProtoMessage() {}
 
 func (x *ExchangeBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[18]
+	mi := &file_halligan_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1741,7 +1872,7 @@ func (x *ExchangeBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExchangeBundleResponse.ProtoReflect.Descriptor instead.
 func (*ExchangeBundleResponse) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExchangeBundleResponse) GetBundle() []byte {
@@ -1774,7 +1905,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[19]
+	mi := &file_halligan_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1786,7 +1917,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[19]
+	mi := &file_halligan_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1799,7 +1930,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StopRequest) GetActionId() string {
@@ -1817,7 +1948,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[20]
+	mi := &file_halligan_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1829,7 +1960,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[20]
+	mi := &file_halligan_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1842,7 +1973,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 type ApplyEvent struct {
@@ -1858,7 +1989,7 @@ type ApplyEvent struct {
 
 func (x *ApplyEvent) Reset() {
 	*x = ApplyEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[21]
+	mi := &file_halligan_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1870,7 +2001,7 @@ func (x *ApplyEvent) String() string {
 func (*ApplyEvent) ProtoMessage() {}
 
 func (x *ApplyEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[21]
+	mi := &file_halligan_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1883,7 +2014,7 @@ func (x *ApplyEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyEvent.ProtoReflect.Descriptor instead.
 func (*ApplyEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ApplyEvent) GetEvent() isApplyEvent_Event {
@@ -1940,7 +2071,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[22]
+	mi := &file_halligan_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1952,7 +2083,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[22]
+	mi := &file_halligan_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1965,7 +2096,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Progress) GetDone() int64 {
@@ -2015,7 +2146,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[23]
+	mi := &file_halligan_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2027,7 +2158,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[23]
+	mi := &file_halligan_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2040,7 +2171,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Result) GetAction() string {
@@ -2108,7 +2239,7 @@ type ObjectResult struct {
 
 func (x *ObjectResult) Reset() {
 	*x = ObjectResult{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[24]
+	mi := &file_halligan_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2120,7 +2251,7 @@ func (x *ObjectResult) String() string {
 func (*ObjectResult) ProtoMessage() {}
 
 func (x *ObjectResult) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[24]
+	mi := &file_halligan_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2133,7 +2264,7 @@ func (x *ObjectResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectResult.ProtoReflect.Descriptor instead.
 func (*ObjectResult) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ObjectResult) GetKey() string {
@@ -2191,7 +2322,7 @@ type Error struct {
 
 func (x *Error) Reset() {
 	*x = Error{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[25]
+	mi := &file_halligan_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2203,7 +2334,7 @@ func (x *Error) String() string {
 func (*Error) ProtoMessage() {}
 
 func (x *Error) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[25]
+	mi := &file_halligan_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2216,7 +2347,7 @@ func (x *Error) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Error.ProtoReflect.Descriptor instead.
 func (*Error) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Error) GetCode() string {
@@ -2252,7 +2383,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[26]
+	mi := &file_halligan_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2264,7 +2395,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[26]
+	mi := &file_halligan_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2277,7 +2408,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetRequest) GetParameters() *structpb.Struct {
@@ -2312,7 +2443,7 @@ type GetEvent struct {
 
 func (x *GetEvent) Reset() {
 	*x = GetEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[27]
+	mi := &file_halligan_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2324,7 +2455,7 @@ func (x *GetEvent) String() string {
 func (*GetEvent) ProtoMessage() {}
 
 func (x *GetEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[27]
+	mi := &file_halligan_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2337,7 +2468,7 @@ func (x *GetEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEvent.ProtoReflect.Descriptor instead.
 func (*GetEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetEvent) GetObjects() []*Object {
@@ -2376,7 +2507,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[28]
+	mi := &file_halligan_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2388,7 +2519,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[28]
+	mi := &file_halligan_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2401,7 +2532,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Object) GetKey() string {
@@ -2488,7 +2619,7 @@ type GetSummary struct {
 
 func (x *GetSummary) Reset() {
 	*x = GetSummary{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[29]
+	mi := &file_halligan_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2500,7 +2631,7 @@ func (x *GetSummary) String() string {
 func (*GetSummary) ProtoMessage() {}
 
 func (x *GetSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[29]
+	mi := &file_halligan_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2513,7 +2644,7 @@ func (x *GetSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSummary.ProtoReflect.Descriptor instead.
 func (*GetSummary) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *GetSummary) GetObjects() int64 {
@@ -2556,7 +2687,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[30]
+	mi := &file_halligan_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2568,7 +2699,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[30]
+	mi := &file_halligan_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2581,7 +2712,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *HistoryRequest) GetLimit() int64 {
@@ -2631,7 +2762,7 @@ type HistoryEntry struct {
 
 func (x *HistoryEntry) Reset() {
 	*x = HistoryEntry{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[31]
+	mi := &file_halligan_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2643,7 +2774,7 @@ func (x *HistoryEntry) String() string {
 func (*HistoryEntry) ProtoMessage() {}
 
 func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[31]
+	mi := &file_halligan_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2656,7 +2787,7 @@ func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryEntry.ProtoReflect.Descriptor instead.
 func (*HistoryEntry) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *HistoryEntry) GetActionId() string {
@@ -2900,11 +3031,19 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"parameters\x18\x02 \x01(\v2\x17.google.protobuf.StructR\n" +
 	"parameters\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x1a\n" +
-	"\bincident\x18\x04 \x01(\tR\bincident\"^\n" +
+	"\bincident\x18\x04 \x01(\tR\bincident\"\x97\x01\n" +
 	"\vUndoRequest\x12\x1b\n" +
 	"\taction_id\x18\x01 \x01(\tR\bactionId\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1a\n" +
-	"\bincident\x18\x03 \x01(\tR\bincident\"\xfa\x06\n" +
+	"\bincident\x18\x03 \x01(\tR\bincident\x127\n" +
+	"\bevidence\x18\x04 \x01(\v2\x1b.halligan.v1.SealedEvidenceR\bevidence\"v\n" +
+	"\x0eSealedEvidence\x12\x1a\n" +
+	"\bidentity\x18\x01 \x01(\fR\bidentity\x120\n" +
+	"\x06events\x18\x02 \x03(\v2\x18.halligan.v1.ProvenEventR\x06events\x12\x16\n" +
+	"\x06sealed\x18\x03 \x01(\fR\x06sealed\"9\n" +
+	"\vProvenEvent\x12\x14\n" +
+	"\x05event\x18\x01 \x01(\fR\x05event\x12\x14\n" +
+	"\x05proof\x18\x02 \x01(\fR\x05proof\"\xfa\x06\n" +
 	"\x04Plan\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x127\n" +
@@ -3082,7 +3221,7 @@ func file_halligan_v1_agent_proto_rawDescGZIP() []byte {
 	return file_halligan_v1_agent_proto_rawDescData
 }
 
-var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_halligan_v1_agent_proto_goTypes = []any{
 	(*DescribeRequest)(nil),        // 0: halligan.v1.DescribeRequest
 	(*DescribeResponse)(nil),       // 1: halligan.v1.DescribeResponse
@@ -3096,90 +3235,94 @@ var file_halligan_v1_agent_proto_goTypes = []any{
 	(*EtcdStatus)(nil),             // 9: halligan.v1.EtcdStatus
 	(*PlanRequest)(nil),            // 10: halligan.v1.PlanRequest
 	(*UndoRequest)(nil),            // 11: halligan.v1.UndoRequest
-	(*Plan)(nil),                   // 12: halligan.v1.Plan
-	(*PlannedObject)(nil),          // 13: halligan.v1.PlannedObject
-	(*FieldChange)(nil),            // 14: halligan.v1.FieldChange
-	(*ApplyRequest)(nil),           // 15: halligan.v1.ApplyRequest
-	(*ShowPlanRequest)(nil),        // 16: halligan.v1.ShowPlanRequest
-	(*ExchangeBundleRequest)(nil),  // 17: halligan.v1.ExchangeBundleRequest
-	(*ExchangeBundleResponse)(nil), // 18: halligan.v1.ExchangeBundleResponse
-	(*StopRequest)(nil),            // 19: halligan.v1.StopRequest
-	(*StopResponse)(nil),           // 20: halligan.v1.StopResponse
-	(*ApplyEvent)(nil),             // 21: halligan.v1.ApplyEvent
-	(*Progress)(nil),               // 22: halligan.v1.Progress
-	(*Result)(nil),                 // 23: halligan.v1.Result
-	(*ObjectResult)(nil),           // 24: halligan.v1.ObjectResult
-	(*Error)(nil),                  // 25: halligan.v1.Error
-	(*GetRequest)(nil),             // 26: halligan.v1.GetRequest
-	(*GetEvent)(nil),               // 27: halligan.v1.GetEvent
-	(*Object)(nil),                 // 28: halligan.v1.Object
-	(*GetSummary)(nil),             // 29: halligan.v1.GetSummary
-	(*HistoryRequest)(nil),         // 30: halligan.v1.HistoryRequest
-	(*HistoryEntry)(nil),           // 31: halligan.v1.HistoryEntry
-	nil,                            // 32: halligan.v1.StatusResponse.EncryptionEntry
-	nil,                            // 33: halligan.v1.AuditStatus.WitnessedEntry
-	nil,                            // 34: halligan.v1.Result.TimingsMsEntry
-	(*timestamppb.Timestamp)(nil),  // 35: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),        // 36: google.protobuf.Struct
+	(*SealedEvidence)(nil),         // 12: halligan.v1.SealedEvidence
+	(*ProvenEvent)(nil),            // 13: halligan.v1.ProvenEvent
+	(*Plan)(nil),                   // 14: halligan.v1.Plan
+	(*PlannedObject)(nil),          // 15: halligan.v1.PlannedObject
+	(*FieldChange)(nil),            // 16: halligan.v1.FieldChange
+	(*ApplyRequest)(nil),           // 17: halligan.v1.ApplyRequest
+	(*ShowPlanRequest)(nil),        // 18: halligan.v1.ShowPlanRequest
+	(*ExchangeBundleRequest)(nil),  // 19: halligan.v1.ExchangeBundleRequest
+	(*ExchangeBundleResponse)(nil), // 20: halligan.v1.ExchangeBundleResponse
+	(*StopRequest)(nil),            // 21: halligan.v1.StopRequest
+	(*StopResponse)(nil),           // 22: halligan.v1.StopResponse
+	(*ApplyEvent)(nil),             // 23: halligan.v1.ApplyEvent
+	(*Progress)(nil),               // 24: halligan.v1.Progress
+	(*Result)(nil),                 // 25: halligan.v1.Result
+	(*ObjectResult)(nil),           // 26: halligan.v1.ObjectResult
+	(*Error)(nil),                  // 27: halligan.v1.Error
+	(*GetRequest)(nil),             // 28: halligan.v1.GetRequest
+	(*GetEvent)(nil),               // 29: halligan.v1.GetEvent
+	(*Object)(nil),                 // 30: halligan.v1.Object
+	(*GetSummary)(nil),             // 31: halligan.v1.GetSummary
+	(*HistoryRequest)(nil),         // 32: halligan.v1.HistoryRequest
+	(*HistoryEntry)(nil),           // 33: halligan.v1.HistoryEntry
+	nil,                            // 34: halligan.v1.StatusResponse.EncryptionEntry
+	nil,                            // 35: halligan.v1.AuditStatus.WitnessedEntry
+	nil,                            // 36: halligan.v1.Result.TimingsMsEntry
+	(*timestamppb.Timestamp)(nil),  // 37: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),        // 38: google.protobuf.Struct
 }
 var file_halligan_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: halligan.v1.DescribeResponse.actions:type_name -> halligan.v1.Action
 	3,  // 1: halligan.v1.Action.parameters:type_name -> halligan.v1.Parameter
-	35, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
+	37, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
 	9,  // 3: halligan.v1.StatusResponse.etcd:type_name -> halligan.v1.EtcdStatus
-	32, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
+	34, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
 	8,  // 5: halligan.v1.StatusResponse.bundle:type_name -> halligan.v1.BundleStatus
-	35, // 6: halligan.v1.StatusResponse.credential_expires:type_name -> google.protobuf.Timestamp
+	37, // 6: halligan.v1.StatusResponse.credential_expires:type_name -> google.protobuf.Timestamp
 	6,  // 7: halligan.v1.StatusResponse.audit:type_name -> halligan.v1.AuditStatus
-	33, // 8: halligan.v1.AuditStatus.witnessed:type_name -> halligan.v1.AuditStatus.WitnessedEntry
-	35, // 9: halligan.v1.BundleStatus.signed:type_name -> google.protobuf.Timestamp
-	35, // 10: halligan.v1.BundleStatus.fresh_until:type_name -> google.protobuf.Timestamp
-	36, // 11: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
-	36, // 12: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
-	13, // 13: halligan.v1.Plan.objects:type_name -> halligan.v1.PlannedObject
-	35, // 14: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
-	35, // 15: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
-	14, // 16: halligan.v1.PlannedObject.changes:type_name -> halligan.v1.FieldChange
-	8,  // 17: halligan.v1.ExchangeBundleResponse.status:type_name -> halligan.v1.BundleStatus
-	25, // 18: halligan.v1.ExchangeBundleResponse.refused:type_name -> halligan.v1.Error
-	22, // 19: halligan.v1.ApplyEvent.progress:type_name -> halligan.v1.Progress
-	23, // 20: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
-	12, // 21: halligan.v1.Result.plan:type_name -> halligan.v1.Plan
-	24, // 22: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
-	34, // 23: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
-	25, // 24: halligan.v1.Result.error:type_name -> halligan.v1.Error
-	36, // 25: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
-	28, // 26: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
-	29, // 27: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
-	35, // 28: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
-	35, // 29: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
-	12, // 30: halligan.v1.HistoryEntry.plan:type_name -> halligan.v1.Plan
-	24, // 31: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
-	0,  // 32: halligan.v1.Agent.Describe:input_type -> halligan.v1.DescribeRequest
-	4,  // 33: halligan.v1.Agent.Status:input_type -> halligan.v1.StatusRequest
-	10, // 34: halligan.v1.Agent.Plan:input_type -> halligan.v1.PlanRequest
-	11, // 35: halligan.v1.Agent.Undo:input_type -> halligan.v1.UndoRequest
-	15, // 36: halligan.v1.Agent.Apply:input_type -> halligan.v1.ApplyRequest
-	16, // 37: halligan.v1.Agent.ShowPlan:input_type -> halligan.v1.ShowPlanRequest
-	17, // 38: halligan.v1.Agent.ExchangeBundle:input_type -> halligan.v1.ExchangeBundleRequest
-	19, // 39: halligan.v1.Agent.Stop:input_type -> halligan.v1.StopRequest
-	26, // 40: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
-	30, // 41: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
-	1,  // 42: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
-	5,  // 43: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
-	12, // 44: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
-	12, // 45: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
-	21, // 46: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
-	12, // 47: halligan.v1.Agent.ShowPlan:output_type -> halligan.v1.Plan
-	18, // 48: halligan.v1.Agent.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
-	20, // 49: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
-	27, // 50: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
-	31, // 51: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
-	42, // [42:52] is the sub-list for method output_type
-	32, // [32:42] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	35, // 8: halligan.v1.AuditStatus.witnessed:type_name -> halligan.v1.AuditStatus.WitnessedEntry
+	37, // 9: halligan.v1.BundleStatus.signed:type_name -> google.protobuf.Timestamp
+	37, // 10: halligan.v1.BundleStatus.fresh_until:type_name -> google.protobuf.Timestamp
+	38, // 11: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
+	12, // 12: halligan.v1.UndoRequest.evidence:type_name -> halligan.v1.SealedEvidence
+	13, // 13: halligan.v1.SealedEvidence.events:type_name -> halligan.v1.ProvenEvent
+	38, // 14: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
+	15, // 15: halligan.v1.Plan.objects:type_name -> halligan.v1.PlannedObject
+	37, // 16: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
+	37, // 17: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
+	16, // 18: halligan.v1.PlannedObject.changes:type_name -> halligan.v1.FieldChange
+	8,  // 19: halligan.v1.ExchangeBundleResponse.status:type_name -> halligan.v1.BundleStatus
+	27, // 20: halligan.v1.ExchangeBundleResponse.refused:type_name -> halligan.v1.Error
+	24, // 21: halligan.v1.ApplyEvent.progress:type_name -> halligan.v1.Progress
+	25, // 22: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
+	14, // 23: halligan.v1.Result.plan:type_name -> halligan.v1.Plan
+	26, // 24: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
+	36, // 25: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
+	27, // 26: halligan.v1.Result.error:type_name -> halligan.v1.Error
+	38, // 27: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
+	30, // 28: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
+	31, // 29: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
+	37, // 30: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
+	37, // 31: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
+	14, // 32: halligan.v1.HistoryEntry.plan:type_name -> halligan.v1.Plan
+	26, // 33: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
+	0,  // 34: halligan.v1.Agent.Describe:input_type -> halligan.v1.DescribeRequest
+	4,  // 35: halligan.v1.Agent.Status:input_type -> halligan.v1.StatusRequest
+	10, // 36: halligan.v1.Agent.Plan:input_type -> halligan.v1.PlanRequest
+	11, // 37: halligan.v1.Agent.Undo:input_type -> halligan.v1.UndoRequest
+	17, // 38: halligan.v1.Agent.Apply:input_type -> halligan.v1.ApplyRequest
+	18, // 39: halligan.v1.Agent.ShowPlan:input_type -> halligan.v1.ShowPlanRequest
+	19, // 40: halligan.v1.Agent.ExchangeBundle:input_type -> halligan.v1.ExchangeBundleRequest
+	21, // 41: halligan.v1.Agent.Stop:input_type -> halligan.v1.StopRequest
+	28, // 42: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
+	32, // 43: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
+	1,  // 44: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
+	5,  // 45: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
+	14, // 46: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
+	14, // 47: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
+	23, // 48: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
+	14, // 49: halligan.v1.Agent.ShowPlan:output_type -> halligan.v1.Plan
+	20, // 50: halligan.v1.Agent.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
+	22, // 51: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
+	29, // 52: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
+	33, // 53: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
+	44, // [44:54] is the sub-list for method output_type
+	34, // [34:44] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_halligan_v1_agent_proto_init() }
@@ -3187,7 +3330,7 @@ func file_halligan_v1_agent_proto_init() {
 	if File_halligan_v1_agent_proto != nil {
 		return
 	}
-	file_halligan_v1_agent_proto_msgTypes[21].OneofWrappers = []any{
+	file_halligan_v1_agent_proto_msgTypes[23].OneofWrappers = []any{
 		(*ApplyEvent_Progress)(nil),
 		(*ApplyEvent_Result)(nil),
 	}
@@ -3197,7 +3340,7 @@ func file_halligan_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_halligan_v1_agent_proto_rawDesc), len(file_halligan_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   35,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
