@@ -61,8 +61,10 @@ type Options struct {
 	Cluster string
 	// Warnings tells what is degraded, each in one line; may be nil.
 	Warnings func() []string
-	Alarms   grpcdoor.Alarms
-	Log      zerolog.Logger
+	// Record is as that of grpcdoor.Options.
+	Record grpcdoor.Record
+	Alarms grpcdoor.Alarms
+	Log    zerolog.Logger
 }
 
 // Server is the API behind every door.
@@ -82,12 +84,12 @@ func New(o Options) (*Server, error) {
 		o.Warnings = func() []string { return nil }
 	}
 	s := &Server{engine: o.Engine, bundles: o.Bundles, cluster: o.Cluster, warnings: o.Warnings}
-	rows := map[string]func(trust.Identity) bool{}
+	rows := map[string]grpcdoor.Row{}
 	for method, right := range methods {
-		rows[method] = right.has
+		rows[method] = grpcdoor.Row{May: right.has, Record: right.record}
 	}
 	var err error
-	s.Server, err = grpcdoor.New(grpcdoor.Options{Methods: rows, Alarms: o.Alarms, Log: o.Log,
+	s.Server, err = grpcdoor.New(grpcdoor.Options{Methods: rows, Record: o.Record, Alarms: o.Alarms, Log: o.Log,
 		Register: func(r grpc.ServiceRegistrar) { halliganv1.RegisterAgentServer(r, s) }})
 	return s, err
 }

@@ -15,24 +15,25 @@ type right struct {
 	// bastion: bastions may call it as themselves. They have no role, and no
 	// authority but what is signed in what they bring.
 	bastion bool
+	record  grpcdoor.Recording
 }
 
 // methods is the inventory of what the doors offer: every method that the server
 // has. One without a row keeps the agent from starting.
 var methods = map[string]right{
-	halliganv1.Agent_Describe_FullMethodName:       {trust.Observer, true, false},
-	halliganv1.Agent_Status_FullMethodName:         {trust.Observer, true, false},
-	halliganv1.Agent_Plan_FullMethodName:           {trust.Observer, false, false},
-	halliganv1.Agent_Undo_FullMethodName:           {trust.Observer, false, false},
-	halliganv1.Agent_Apply_FullMethodName:          {trust.Responder, false, false},
-	halliganv1.Agent_ShowPlan_FullMethodName:       {trust.Observer, true, false},
-	halliganv1.Agent_ExchangeBundle_FullMethodName: {trust.Observer, true, true},
-	halliganv1.Agent_Stop_FullMethodName:           {trust.Responder, false, false},
-	halliganv1.Agent_Get_FullMethodName:            {trust.Observer, false, false},
-	halliganv1.Agent_History_FullMethodName:        {trust.Observer, false, false},
+	halliganv1.Agent_Describe_FullMethodName:       {trust.Observer, true, false, grpcdoor.Routine},
+	halliganv1.Agent_Status_FullMethodName:         {trust.Observer, true, false, grpcdoor.Routine},
+	halliganv1.Agent_Plan_FullMethodName:           {trust.Observer, false, false, grpcdoor.Noted},
+	halliganv1.Agent_Undo_FullMethodName:           {trust.Observer, false, false, grpcdoor.Noted},
+	halliganv1.Agent_Apply_FullMethodName:          {trust.Responder, false, false, grpcdoor.Deed},
+	halliganv1.Agent_ShowPlan_FullMethodName:       {trust.Observer, true, false, grpcdoor.Noted},
+	halliganv1.Agent_ExchangeBundle_FullMethodName: {trust.Observer, true, true, grpcdoor.Routine},
+	halliganv1.Agent_Stop_FullMethodName:           {trust.Responder, false, false, grpcdoor.Deed},
+	halliganv1.Agent_Get_FullMethodName:            {trust.Observer, false, false, grpcdoor.Noted},
+	halliganv1.Agent_History_FullMethodName:        {trust.Observer, false, false, grpcdoor.Noted},
 	// So that grpcurl works without our .proto file.
-	grpcdoor.Reflection[0]: {trust.Observer, true, false},
-	grpcdoor.Reflection[1]: {trust.Observer, true, false},
+	grpcdoor.Reflection[0]: {trust.Observer, true, false, grpcdoor.Routine},
+	grpcdoor.Reflection[1]: {trust.Observer, true, false, grpcdoor.Routine},
 }
 
 // has reports whether somebody has the right.

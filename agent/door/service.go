@@ -86,9 +86,13 @@ func (s *Server) ExchangeBundle(ctx context.Context, req *halliganv1.ExchangeBun
 	}
 	out := &halliganv1.ExchangeBundleResponse{}
 	if len(req.GetBundle()) > 0 {
-		if _, err := s.bundles.Offer(req.GetBundle()); err != nil {
+		changed, err := s.bundles.Offer(req.GetBundle())
+		if changed {
+			s.Noted(info.Who, halliganv1.Agent_ExchangeBundle_FullMethodName, s.bundles.Status())
+		}
+		if err != nil {
 			out.Refused = api.ErrorOf(err)
-			s.Refused(info.Who, fmt.Errorf("the bundle that was brought: %w", err))
+			s.Refused(info.Who, halliganv1.Agent_ExchangeBundle_FullMethodName, nil, fmt.Errorf("the bundle that was brought: %w", err))
 		}
 	}
 	if raw := s.bundles.Raw(); !bytes.Equal(raw, req.GetBundle()) {
@@ -138,7 +142,7 @@ func (s *Server) apply(info grpcdoor.Caller, req *halliganv1.ApplyRequest, progr
 			result = &halliganv1.Result{Action: req.GetPlanId(), Result: "unknown", Error: api.ErrorOf(api.FromStatus(err))}
 		}
 		if e := result.GetError(); e.GetCode() == string(fault.Refused) || e.GetCode() == string(fault.Unauthenticated) {
-			s.Refused(info.Who, &fault.Error{Code: fault.Code(e.GetCode()), Message: "applying " + req.GetPlanId() + ": " + e.GetMessage()})
+			s.Refused(info.Who, halliganv1.Agent_Apply_FullMethodName, req, &fault.Error{Code: fault.Code(e.GetCode()), Message: "applying " + req.GetPlanId() + ": " + e.GetMessage()})
 		}
 	}()
 	defer s.Rescue(halliganv1.Agent_Apply_FullMethodName, &err)

@@ -10,18 +10,20 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/tap"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/halligan-io/halligan/api"
+	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
-func checkMethods(services map[string]grpc.ServiceInfo, rows map[string]func(trust.Identity) bool) error {
+func checkMethods(services map[string]grpc.ServiceInfo, rows map[string]Row) error {
 	for service, info := range services {
 		for _, m := range info.Methods {
-			if name := "/" + service + "/" + m.Name; rows[name] == nil {
-				return fmt.Errorf("the method %s has no row in the table of the doors", name)
+			if name := "/" + service + "/" + m.Name; rows[name].May == nil || rows[name].Record == 0 {
+				return fmt.Errorf("the method %s has no row in the table of the doors, or not a whole one", name)
 			}
 		}
 	}
@@ -30,7 +32,7 @@ func checkMethods(services map[string]grpc.ServiceInfo, rows map[string]func(tru
 
 // allow decides whether somebody may call the method at all.
 func (s *Server) allow(who trust.Identity, method string) error {
-	if may := s.o.Methods[method]; may != nil && who.Person != "" && may(who) {
+	if may := s.o.Methods[method].May; may != nil && who.Person != "" && may(who) {
 		return nil
 	}
 	as := who.Role.String()
@@ -44,7 +46,7 @@ func (s *Server) allow(who trust.Identity, method string) error {
 // whole request before an interceptor sees the call, and one person's requests
 // that never end would fill the memory.
 func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
-	if s.o.Methods[call.FullMethodName] == nil {
+	if s.o.Methods[call.FullMethodName].May == nil {
 		return ctx, nil // gRPC refuses it, and reads nothing of it
 	}
 	info, err := CallerOf(ctx)
@@ -60,7 +62,7 @@ func (s *Server) tap(ctx context.Context, call *tap.Info) (context.Context, erro
 	if info.busy != nil {
 		info.busy()
 	}
-	return ctx, s.ended(info, err)
+	return ctx, s.ended(info, call.FullMethodName, nil, err)
 }
 
 // place is given back when the call's context has ended and its handler has
@@ -110,48 +112,93 @@ func (s *Server) enter(ctx context.Context, method string) (_ context.Context, _
 	return ctx, info, func() { forget(); cancel(nil); p.leave() }, nil
 }
 
-// ended turns the end of a call into what the caller hears, and tells the alarms
-// of refusals.
-func (s *Server) ended(info Caller, err error) error {
+// ended turns the end of a call into what the caller hears, records it, and tells
+// the alarms of refusals.
+func (s *Server) ended(info Caller, method string, request proto.Message, err error) error {
 	if err == nil {
+		if s.o.Methods[method].Record == Noted {
+			s.o.Record.Called(info.Who, method, request, nil)
+		}
 		return nil
 	}
 	f := api.FromStatus(err)
 	if f.Code == fault.Cancelled && info.Held != nil && info.Held.Err() != nil {
 		f = fault.Of(context.Cause(info.Held))
-	} else if info.refusal == nil && (f.Code == fault.Refused || f.Code == fault.Unauthenticated) {
-		s.Refused(info.Who, f) // those of the connection were told when it came
+	}
+	switch {
+	case info.refusal != nil: // it was told when the connection came
+	case f.Code == fault.Refused || f.Code == fault.Unauthenticated:
+		s.Refused(info.Who, method, request, f)
+	case s.o.Methods[method].Record == Noted:
+		s.o.Record.Called(info.Who, method, request, f)
 	}
 	return api.ToStatus(f)
 }
 
+// Refused records and tells the alarms of something that a call asked for and did
+// not get. The server does so itself for calls that end with such an error.
+func (s *Server) Refused(who trust.Identity, method string, request proto.Message, err error) {
+	s.o.Alarms.Raise(alarm.Of(alarm.Refusal, who, fault.Of(err).Message))
+	s.o.Record.Called(who, method, request, err)
+}
+
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 	defer s.Rescue(info.FullMethod, &err)
-	ctx, who, leave, err := s.enter(ctx, info.FullMethod)
+	who, err := s.answer(ctx, info.FullMethod, func(ctx context.Context) (err error) {
+		resp, err = handler(ctx, req)
+		return err
+	})
+	request, _ := req.(proto.Message)
+	return resp, s.ended(who, info.FullMethod, request, err)
+}
+
+// Noted records a call of a Routine method that was more than that, with what
+// became of it.
+func (s *Server) Noted(who trust.Identity, method string, became proto.Message) {
+	s.o.Record.Called(who, method, became, nil)
+}
+
+// answer runs the handler of a call, which may panic.
+func (s *Server) answer(ctx context.Context, method string, handler func(context.Context) error) (who Caller, err error) {
+	defer s.Rescue(method, &err)
+	ctx, who, leave, err := s.enter(ctx, method)
 	if err != nil {
-		return nil, s.ended(who, err)
+		return who, err
 	}
 	defer leave()
-	resp, err = handler(ctx, req)
-	return resp, s.ended(who, err)
+	return who, handler(ctx)
 }
 
-// call is a stream with the context of its interceptor.
+// call is a stream with the context of its interceptor, which keeps what was asked
+// first.
 type call struct {
 	grpc.ServerStream
-	ctx context.Context
+	ctx     context.Context
+	request atomic.Pointer[proto.Message]
 }
 
-func (c call) Context() context.Context { return c.ctx }
+func (c *call) Context() context.Context { return c.ctx }
+
+func (c *call) RecvMsg(m any) error {
+	err := c.ServerStream.RecvMsg(m)
+	if asked, ok := m.(proto.Message); ok && err == nil {
+		c.request.CompareAndSwap(nil, &asked)
+	}
+	return err
+}
 
 func (s *Server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
 	defer s.Rescue(info.FullMethod, &err)
-	ctx, who, leave, err := s.enter(stream.Context(), info.FullMethod)
-	if err != nil {
-		return s.ended(who, err)
+	c := &call{ServerStream: stream}
+	who, err := s.answer(stream.Context(), info.FullMethod, func(ctx context.Context) error {
+		c.ctx = ctx
+		return handler(srv, c)
+	})
+	var request proto.Message
+	if asked := c.request.Load(); asked != nil {
+		request = *asked
 	}
-	defer leave()
-	return s.ended(who, handler(srv, call{stream, ctx}))
+	return s.ended(who, info.FullMethod, request, err)
 }
 
 // Rescue, deferred, turns a panic in one call into that call's error.

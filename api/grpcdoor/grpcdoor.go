@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
@@ -44,17 +45,61 @@ type Alarms interface {
 	Raise(alarm.Event)
 }
 
-// Options of a server. All are required.
+// Record takes down who came and what they asked for. None of its methods may
+// block.
+type Record interface {
+	// Login is told of everybody who is let in, but for who is inside SSH, whose
+	// server tells of them, and for bastions, which come every minute with nothing
+	// but a bundle. What it returns is told of the end, and of why where the daemon
+	// ended it, else nil.
+	Login(who trust.Identity) (logout func(why error))
+	// Refused is told of a connection that was refused, or taken back.
+	Refused(who trust.Identity, err error)
+	// Called is told of a call when it has ended, as its row says; request is nil
+	// where none was read.
+	Called(who trust.Identity, method string, request proto.Message, err error)
+}
+
+// Row is one method of the inventory.
+type Row struct {
+	// May says who may call it at all. What is asked for is decided behind it.
+	May    func(trust.Identity) bool
+	Record Recording
+}
+
+// Recording says which calls of a method are told to the Record. Those that are
+// refused always are.
+type Recording int
+
+// How calls are recorded.
+const (
+	// Noted: every call.
+	Noted Recording = iota + 1
+	// Deed: what serves it records it by itself, before anything happens.
+	Deed
+	// Routine: it asks for what the daemon tells everybody of itself.
+	Routine
+)
+
+// Options of a server. All but Record are required.
 type Options struct {
 	// Register registers the daemon's services.
 	Register func(grpc.ServiceRegistrar)
-	// Methods is the inventory of what is offered, reflection included: who may
-	// call each method at all, by its full name. What is asked for is decided
-	// behind it.
-	Methods map[string]func(trust.Identity) bool
-	Alarms  Alarms
-	Log     zerolog.Logger
+	// Methods is the inventory of what is offered by its full name, reflection
+	// included.
+	Methods map[string]Row
+	// Record is left out in tests only.
+	Record Record
+	Alarms Alarms
+	Log    zerolog.Logger
 }
+
+// unrecorded is the Record of tests.
+type unrecorded struct{}
+
+func (unrecorded) Login(trust.Identity) func(error)                    { return func(error) {} }
+func (unrecorded) Refused(trust.Identity, error)                       {}
+func (unrecorded) Called(trust.Identity, string, proto.Message, error) {}
 
 // Reflection are the methods by which clients such as grpcurl learn the others.
 // Every server has them.
@@ -123,6 +168,9 @@ func places(what string, total, each int) *admission.Places {
 // New returns a server that takes connections at once. It refuses to start with
 // a method that has no row in the table.
 func New(o Options) (*Server, error) {
+	if o.Record == nil {
+		o.Record = unrecorded{}
+	}
 	s := &Server{o: o, connections: places("connections", maxConnections, maxConnectionsEach), calls: places("calls", maxCalls, MaxCallsEach), handed: newHanded()}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	s.grpc = grpc.NewServer(

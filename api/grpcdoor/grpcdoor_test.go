@@ -2,16 +2,21 @@ package grpcdoor_test
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
+	"path"
 	"runtime"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/rs/zerolog"
 	"google.golang.org/grpc"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/halligan-io/halligan/api"
 	"github.com/halligan-io/halligan/api/grpcdoor"
@@ -43,9 +48,10 @@ func ada(who trust.Identity) bool { return who.Person == "ada" }
 
 func options() grpcdoor.Options {
 	o := grpcdoor.Options{Alarms: silent{}, Log: zerolog.Nop(), Register: func(r grpc.ServiceRegistrar) { healthpb.RegisterHealthServer(r, service{}) },
-		Methods: map[string]func(trust.Identity) bool{healthpb.Health_Check_FullMethodName: ada, healthpb.Health_List_FullMethodName: anybody, healthpb.Health_Watch_FullMethodName: anybody}}
+		Methods: map[string]grpcdoor.Row{healthpb.Health_Check_FullMethodName: {May: ada, Record: grpcdoor.Noted}, healthpb.Health_List_FullMethodName: {May: anybody, Record: grpcdoor.Routine},
+			healthpb.Health_Watch_FullMethodName: {May: anybody, Record: grpcdoor.Deed}}}
 	for _, m := range grpcdoor.Reflection {
-		o.Methods[m] = anybody
+		o.Methods[m] = grpcdoor.Row{May: anybody, Record: grpcdoor.Routine}
 	}
 	return o
 }
@@ -98,6 +104,127 @@ func TestAllow(t *testing.T) {
 	}
 	if n := s.Calls(); n > 1 { // the last one may just end
 		t.Errorf("%d calls are under way", n)
+	}
+}
+
+// record keeps what it is told, one line each.
+type record struct {
+	mu    sync.Mutex // guards lines
+	lines []string
+	add   chan struct{}
+}
+
+func (r *record) note(who trust.Identity, format string, args ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if who.Session == "" {
+		format += ", in no session"
+	}
+	r.lines = append(r.lines, who.Person+" "+fmt.Sprintf(format, args...))
+	r.add <- struct{}{}
+}
+
+func (r *record) Login(who trust.Identity) func(error) {
+	r.note(who, "in")
+	return func(why error) { r.note(who, "out: %v", why) }
+}
+func (r *record) Refused(who trust.Identity, err error) { r.note(who, "refused: %v", err) }
+func (r *record) Called(who trust.Identity, method string, request proto.Message, err error) {
+	asked := ""
+	if q, ok := request.(*healthpb.HealthCheckRequest); ok {
+		asked = q.GetService()
+	}
+	r.note(who, "%s(%s): %v", path.Base(method), asked, fault.CodeOf(err))
+}
+
+// TestRecord: what happens at a door is recorded once, and what its row leaves out
+// is not, unless it is refused.
+func TestRecord(t *testing.T) {
+	r := &record{add: make(chan struct{}, 64)}
+	o := options()
+	o.Record = r
+	s, err := grpcdoor.New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Shutdown()
+	held, revoke := context.WithCancelCause(t.Context())
+	for _, c := range []struct {
+		who  trust.Identity
+		held context.Context
+		ask  func(healthpb.HealthClient) error
+		want string
+	}{
+		{trust.Identity{Person: "ada", Door: trust.GRPC}, t.Context(), func(c healthpb.HealthClient) error {
+			_, err := c.Check(t.Context(), &healthpb.HealthCheckRequest{Service: "x"})
+			return err
+		}, "ada in, ada Check(x): , ada out: <nil>"},
+		{trust.Identity{Person: "ada", Door: trust.GRPC}, t.Context(), func(c healthpb.HealthClient) error {
+			_, err := c.Check(t.Context(), &healthpb.HealthCheckRequest{Service: "panic"})
+			return err
+		}, "ada in, ada Check(panic): failed, ada out: <nil>"},
+		{trust.Identity{Person: "bob", Door: trust.GRPC}, t.Context(), func(c healthpb.HealthClient) error {
+			_, err := c.Check(t.Context(), &healthpb.HealthCheckRequest{Service: "x"})
+			return err
+		}, "bob in, bob Check(x): refused, bob out: <nil>"},
+		// Routine, and what records itself.
+		{trust.Identity{Person: "eve", Door: trust.GRPC}, t.Context(), func(c healthpb.HealthClient) error {
+			_, err := c.List(t.Context(), &healthpb.HealthListRequest{})
+			return err
+		}, "eve in, eve out: <nil>"},
+		{trust.Identity{Person: "eve", Door: trust.GRPC}, t.Context(), func(c healthpb.HealthClient) error {
+			w, err := c.Watch(t.Context(), &healthpb.HealthCheckRequest{})
+			if err == nil {
+				_, err = w.Recv()
+			}
+			return err
+		}, "eve in, eve out: <nil>"},
+		// SSH tells of itself, and names its sessions; nobody is no caller.
+		{trust.Identity{Person: "ada", Door: trust.SSH, Session: "s"}, t.Context(), func(c healthpb.HealthClient) error {
+			_, err := c.Check(t.Context(), &healthpb.HealthCheckRequest{})
+			return err
+		}, "ada Check(): "},
+		{trust.Identity{Door: trust.GRPC}, t.Context(), func(c healthpb.HealthClient) error {
+			_, err := c.List(t.Context(), &healthpb.HealthListRequest{})
+			return err
+		}, " in,  List(): refused,  out: <nil>"},
+		{trust.Identity{Person: "bob", Door: trust.GRPC, Kind: trust.Bastion}, t.Context(), func(c healthpb.HealthClient) error {
+			_, err := c.List(t.Context(), &healthpb.HealthListRequest{})
+			return err
+		}, ""},
+		{trust.Identity{Person: "ada", Door: trust.GRPC}, held, func(c healthpb.HealthClient) error {
+			_, err := c.List(t.Context(), &healthpb.HealthListRequest{})
+			revoke(fault.New(fault.Unauthenticated, "", "taken back: %w", trust.ErrRevoked))
+			return err
+		}, "ada in, ada refused: taken back: " + trust.ErrRevoked.Error() + ", ada out: taken back: " + trust.ErrRevoked.Error()},
+	} {
+		conn, err := s.Dial(c.who, c.held)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.ask(healthpb.NewHealthClient(conn)) // what is answered is other tests' to look at
+		if c.held == held {
+			// Else the peer would have hung up, perhaps.
+			<-r.add
+			<-r.add
+			<-r.add
+		}
+		conn.Close()
+		want := []string{}
+		if c.want != "" {
+			want = strings.Split(c.want, ", ")
+		}
+		if c.held != held {
+			for range want {
+				<-r.add
+			}
+		}
+		r.mu.Lock()
+		if !slices.Equal(r.lines, want) {
+			t.Errorf("%q, want %q", r.lines, want)
+		}
+		r.lines = nil
+		r.mu.Unlock()
 	}
 }
 

@@ -50,37 +50,53 @@ func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 		}
 	}
 	info.Who, info.refusal = c.Identity()
+	if info.Who.Session == "" { // SSH has named it
+		info.Who.Session = trust.NewSession(time.Now())
+	}
 	if info.refusal != nil {
-		t.server.Refused(info.Who, info.refusal)
+		t.server.refused(info.Who, info.refusal)
 		return c, info, nil
 	}
 	release, err := t.server.connections.Take(info.Who)
 	if err != nil {
 		t.server.o.Log.Warn().Str("person", info.Who.Person).Str("door", string(info.Who.Door)).Msg("connection refused: " + fault.Of(err).Message)
+		t.server.o.Record.Refused(info.Who, err)
 		return nil, nil, errors.Join(err, c.Close())
 	}
 	// SSH tells of logins itself: one may hold many of these. A bastion comes
 	// every minute, with nothing but a bundle.
+	logout := func(error) {}
 	if info.Who.Door != trust.SSH && info.Who.Kind != trust.Bastion {
 		t.server.o.Alarms.Raise(alarm.Of(alarm.Login, info.Who, cameIn(info.Who)))
+		logout = t.server.o.Record.Login(info.Who)
 	}
 	open, end := context.WithCancel(info.Held)
-	a := &admitted{Conn: c, release: sync.OnceFunc(func() { end(); release() })}
+	a := &admitted{Conn: c, release: sync.OnceFunc(func() { end(); release(); logout(ended(info.Held)) })}
 	context.AfterFunc(open, func() {
 		if info.Held.Err() == nil { // the peer went away
 			return
 		}
 		if Revoked(info.Held) {
-			t.server.Refused(info.Who, context.Cause(info.Held))
+			t.server.refused(info.Who, context.Cause(info.Held))
 		}
 		time.AfterFunc(farewell, func() { a.Close() })
 	})
 	return a, info, nil
 }
 
-// Refused tells the alarms of a refusal.
-func (s *Server) Refused(who trust.Identity, err error) {
+// ended returns the fault by which the daemon ended a login, nil where its peer did.
+func ended(held context.Context) error {
+	var why *fault.Error
+	if errors.As(context.Cause(held), &why) {
+		return why
+	}
+	return nil
+}
+
+// refused records and tells the alarms of a connection that was refused.
+func (s *Server) refused(who trust.Identity, err error) {
 	s.o.Alarms.Raise(alarm.Of(alarm.Refusal, who, fault.Of(err).Message))
+	s.o.Record.Refused(who, err)
 }
 
 // admitted is a connection with a place.

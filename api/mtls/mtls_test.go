@@ -51,16 +51,17 @@ func (service) Get(_ *halliganv1.GetRequest, stream grpc.ServerStreamingServer[h
 }
 
 // everybody may call everything.
-func everybody() map[string]func(trust.Identity) bool {
-	rows := map[string]func(trust.Identity) bool{}
+func everybody() map[string]grpcdoor.Row {
+	row := grpcdoor.Row{May: func(trust.Identity) bool { return true }, Record: grpcdoor.Routine}
+	rows := map[string]grpcdoor.Row{}
 	for _, m := range grpcdoor.Reflection {
-		rows[m] = func(trust.Identity) bool { return true }
+		rows[m] = row
 	}
 	for _, m := range halliganv1.Agent_ServiceDesc.Methods {
-		rows["/"+halliganv1.Agent_ServiceDesc.ServiceName+"/"+m.MethodName] = func(trust.Identity) bool { return true }
+		rows["/"+halliganv1.Agent_ServiceDesc.ServiceName+"/"+m.MethodName] = row
 	}
 	for _, m := range halliganv1.Agent_ServiceDesc.Streams {
-		rows["/"+halliganv1.Agent_ServiceDesc.ServiceName+"/"+m.StreamName] = func(trust.Identity) bool { return true }
+		rows["/"+halliganv1.Agent_ServiceDesc.ServiceName+"/"+m.StreamName] = row
 	}
 	return rows
 }

@@ -53,7 +53,7 @@ type Bundles interface {
 	Current() *bundle.Bundle
 }
 
-// Options of the API. All but Tunnels and Warnings are required.
+// Options of the API. All but Tunnels, Warnings and Record are required.
 type Options struct {
 	// Bastion is its name in the inventory.
 	Bastion string
@@ -66,23 +66,25 @@ type Options struct {
 	// Warnings tells what is degraded, each in one line.
 	Warnings func() []string
 	// Now is the bastion's clock.
-	Now    func() time.Time
+	Now func() time.Time
+	// Record is as that of grpcdoor.Options.
+	Record grpcdoor.Record
 	Alarms grpcdoor.Alarms
 	Log    zerolog.Logger
 }
 
-// methods is the inventory of what is offered, and to whom.
-var methods = map[string]func(trust.Identity) bool{
-	halliganv1.Bastion_Status_FullMethodName:         anybody,
-	halliganv1.Bastion_Nodes_FullMethodName:          anybody,
-	halliganv1.Bastion_Sessions_FullMethodName:       responds,
-	halliganv1.Bastion_ListPlans_FullMethodName:      anybody, // their own
-	halliganv1.Bastion_PostPlan_FullMethodName:       responds,
-	halliganv1.Bastion_PostApproval_FullMethodName:   approves,
-	halliganv1.Bastion_WatchPlan_FullMethodName:      anybody, // their own
-	halliganv1.Bastion_ExchangeBundle_FullMethodName: anybody,
-	grpcdoor.Reflection[0]:                           anybody,
-	grpcdoor.Reflection[1]:                           anybody,
+// methods is the inventory of what is offered, to whom, and what is recorded of it.
+var methods = map[string]grpcdoor.Row{
+	halliganv1.Bastion_Status_FullMethodName:         {May: anybody, Record: grpcdoor.Routine},
+	halliganv1.Bastion_Nodes_FullMethodName:          {May: anybody, Record: grpcdoor.Routine},
+	halliganv1.Bastion_Sessions_FullMethodName:       {May: responds, Record: grpcdoor.Noted},
+	halliganv1.Bastion_ListPlans_FullMethodName:      {May: anybody, Record: grpcdoor.Noted}, // their own
+	halliganv1.Bastion_PostPlan_FullMethodName:       {May: responds, Record: grpcdoor.Noted},
+	halliganv1.Bastion_PostApproval_FullMethodName:   {May: approves, Record: grpcdoor.Noted},
+	halliganv1.Bastion_WatchPlan_FullMethodName:      {May: anybody, Record: grpcdoor.Noted}, // their own
+	halliganv1.Bastion_ExchangeBundle_FullMethodName: {May: anybody, Record: grpcdoor.Routine},
+	grpcdoor.Reflection[0]:                           {May: anybody, Record: grpcdoor.Routine},
+	grpcdoor.Reflection[1]:                           {May: anybody, Record: grpcdoor.Routine},
 }
 
 // anybody who has been let in: the server asks for that.
@@ -114,7 +116,7 @@ func New(o Options) (*Server, error) {
 	}
 	s := &Server{o: o}
 	var err error
-	s.Server, err = grpcdoor.New(grpcdoor.Options{Methods: methods, Alarms: o.Alarms, Log: o.Log,
+	s.Server, err = grpcdoor.New(grpcdoor.Options{Methods: methods, Record: o.Record, Alarms: o.Alarms, Log: o.Log,
 		Register: func(r grpc.ServiceRegistrar) { halliganv1.RegisterBastionServer(r, s) }})
 	return s, err
 }
@@ -330,9 +332,13 @@ func (s *Server) ExchangeBundle(ctx context.Context, req *halliganv1.ExchangeBun
 	if len(req.GetBundle()) > 0 {
 		// An older one is what people who were away have, and what was taken over is
 		// in force even where the disk is full.
-		if changed, err := s.o.Bundles.Offer(req.GetBundle()); err != nil && !changed && !errors.Is(err, bundle.ErrOlder) {
+		changed, err := s.o.Bundles.Offer(req.GetBundle())
+		if changed {
+			s.Noted(c.Who, halliganv1.Bastion_ExchangeBundle_FullMethodName, api.BundleStatus(s.o.Bundles.Current()))
+		}
+		if err != nil && !changed && !errors.Is(err, bundle.ErrOlder) {
 			out.Refused = api.ErrorOf(err)
-			s.Refused(c.Who, fmt.Errorf("the bundle that was brought: %w", err))
+			s.Refused(c.Who, halliganv1.Bastion_ExchangeBundle_FullMethodName, nil, fmt.Errorf("the bundle that was brought: %w", err))
 		}
 	}
 	if raw := s.o.Bundles.Current().Raw(); !bytes.Equal(raw, req.GetBundle()) {

@@ -335,14 +335,14 @@ func TestMethods(t *testing.T) {
 		"Sessions": "alice program sealed", "PostPlan": "alice program sealed", "PostApproval": "bob",
 	} {
 		found := false
-		for name, may := range methods {
+		for name, row := range methods {
 			if name[strings.LastIndexByte(name, '/')+1:] != method {
 				continue
 			}
 			found = true
 			for who, id := range map[string]trust.Identity{"alice": alice, "bob": bob, "carol": carol, "program": program, "drill": drill, "sealed": sealed, "approver": approver, "nobody": {}} {
-				if may(id) != slices.Contains(strings.Fields(want), who) {
-					t.Errorf("%s for %s: %v", method, who, may(id))
+				if row.May(id) != slices.Contains(strings.Fields(want), who) {
+					t.Errorf("%s for %s: %v", method, who, row.May(id))
 				}
 			}
 		}

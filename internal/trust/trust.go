@@ -9,6 +9,8 @@
 package trust
 
 import (
+	"crypto/rand"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"time"
@@ -114,9 +116,17 @@ type Identity struct {
 	// notes them: an agent has one cluster, and takes people in one role.
 	Clusters []string
 	Roles    []Role
-	// Session names the connection in records. The door makes it up; it proves
-	// nothing.
+	// Session names the connection in records, see NewSession. The door makes it
+	// up; it proves nothing.
 	Session string
+}
+
+// NewSession returns a name for a connection that began now. It sorts by time and
+// may be part of a file's name.
+func NewSession(now time.Time) string {
+	var random [5]byte
+	_, _ = rand.Read(random[:]) // never fails: crypto/rand
+	return now.UTC().Format("20060102-150405") + "-" + hex.EncodeToString(random[:])
 }
 
 // May reports whether the identity has at least the role.
