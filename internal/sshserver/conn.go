@@ -66,6 +66,8 @@ type conn struct {
 	active    atomic.Int64 // when a byte last passed through a channel, since began
 	channels  atomic.Int64 // that are open
 
+	sessions atomic.Int64 // that were opened, to number them
+
 	library  gssh.Context  // set by the library, before its first byte
 	requests *rate.Limiter // what a client opens and asks of the whole connection; past it, it is cut off
 	pace     *rate.Limiter // what it asks in sessions; past it, it waits
@@ -219,7 +221,23 @@ func (c *conn) login(meta gossh.ConnMetadata, key gossh.PublicKey, _ *gossh.Perm
 	}
 	s.o.Log.Info().Str("person", neutral.Line(g.who.Person)).Stringer("role", g.who.Role).Str("source", c.remote).Str("key", g.who.Fingerprint).Msg("login")
 	s.o.Alarm(alarm.Of(alarm.Login, g.who, "came in by SSH"))
+	logout, undo := s.o.Record.Login(g.who), c.undo
+	c.undo = func() {
+		why := ended(g.held)
+		undo()
+		logout(why)
+	}
 	return &gossh.Permissions{ExtraData: map[any]any{grantKey{}: g}}, nil
+}
+
+// ended returns the fault by which the server ended a login, nil where its client
+// did.
+func ended(held context.Context) error {
+	var why *fault.Error
+	if errors.As(context.Cause(held), &why) {
+		return why
+	}
+	return nil
 }
 
 func fingerprint(key gossh.PublicKey) string {
@@ -239,6 +257,7 @@ func (c *conn) grant(meta gossh.ConnMetadata, key gossh.PublicKey) (*grant, erro
 	if who.Person == "" || who.Role == trust.None && !s.o.Roleless {
 		return nil, errors.New("authenticated as nobody")
 	}
+	who.Session = trust.NewSession(c.began)
 	release, err := s.logins.Take(who)
 	if err != nil {
 		return nil, err

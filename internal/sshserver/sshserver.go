@@ -74,7 +74,41 @@ type Options struct {
 	Log    zerolog.Logger
 	// Alarm is told of logins, refusals, floods and panics. It must not block.
 	Alarm func(alarm.Event)
+	// Record is left out in tests only.
+	Record Record
 }
+
+// Record takes down who came in and what they opened. None of its methods may
+// block.
+type Record interface {
+	// Login is told of everybody who is let in. What it returns is told of the end,
+	// and of why where the server ended it, else nil.
+	Login(who trust.Identity) (logout func(why error))
+	// Refused is told of a key that was proven and not let in, and of what somebody
+	// who is in was refused.
+	Refused(who trust.Identity, err error)
+	// Session is told of a shell, an exec line or a subsystem that begins. What it
+	// returns is told of the end, with the exit status, and why as with Login.
+	Session(who trust.Identity, s Opened) (end func(status int, why error))
+}
+
+// Opened is what somebody opened.
+type Opened struct {
+	// ID is that of the Session.
+	ID string
+	// Form is shell, exec or subsystem; Line the exec line, any bytes, or the
+	// subsystem's name.
+	Form, Line string
+	// Terminal says that there is one.
+	Terminal bool
+}
+
+// unrecorded is the Record of tests.
+type unrecorded struct{}
+
+func (unrecorded) Login(trust.Identity) func(error)                { return func(error) {} }
+func (unrecorded) Refused(trust.Identity, error)                   {}
+func (unrecorded) Session(trust.Identity, Opened) func(int, error) { return func(int, error) {} }
 
 // Handlers are what an authenticated client may ask for; all else is refused.
 // Each runs in a goroutine of its own, may panic, and must return soon after its
@@ -124,6 +158,9 @@ func New(o Options) (*Server, error) {
 	o.Limits = limits
 	if o.Alarm == nil {
 		o.Alarm = func(alarm.Event) {}
+	}
+	if o.Record == nil {
+		o.Record = unrecorded{}
 	}
 	places := func(what string, total, each, reserved int) *admission.Places {
 		p := admission.PlacesOptions{What: what, Total: total, Each: each, Reserved: reserved}
@@ -286,7 +323,9 @@ func (s *Server) refused(remote, user, fingerprint string, err error) {
 	}
 	text := neutral.LineMax(err.Error(), 512)
 	s.o.Log.Info().Str("source", remote).Str("user", neutral.LineMax(user, 64)).Str("key", fingerprint).Str("error", text).Msg("login refused")
-	s.o.Alarm(alarm.Of(alarm.Refusal, trust.Identity{Source: remote, Door: trust.SSH, Fingerprint: fingerprint}, text))
+	who := trust.Identity{Source: remote, Door: trust.SSH, Fingerprint: fingerprint}
+	s.o.Alarm(alarm.Of(alarm.Refusal, who, text))
+	s.o.Record.Refused(who, err)
 }
 
 // globalRequest refuses every request about the whole connection: forwarding
