@@ -1,0 +1,216 @@
+package evidence
+
+import (
+	"context"
+	"io"
+	"iter"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/halligan-io/halligan/audit"
+	"github.com/halligan-io/halligan/internal/fault"
+)
+
+// Entry is an event that holds, and where it is.
+type Entry struct {
+	audit.Event
+	// Raw is the entry, byte for byte.
+	Raw []byte
+	// Log is whose it is; Generation and Index are its place in the log's trees.
+	Log        *Log
+	Generation uint64
+	Index      int64
+}
+
+// Filter says which events are wanted: those for which all holds that is set.
+type Filter struct {
+	// Person, Incident, Action and Session are compared whole, without regard to
+	// case; Object is part of a key, and Origin NODE, NODE.CLUSTER or NAME.bastion.
+	Person, Incident, Action, Session, Object, Origin string
+	Kinds                                             []audit.Kind
+	// Since is the earliest time, Until the first that is too late.
+	Since, Until time.Time
+}
+
+// narrow reports whether the filter asks for what belongs to certain intents.
+func (f Filter) narrow() bool { return f.Person+f.Incident+f.Action+f.Session+f.Object != "" }
+
+// Origins reports whether a log's events can match.
+func (f Filter) origins(origin string) bool {
+	node, _, _ := strings.Cut(origin, ".")
+	return f.Origin == "" || f.Origin == origin || f.Origin == node
+}
+
+func (f Filter) match(e *audit.Event) bool {
+	if !f.Since.IsZero() && e.Time.Before(f.Since) || !f.Until.IsZero() && !e.Time.Before(f.Until) {
+		return false
+	}
+	if len(f.Kinds) > 0 && !slices.Contains(f.Kinds, e.Kind) {
+		return false
+	}
+	return f.about(e)
+}
+
+// about is match without when and which kind.
+func (f Filter) about(e *audit.Event) bool {
+	person := ""
+	if e.Actor != nil {
+		person = e.Actor.Person
+	}
+	same := func(want, is string) bool { return want == "" || strings.EqualFold(want, is) }
+	session := same(f.Session, e.Session) || e.Chunk != nil && same(f.Session, e.Chunk.Session)
+	approved := slices.ContainsFunc(e.ApprovedBy, func(a audit.Approval) bool { return same(f.Person, a.Person) })
+	return (same(f.Person, person) || approved) && same(f.Incident, e.Incident) && same(f.Action, e.Action) && session &&
+		(f.Object == "" || slices.ContainsFunc(e.Objects, func(o audit.Object) bool { return strings.Contains(o.Key, f.Object) }))
+}
+
+// Events yields what the filter wants of the events that hold, in the order of
+// their times, those of one log in their own. What belongs to an intent that is
+// wanted is so too. It comes after Verify, and ends with the first error.
+func (e *Evidence) Events(ctx context.Context, f Filter) iter.Seq2[Entry, error] {
+	return func(yield func(Entry, error) bool) {
+		type source struct {
+			next func() (Entry, error, bool)
+			head Entry
+		}
+		var sources []*source
+		for _, h := range e.held {
+			if !f.origins(h.Origin) {
+				continue
+			}
+			next, stop := iter.Pull2(h.events(ctx))
+			defer stop()
+			sources = append(sources, &source{next: next})
+		}
+		advance := func(s *source) (ok bool, err error) {
+			s.head, err, ok = s.next()
+			return ok, err
+		}
+		live := sources[:0]
+		for _, s := range sources {
+			ok, err := advance(s)
+			if err != nil {
+				yield(Entry{}, err)
+				return
+			}
+			if ok {
+				live = append(live, s)
+			}
+		}
+		wanted := map[string]bool{} // intents
+		for len(live) > 0 {
+			first := slices.MinFunc(live, func(x, y *source) int { return x.head.Time.Compare(y.head.Time) })
+			if entry := first.head; f.wants(&entry.Event, wanted) && !yield(entry, nil) {
+				return
+			}
+			ok, err := advance(first)
+			if err != nil {
+				yield(Entry{}, err)
+				return
+			}
+			if !ok {
+				live = slices.DeleteFunc(live, func(s *source) bool { return s == first })
+			}
+		}
+	}
+}
+
+func (f Filter) wants(e *audit.Event, intents map[string]bool) bool {
+	if f.narrow() {
+		if e.Kind == audit.Intent && f.about(e) {
+			intents[e.ID] = true
+		}
+		if e.Of != "" && intents[e.Of] {
+			return Filter{Kinds: f.Kinds, Since: f.Since, Until: f.Until}.match(e)
+		}
+	}
+	return f.match(e)
+}
+
+// events yields what holds of a log.
+func (h *held) events(ctx context.Context) iter.Seq2[Entry, error] {
+	return func(yield func(Entry, error) bool) {
+		for i := range h.trees {
+			t := &h.trees[i]
+			index := int64(0)
+			for raw, err := range t.EntriesUnder(ctx, t.at.Tree, 0, t.good) {
+				var event audit.Event
+				if err == nil {
+					event, err = Decode(raw)
+				}
+				if err != nil {
+					yield(Entry{}, fault.New(fault.Failed, "verify it again: halligan audit verify", "%s: %w", h.folder.file(logsFolder, h.name(t)), err))
+					return
+				}
+				if !yield(Entry{Event: event, Raw: raw, Log: h.Log, Generation: t.Number, Index: index}, nil) {
+					return
+				}
+				index++
+			}
+			if t.good < t.at.N {
+				return // what follows a hole is no story
+			}
+		}
+	}
+}
+
+// Find returns the event with the ID.
+func (e *Evidence) Find(ctx context.Context, id string) (Entry, error) {
+	for entry, err := range e.Events(ctx, Filter{}) {
+		if err != nil {
+			return Entry{}, err
+		}
+		if entry.ID == id {
+			return entry, nil
+		}
+	}
+	return Entry{}, fault.New(fault.NotFound, "list them with halligan audit show", "no event has the ID %.80q", id)
+}
+
+// Recording returns the bytes of a recording that the log vouches for, and where
+// its file is. The error is fault.NotFound where it is not here.
+func (e *Evidence) Recording(ctx context.Context, session string) (data io.ReadCloser, log *Log, err error) {
+	if !sessionForm.MatchString(session) {
+		return nil, nil, fault.New(fault.Usage, "list them with halligan audit show --kind recording", "a session cannot be called %.140q", session)
+	}
+	var pieces []vouched
+	var of *held
+	for entry, err := range e.Events(ctx, Filter{Kinds: []audit.Kind{audit.Recording}, Session: session}) {
+		if err != nil {
+			return nil, nil, err
+		}
+		if entry.Chunk != nil && entry.Chunk.Session == session {
+			if i := slices.IndexFunc(e.held, func(h *held) bool { return h.Log == entry.Log }); of == nil || of == e.held[i] {
+				of = e.held[i]
+				pieces = append(pieces, vouched{*entry.Chunk, of, entry.Seq})
+			}
+		}
+	}
+	if of == nil {
+		return nil, nil, fault.New(fault.NotFound, "list sessions with halligan audit show --kind session", "no recording of a session %s is on record", session)
+	}
+	name := path.Join(castsFolder, session+castSuffix)
+	file, err := openPlain(of.folder.fs, name)
+	if os.IsNotExist(err) {
+		return nil, of.Log, fault.New(fault.NotFound, "fetch it: halligan audit replay "+session, "the recording %s of %s is not here", session, of.Origin)
+	}
+	if err != nil {
+		return nil, of.Log, err
+	}
+	bad, _ := compareCast(file, pieces)
+	_ = file.Close()
+	if bad != nil {
+		return nil, of.Log, fault.New(fault.Failed, "verify all of it: halligan audit verify", "%s: bytes from %d on are not what event %d recorded", of.folder.file(name), bad.Offset, bad.seq)
+	}
+	if file, err = openPlain(of.folder.fs, name); err != nil {
+		return nil, of.Log, err
+	}
+	last := pieces[len(pieces)-1]
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.LimitReader(file, last.Offset+last.Length), file}, of.Log, nil
+}
