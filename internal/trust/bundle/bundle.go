@@ -76,6 +76,8 @@
 //	sealed:                            # FIDO2 keys that need no certificate
 //	- {person: alice, key: sk-ssh-ed25519@openssh.com …, role: commander, clusters: [prod],
 //	   notBefore: 2026-01-31T09:00:00Z, notAfter: 2026-05-01T09:00:00Z}   # at most 90 days apart
+//	recovery: [age1…]                  # at most 8; age keys, kept offline, that open sealed before-images
+//	keepImages: 720h                   # default 720h, 48h to 8760h; how long before-images are kept
 //	actions, protect, keepSubjects, caps, approvals, aloneCaps            # trust.Rules
 //
 // No key has two uses: roots, delegates, authorities (SSH and X.509 alike) and

@@ -862,3 +862,29 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+func TestRecovery(t *testing.T) {
+	const one, other = "age1lvyvwawkr0mcnnnncaghunadrqkmuf9e6507x9y920xxpp866cnql7dp2z", "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"
+	text := fmt.Sprintf("format: 1\npart: policy\nfleet: acme\nversion: 1\nsigned: 2026-03-01T09:00:00Z\nroots: {threshold: 1, keys: [%q]}\nauthorities: {user: [%q], host: [%q]}\n",
+		key("root-1").Line(), key("user-ca").Line(), key("host-ca").Line())
+	p, err := decodePolicy([]byte(text + "recovery: [" + one + ", " + other + "]\nkeepImages: 48h\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := Encode(p)
+	if err != nil || !bytes.Contains(again, []byte("recovery:\n  - "+one+"\n  - "+other+"\nkeepImages: 48h\n")) {
+		t.Errorf("%v\n%s", err, again)
+	}
+	for more, want := range map[string]string{
+		"recovery: [" + one + ", " + one + "]":            "recovery[1]: want keys, each once",
+		"recovery: [" + key("root-1").Line() + "]":        "is no X25519 recipient of age",
+		"recovery: [AGE-SECRET-KEY-1]":                    "is no X25519 recipient of age",
+		"recovery: [" + strings.Repeat(one+", ", 9) + "]": "more than 8",
+		"keepImages: 24h":                                 "keepImages: 24h0m0s is outside",
+		"recovery: [null]":                                "recovery",
+	} {
+		if _, err := decodePolicy([]byte(text + more + "\n")); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%.40s: %v, want %q", more, err, want)
+		}
+	}
+}

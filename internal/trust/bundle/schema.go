@@ -18,6 +18,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"filippo.io/age"
 	"github.com/hiddeco/sshsig"
 	yamlv3 "go.yaml.in/yaml/v3"
 	"golang.org/x/crypto/ssh"
@@ -439,6 +440,11 @@ const (
 	MaxCertificate = 168 * time.Hour
 	// MaxSealed is the longest time for which a sealed credential is valid.
 	MaxSealed = 90 * 24 * time.Hour
+	// DefaultKeepImages is how long before-images are kept; never less than an
+	// action can be taken back without anybody's approval.
+	DefaultKeepImages = 720 * time.Hour
+	minKeepImages     = 48 * time.Hour
+	maxKeepImages     = 8760 * time.Hour
 )
 
 // Policy is the part policy.yaml.
@@ -454,8 +460,32 @@ type Policy struct {
 	Grace          Duration `json:"grace"`
 	MaxCertificate Duration `json:"maxCertificate"`
 	Sealed         []Sealed `json:"sealed,omitempty"`
+	// Recovery are offline keys that can open the before-images of every node, and
+	// KeepImages how long those are kept.
+	Recovery   []Recipient `json:"recovery,omitempty"`
+	KeepImages Duration    `json:"keepImages,omitempty"`
 	trust.Rules
 }
+
+// Recipient is a public key of age: age1… (X25519).
+type Recipient struct{ *age.X25519Recipient }
+
+const maxRecovery = 8
+
+// UnmarshalJSON reads a string.
+func (r *Recipient) UnmarshalJSON(data []byte) error {
+	var text string
+	err := json.Unmarshal(data, &text)
+	if err == nil {
+		if r.X25519Recipient, err = age.ParseX25519Recipient(text); err != nil {
+			err = fmt.Errorf("recovery: %.80q is no X25519 recipient of age (age1…)", text)
+		}
+	}
+	return err
+}
+
+// MarshalJSON writes the string.
+func (r Recipient) MarshalJSON() ([]byte, error) { return json.Marshal(r.String()) }
 
 func parsePolicy(data, sig []byte) (*Policy, error) {
 	p, err := decodePolicy(data)
@@ -466,7 +496,7 @@ func parsePolicy(data, sig []byte) (*Policy, error) {
 }
 
 func decodePolicy(data []byte) (*Policy, error) {
-	p := &Policy{FreshFor: Duration(DefaultFreshFor), Grace: Duration(DefaultGrace), MaxCertificate: Duration(MaxCertificate)}
+	p := &Policy{FreshFor: Duration(DefaultFreshFor), Grace: Duration(DefaultGrace), MaxCertificate: Duration(MaxCertificate), KeepImages: Duration(DefaultKeepImages)}
 	if err := decode(data, p); err != nil {
 		return nil, err
 	}
@@ -491,6 +521,7 @@ func (p *Policy) checkRules() error {
 		{"freshFor", p.FreshFor, minFreshFor, maxFreshFor},
 		{"grace", p.Grace, 0, maxGrace},
 		{"maxCertificate", p.MaxCertificate, time.Minute, MaxCertificate},
+		{"keepImages", p.KeepImages, minKeepImages, maxKeepImages},
 	} {
 		if v := time.Duration(d.value); v < d.least || v > d.longest {
 			return fmt.Errorf("%s: %v is outside %v to %v", d.name, v, d.least, d.longest)
@@ -499,6 +530,14 @@ func (p *Policy) checkRules() error {
 	for i, s := range p.Sealed {
 		if err := s.check(); err != nil {
 			return fmt.Errorf("sealed[%d]: %w", i, err)
+		}
+	}
+	if len(p.Recovery) > maxRecovery {
+		return fmt.Errorf("recovery: more than %d keys", maxRecovery)
+	}
+	for i, r := range p.Recovery {
+		if r.X25519Recipient == nil || slices.ContainsFunc(p.Recovery[:i], func(o Recipient) bool { return o.String() == r.String() }) {
+			return fmt.Errorf("recovery[%d]: want keys, each once", i)
 		}
 	}
 	if err := p.oneUse(); err != nil {
