@@ -1,0 +1,511 @@
+// Package sealed keeps before-images readable when the node that took them is gone.
+// The record of an action is encrypted (age) to the agents of the cluster, and to
+// the offline keys that the policy names; bastions keep the files and can read
+// none. An agent that is handed such a file checks everything itself before it
+// believes a byte of it: see [Store.Take].
+//
+// It must never write what it opened anywhere, open for a file whose hash no log of
+// an agent of this cluster has, or stand in the way of the action that is sealed.
+// It stands on floor 2, like all of audit.
+//
+// # The file
+//
+// sealed/ACTION.age is an age v1 file for X25519 recipients, which stock age opens
+// too. In it, compressed (gzip, RFC 1952), are lines of JSON: first one with the
+// version of this format, the server and the plan, whose objects are those of the
+// images; then one {"image": …} for each, as the agent's journal has it. Its SHA-256
+// is in the event of the action's outcome, which tells what became of each object.
+package sealed
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"filippo.io/age"
+	"github.com/rs/zerolog"
+
+	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/internal/durable"
+	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
+	"github.com/halligan-io/halligan/internal/trust/logkey"
+)
+
+const (
+	keyName = "age-key"
+	folder  = "sealed"
+	suffix  = ".age"
+	// peersName is the file of the other agents' statements, so that a restart
+	// while no bastion answers forgets nobody.
+	peersName = "peers"
+	// sentName is the file of which witness has what.
+	sentName = "sent"
+
+	defaultMaxBytes = 256 << 20
+	// expireEvery is how often what is too old is looked for.
+	expireEvery = time.Hour
+)
+
+var validAction = regexp.MustCompile(`^[0-9a-z][0-9a-z-]{0,63}$`)
+
+// Name returns the path of an action's file in an evidence folder, with slashes.
+func Name(action string) (string, error) {
+	if !validAction.MatchString(action) {
+		return "", fault.New(fault.Usage, "see: halligan history", "%.80q is not the ID of an action", action)
+	}
+	return folder + "/" + action + suffix, nil
+}
+
+// Options of a store.
+type Options struct {
+	// Dir is the audit folder, which must be there.
+	Dir string
+	// Server is this agent's name, NODE.CLUSTER.
+	Server string
+	// Bundle is the one in force; it may return nil for as long as there is none.
+	Bundle func() *bundle.Bundle
+	// MaxBytes bounds the files, default 256 MiB; the oldest go first.
+	MaxBytes int64
+	// Now defaults to time.Now.
+	Now func() time.Time
+	Log zerolog.Logger
+}
+
+// Store is what an agent has sealed. Its methods may be called concurrently.
+type Store struct {
+	o      Options
+	dir    string
+	key    *age.X25519Identity
+	expiry sync.WaitGroup
+	stop   chan struct{}
+
+	mu sync.Mutex // guards all below
+	// peers are the other agents of the cluster, by name.
+	peers map[string]peer
+	// sent says by action which witnesses have its file, and which file that was.
+	sent     map[string]sent
+	watchers map[chan struct{}]bool
+	problem  string
+}
+
+type peer struct {
+	recipient *age.X25519Recipient
+	signed    time.Time
+	statement []byte
+}
+
+type sent struct {
+	SHA256 string   `json:"sha256"`
+	To     []string `json:"to"`
+}
+
+// Open opens the folder and the agent's own key in it, which is made where there is
+// none. Files that others may look into are an error.
+func Open(o Options) (*Store, error) {
+	if o.MaxBytes == 0 {
+		o.MaxBytes = defaultMaxBytes
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	s := &Store{o: o, dir: filepath.Join(o.Dir, folder), peers: map[string]peer{}, sent: map[string]sent{}, watchers: map[chan struct{}]bool{}, stop: make(chan struct{})}
+	for _, d := range []string{o.Dir, s.dir} {
+		if err := durable.Dir(d); err != nil {
+			return nil, fmt.Errorf("opening the folder of sealed before-images: %w", err)
+		}
+	}
+	var err error
+	if s.key, err = openKey(filepath.Join(o.Dir, keyName)); err != nil {
+		return nil, fmt.Errorf("the key that opens sealed before-images: %w", err)
+	}
+	s.recall()
+	s.expire()
+	s.expiry.Go(func() {
+		for {
+			select {
+			case <-s.stop:
+				return
+			case <-time.After(expireEvery):
+				s.expire()
+			}
+		}
+	})
+	return s, nil
+}
+
+// Close ends what removes files that are too old.
+func (s *Store) Close() {
+	close(s.stop)
+	s.expiry.Wait()
+}
+
+func openKey(path string) (*age.X25519Identity, error) {
+	err := durable.CheckPrivate(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		key, err := age.GenerateX25519Identity()
+		if err != nil {
+			return nil, err
+		}
+		return key, durable.Write(path, []byte(key.String()+"\n"))
+	}
+	if err != nil {
+		return nil, err
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	key, err := age.ParseX25519Identity(strings.TrimSpace(string(data)))
+	if err != nil {
+		return nil, fmt.Errorf("%s holds no key of age", path) // its error could quote the key
+	}
+	return key, nil
+}
+
+// Recipient is what others seal to for this agent: age1….
+func (s *Store) Recipient() string { return s.key.Recipient().String() }
+
+// Meet takes over the statements of other agents, and returns how many of the
+// cluster's are known now. What does not hold is passed over: a statement is of a
+// node of this cluster that the inventory names, and the newest of each counts.
+func (s *Store) Meet(statements [][]byte) int {
+	b := s.o.Bundle()
+	if b == nil {
+		return 0
+	}
+	cluster := clusterOf(s.o.Server)
+	nodes := map[string]bool{}
+	for _, host := range b.Inventory.Nodes(cluster) {
+		nodes[host.ID()] = true
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	changed := false
+	for _, data := range statements {
+		st, err := logkey.Verify(data, b, s.o.Now())
+		if err == nil && st.Server == s.o.Server {
+			continue
+		}
+		var recipient *age.X25519Recipient
+		if err == nil {
+			recipient, err = age.ParseX25519Recipient(st.Age)
+		}
+		if err == nil && !nodes[st.Server] {
+			err = fmt.Errorf("the inventory has no node %s in cluster %s", st.Server, cluster)
+		}
+		if err != nil {
+			s.o.Log.Warn().Str("problem", neutral.Line(err.Error())).Msg("the statement of another agent is passed over")
+			continue
+		}
+		if known, ok := s.peers[st.Server]; !ok || st.Signed.After(known.signed) {
+			s.peers[st.Server], changed = peer{recipient, st.Signed, slices.Clone(data)}, true
+		}
+	}
+	for server := range s.peers {
+		if !nodes[server] { // it left the cluster
+			delete(s.peers, server)
+			changed = true
+		}
+	}
+	if changed {
+		var all [][]byte
+		for _, server := range slices.Sorted(maps.Keys(s.peers)) {
+			all = append(all, s.peers[server].statement)
+		}
+		s.remember(peersName, all)
+	}
+	return len(s.peers)
+}
+
+// Peers returns the names of the agents that are sealed to, beside this one.
+func (s *Store) Peers() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Sorted(maps.Keys(s.peers))
+}
+
+// recall reads what an earlier process knew. It is a cache: what cannot be read is
+// learnt again.
+func (s *Store) recall() {
+	if data, err := os.ReadFile(filepath.Join(s.o.Dir, sentName)); err == nil {
+		_ = json.Unmarshal(data, &s.sent)
+	}
+	if s.sent == nil {
+		s.sent = map[string]sent{}
+	}
+	s.recallPeers()
+}
+
+func (s *Store) recallPeers() {
+	var statements [][]byte
+	if data, err := os.ReadFile(filepath.Join(s.o.Dir, peersName)); err == nil && json.Unmarshal(data, &statements) == nil {
+		s.Meet(statements)
+	}
+}
+
+func (s *Store) remember(name string, value any) {
+	data, err := json.Marshal(value)
+	if err == nil {
+		err = durable.Write(filepath.Join(s.o.Dir, name), data)
+	}
+	if err != nil {
+		s.o.Log.Warn().Str("problem", neutral.Line(err.Error())).Msg("what sealed before-images need to know could not be kept")
+	}
+}
+
+// recipients are all that a file is sealed to: this agent, the others, and the
+// policy's offline keys.
+func (s *Store) recipients() []age.Recipient {
+	all := []age.Recipient{s.key.Recipient()}
+	seen := map[string]bool{s.Recipient(): true}
+	add := func(r *age.X25519Recipient) {
+		if !seen[r.String()] {
+			seen[r.String()] = true
+			all = append(all, r)
+		}
+	}
+	b := s.o.Bundle()
+	s.mu.Lock()
+	forgotten := len(s.peers) == 0 && b != nil
+	s.mu.Unlock()
+	if forgotten {
+		s.recallPeers() // there was no bundle yet when the process began
+	}
+	s.mu.Lock()
+	for _, server := range slices.Sorted(maps.Keys(s.peers)) {
+		add(s.peers[server].recipient)
+	}
+	s.mu.Unlock()
+	if b != nil {
+		for _, r := range b.Policy.Recovery {
+			add(r.X25519Recipient)
+		}
+	}
+	return all
+}
+
+// keep is how long before-images are kept.
+func (s *Store) keep() time.Duration {
+	if b := s.o.Bundle(); b != nil {
+		return time.Duration(b.Policy.KeepImages)
+	}
+	return bundle.DefaultKeepImages
+}
+
+// Seal seals the plan of an action and the before-images, each of which encodes as
+// JSON, and returns the SHA-256 of the file in hex when it is durable. Sealing again
+// replaces the file.
+func (s *Store) Seal(plan *halliganv1.Plan, images iter.Seq2[any, error]) (sum string, err error) {
+	sum, err = s.seal(plan, images)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.problem = ""
+	if err != nil {
+		err = fmt.Errorf("sealing before-images: %w", err)
+		s.problem = neutral.Line(err.Error())
+		return "", err
+	}
+	s.sent[plan.Id] = sent{SHA256: sum}
+	s.bound()
+	s.wake()
+	return sum, nil
+}
+
+func (s *Store) seal(plan *halliganv1.Plan, images iter.Seq2[any, error]) (sum string, err error) {
+	name, err := Name(plan.Id)
+	if err != nil {
+		return "", err
+	}
+	tmp, err := os.CreateTemp(s.dir, "."+plan.Id+".*.tmp")
+	if err != nil {
+		return "", err
+	}
+	defer func() {
+		if err != nil {
+			tmp.Close()
+			os.Remove(tmp.Name())
+		}
+	}()
+	hash := sha256.New()
+	buffered := bufio.NewWriterSize(io.MultiWriter(tmp, hash), 64<<10)
+	if err = write(buffered, s.o.Server, plan, images, s.recipients()); err != nil {
+		return "", err
+	}
+	if err = errors.Join(buffered.Flush(), tmp.Sync()); err != nil {
+		return "", err
+	}
+	if err = tmp.Close(); err != nil {
+		return "", err
+	}
+	if err = os.Rename(tmp.Name(), filepath.Join(s.o.Dir, filepath.FromSlash(name))); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(hash.Sum(nil)), durable.SyncDir(s.dir)
+}
+
+// Problem says why the last file could not be stored; empty: it was.
+func (s *Store) Problem() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.problem
+}
+
+// File is a sealed file that a witness does not have yet.
+type File struct{ Action, SHA256, Path string }
+
+// Unsent returns the files that the witness has not said to have, oldest first.
+func (s *Store) Unsent(witness string) (files []File) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, action := range slices.Sorted(maps.Keys(s.sent)) {
+		if of := s.sent[action]; !slices.Contains(of.To, witness) {
+			files = append(files, File{action, of.SHA256, filepath.Join(s.dir, action+suffix)})
+		}
+	}
+	return files
+}
+
+// Stored notes that a witness has made a file durable.
+func (s *Store) Stored(witness, action, sum string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	of, ok := s.sent[action]
+	if !ok || of.SHA256 != sum || slices.Contains(of.To, witness) {
+		return
+	}
+	of.To = append(slices.Clone(of.To), witness)
+	s.sent[action] = of
+	s.remember(sentName, s.sent)
+}
+
+// Changed returns a channel that is sent to when there is another file, and a
+// function that ends that.
+func (s *Store) Changed() (<-chan struct{}, func()) {
+	c := make(chan struct{}, 1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.watchers[c] = true
+	return c, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.watchers, c)
+	}
+}
+
+// wake tells all watchers; s.mu is held.
+func (s *Store) wake() {
+	for c := range s.watchers {
+		select {
+		case c <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// expire removes what is too old, and what a crash left half written.
+func (s *Store) expire() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, err := Expire(s.o.Dir, s.o.Now().Add(-s.keep()))
+	if err != nil {
+		s.o.Log.Warn().Str("problem", neutral.Line(err.Error())).Msg("before-images that are too old could not be removed")
+	}
+	s.bound()
+}
+
+// bound removes the oldest files beyond what may be kept, and forgets what is not
+// there; s.mu is held.
+func (s *Store) bound() {
+	files, err := list(s.dir)
+	if err != nil {
+		return
+	}
+	var used int64
+	for _, f := range files {
+		used += f.Size()
+	}
+	for len(files) > 0 && used > s.o.MaxBytes {
+		if os.Remove(filepath.Join(s.dir, files[0].Name())) != nil {
+			break
+		}
+		used -= files[0].Size()
+		files = files[1:]
+	}
+	there := map[string]bool{}
+	for _, f := range files {
+		action := strings.TrimSuffix(f.Name(), suffix)
+		if there[action] = true; s.sent[action].SHA256 == "" { // the list of what was sent is lost
+			if sum, err := hashOf(filepath.Join(s.dir, f.Name())); err == nil {
+				s.sent[action] = sent{SHA256: sum}
+			}
+		}
+	}
+	maps.DeleteFunc(s.sent, func(action string, _ sent) bool { return !there[action] })
+}
+
+func hashOf(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	hash := sha256.New()
+	_, err = io.Copy(hash, f)
+	return hex.EncodeToString(hash.Sum(nil)), err
+}
+
+// Expire removes the sealed files of an evidence folder, be it a copy, that were
+// last written before a time, and returns how many. It is no error that there are
+// none.
+func Expire(dir string, before time.Time) (removed int, err error) {
+	dir = filepath.Join(dir, folder)
+	files, err := list(dir)
+	for _, f := range files {
+		if !f.ModTime().Before(before) {
+			break
+		}
+		if rerr := os.Remove(filepath.Join(dir, f.Name())); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
+			err = errors.Join(err, rerr)
+			continue
+		}
+		removed++
+	}
+	return removed, err
+}
+
+// list returns the sealed files, oldest first.
+func list(dir string) (files []fs.FileInfo, err error) {
+	names, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	for _, n := range names {
+		action, ok := strings.CutSuffix(n.Name(), suffix)
+		if !ok || !validAction.MatchString(action) || !n.Type().IsRegular() {
+			continue
+		}
+		if st, err := n.Info(); err == nil {
+			files = append(files, st)
+		}
+	}
+	slices.SortFunc(files, func(a, b fs.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
+	return files, err
+}
+
+func clusterOf(server string) string { return server[strings.LastIndexByte(server, '.')+1:] }
