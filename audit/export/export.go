@@ -16,7 +16,6 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"slices"
 
 	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -28,18 +27,11 @@ type Log struct{ Origin, Lineage string }
 
 func (l Log) key() string { return l.Origin + "/" + l.Lineage }
 
-// Entry is one event, and its bytes as the log has them.
+// Entry is one event of a verified log, and its bytes as the log has them.
 type Entry struct {
+	Log   Log
 	Event audit.Event
 	Raw   []byte
-}
-
-// Source has verified logs.
-type Source interface {
-	Logs() []Log
-	// Entries yields a log's events in order of their sequence numbers, from one
-	// on, or from the first after it that was not pruned.
-	Entries(ctx context.Context, l Log, from uint64) iter.Seq2[Entry, error]
 }
 
 // Sink takes records, one event each.
@@ -92,9 +84,11 @@ type Result struct {
 	Gaps []Gap
 }
 
-// Run sends everything that the cursor has not passed, and moves it. When the
-// context ends, it finishes what it has begun, and says fault.Cancelled.
-func Run(ctx context.Context, source Source, format Format, sink Sink, cursor *Cursor) (Result, error) {
+// Run sends everything that the cursor has not passed, and moves it. The entries of
+// one log come in order of their sequence numbers; a number that is not there was
+// pruned. When the context ends, Run finishes what it has begun, and says
+// fault.Cancelled.
+func Run(ctx context.Context, entries iter.Seq2[Entry, error], format Format, sink Sink, cursor *Cursor) (Result, error) {
 	var r Result
 	pending := 0
 	commit := func() error {
@@ -108,45 +102,49 @@ func Run(ctx context.Context, source Source, format Format, sink Sink, cursor *C
 		pending = 0
 		return cursor.Save()
 	}
-	logs := slices.Clone(source.Logs())
-	slices.SortFunc(logs, func(a, b Log) int { return bytes.Compare([]byte(a.key()), []byte(b.key())) })
-	for _, l := range logs {
-		from := cursor.next(l)
-		for entry, err := range source.Entries(ctx, l, from) {
-			switch {
-			case ctx.Err() != nil:
-				return r, stopped(r, commit())
-			case err != nil:
-				return r, errors.Join(err, commit())
-			case entry.Event.Seq < from:
-				return r, errors.Join(fmt.Errorf("%s: event %d came after %d", l.key(), entry.Event.Seq, from), commit())
-			case entry.Event.Seq > from:
-				r.Gaps = append(r.Gaps, Gap{l, from, entry.Event.Seq})
-			}
-			record, err := format.Encode(entry)
-			if err != nil {
-				return r, errors.Join(fmt.Errorf("%s: event %d: %w", l.key(), entry.Event.Seq, err), commit())
-			}
-			if err := sink.Write(record); err != nil {
-				// What this batch had is not committed, and goes out again.
+	last := map[Log]uint64{} // the number that came last
+	for e, err := range entries {
+		if ctx.Err() != nil {
+			break
+		}
+		if err != nil {
+			return r, errors.Join(err, commit())
+		}
+		seq := e.Event.Seq
+		if before, seen := last[e.Log]; seen && seq <= before {
+			return r, errors.Join(fmt.Errorf("%s: event %d came after %d", e.Log.key(), seq, before), commit())
+		}
+		last[e.Log] = seq
+		next := cursor.next(e.Log)
+		if seq < next {
+			continue
+		}
+		if seq > next {
+			r.Gaps = append(r.Gaps, Gap{e.Log, next, seq})
+		}
+		record, err := format.Encode(e)
+		if err != nil {
+			return r, errors.Join(fmt.Errorf("%s: event %d: %w", e.Log.key(), seq, err), commit())
+		}
+		if err := sink.Write(record); err != nil {
+			// What this batch had is not committed, and goes out again.
+			return r, err
+		}
+		cursor.moveTo(e.Log, seq+1)
+		if pending++; pending == batch {
+			if err := commit(); err != nil {
 				return r, err
 			}
-			from = entry.Event.Seq + 1
-			cursor.moveTo(l, from)
-			if pending++; pending == batch {
-				if err := commit(); err != nil {
-					return r, err
-				}
-			}
-		}
-		if ctx.Err() != nil {
-			return r, stopped(r, commit())
 		}
 	}
-	return r, commit()
+	err := commit()
+	if ctx.Err() != nil {
+		return r, stopped(err)
+	}
+	return r, err
 }
 
-func stopped(r Result, err error) error {
+func stopped(err error) error {
 	if err != nil {
 		return err
 	}
