@@ -32,6 +32,7 @@ const (
 	Closed  Kind = "closed"  // a door of the daemon could not be opened
 	Clock   Kind = "clock"   // this machine's clock was or is wrong
 	Panic   Kind = "panic"   // a fault of the daemon ended something
+	Audit   Kind = "audit"   // something is wrong with the record of what is done
 )
 
 // Loud reports whether the event must come through even where others flood.
