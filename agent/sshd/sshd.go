@@ -3,9 +3,10 @@
 // subsystem halligan-grpc, which is the agent's API inside an SSH channel.
 //
 // It is a door and nothing more: every verb goes through agent/door as the
-// identity that internal/sshserver has authenticated. It must never start a
-// process, read or write a file, expand anything in a line, or decide what
-// somebody may do. It stands on floor 4.
+// identity that internal/sshserver has authenticated. What is shown in a session is
+// recorded (audit/cast), but for what is revealed of a Secret. It must never start
+// a process, read or write a file of its own, expand anything in a line, or decide
+// what somebody may do. It stands on floor 4.
 package sshd
 
 import (
@@ -26,6 +27,7 @@ import (
 	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/api/verb"
+	"github.com/halligan-io/halligan/audit/cast"
 	"github.com/halligan-io/halligan/internal/execline"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
@@ -46,6 +48,8 @@ type Options struct {
 	Door Door
 	// Node and Cluster are the agent's names in the bundle.
 	Node, Cluster string
+	// Recorder records sessions. Nil records none.
+	Recorder *cast.Recorder
 	// Now is the agent's clock.
 	Now func() time.Time
 	Log zerolog.Logger
@@ -55,8 +59,14 @@ type Options struct {
 func Handlers(o Options) sshserver.Handlers {
 	h := &handler{o}
 	return sshserver.Handlers{
-		Session:    func(s *sshserver.Session) { h.session(s) },
-		Subsystems: map[string]func(*sshserver.Session){grpcdoor.Subsystem: func(s *sshserver.Session) { o.Door.ServeSession(s) }},
+		Session: func(s *sshserver.Session) { h.session(s) },
+		Subsystems: map[string]func(*sshserver.Session){grpcdoor.Subsystem: func(s *sshserver.Session) {
+			rec, err := o.Recorder.Begin(s.Context(), cast.About{Who: s.Identity(), What: cast.Subsystem, Command: grpcdoor.Subsystem})
+			if err == nil { // as always, since nothing of it is recorded
+				defer func() { rec.End(0, context.Cause(s.Held())) }()
+			}
+			o.Door.ServeSession(s)
+		}},
 	}
 }
 
@@ -83,35 +93,72 @@ type session interface {
 // broke. Inside the agent that is when the agent or the login ends.
 const settle = 2 * time.Second
 
+// recorded is a session whose output is recorded, and its input where that is
+// wanted.
+type recorded struct {
+	session
+	rec *cast.Session
+	io.Reader
+	io.Writer
+}
+
+func (r recorded) Context() context.Context    { return r.rec.Context() }
+func (r recorded) Read(p []byte) (int, error)  { return r.Reader.Read(p) }
+func (r recorded) Write(p []byte) (int, error) { return r.Writer.Write(p) }
+func (r recorded) Stderr() io.Writer           { return r.rec.Writer(r.session.Stderr()) }
+
 // session runs a line, or a shell until it ends.
 func (h *handler) session(s session) {
-	sh := &shell{handler: h, session: s, variables: s.Env(),
+	sh := &shell{handler: h, variables: s.Env(),
 		// Nobody fills the log by typing; what is done has a record of its own.
 		lines: h.Log.Sample(&zerolog.BurstSampler{Burst: linesLogged, Period: 5 * time.Second})}
-	status := 0
 	pty, onTerminal := s.Pty()
-	if onTerminal {
-		sh.sit(pty.Window)
-		defer sh.keyboard.wait() // for the session to be closed
+	about := cast.About{Who: s.Identity(), What: cast.Script, Command: s.Command(), At: h.Node + "." + h.Cluster,
+		Columns: pty.Window.Columns, Rows: pty.Window.Rows, Term: pty.Term, Reason: sh.variables["HALLIGAN_REASON"], Incident: sh.variables["HALLIGAN_INCIDENT"]}
+	if s.Command() != "" {
+		about.What = cast.Exec
+	} else if onTerminal {
+		about.What = cast.Shell
 	}
-	switch {
-	case s.Command() != "":
-		status = sh.line(s.Command())
-	case onTerminal:
-		status = sh.interact()
-		if s.Held().Err() != nil {
-			sh.keyboard.wait() // for the server to say why, and to hang up
+	defer func() {
+		if sh.keyboard != nil {
+			sh.keyboard.wait() // for the session to be closed
 		}
-	default:
-		status = sh.script()
-	}
-	_ = s.Exit(status) // who is gone needs no status
+	}()
+	h.Recorder.Serve(s, about, func(rec *cast.Session) (status int) {
+		sh.rec, sh.session = rec, recorded{s, rec, rec.Reader(s), rec.Writer(s)}
+		if onTerminal {
+			sh.sit(pty.Window)
+		}
+		sh.warn()
+		switch {
+		case s.Command() != "":
+			status = sh.line(s.Command())
+		case onTerminal:
+			status = sh.interact()
+			if s.Held().Err() != nil {
+				sh.keyboard.wait() // for the server to say why, and to hang up
+			}
+		default:
+			status = sh.script()
+		}
+		return status
+	})
 }
 
 // agent is a connection to the API that ends with a verb.
 type agent struct {
 	halliganv1.AgentClient
 	io.Closer
+	rec *cast.Session
+}
+
+// Get has nothing recorded of what the values of a Secret are shown in.
+func (a agent) Get(ctx context.Context, req *halliganv1.GetRequest, o ...grpc.CallOption) (grpc.ServerStreamingClient[halliganv1.GetEvent], error) {
+	if req.GetParameters().GetFields()["reveal"] != nil {
+		a.rec.Hide()
+	}
+	return a.AgentClient.Get(ctx, req, o...)
 }
 
 // shell is one session of verbs, on a terminal or not.
@@ -124,6 +171,8 @@ type shell struct {
 	editor    *editor   // as keyboard
 	left      bool      // by exit
 	lines     zerolog.Logger
+	rec       *cast.Session
+	refused   string // why nothing can be changed, as the person was told
 }
 
 // linesLogged is how many lines of one session are logged in 5 s.
@@ -134,7 +183,7 @@ func (sh *shell) connect(context.Context) (verb.Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	return agent{halliganv1.NewAgentClient(conn), conn}, nil
+	return agent{halliganv1.NewAgentClient(conn), conn, sh.rec}, nil
 }
 
 // verbs returns a command line.
@@ -163,6 +212,12 @@ func (sh *shell) self() *halliganv1.StatusResponse {
 
 // line runs one line and returns its exit status.
 func (sh *shell) line(text string) int {
+	if sh.Command() == "" && sh.keyboard == nil {
+		sh.rec.Next(text)
+	} else {
+		sh.rec.Next("") // a terminal shows it, or the recording's header
+	}
+	defer sh.rec.Next("")
 	words, err := execline.Words(text)
 	if err != nil {
 		sh.say("halligan: %s", fault.Of(err).Error())
@@ -195,6 +250,22 @@ func (sh *shell) say(text string, args ...any) {
 		w = sh.editor
 	}
 	_, _ = fmt.Fprintln(w, neutral.LineMax(fmt.Sprintf(text, args...), 1024))
+}
+
+// warn says what has changed since the last line.
+func (sh *shell) warn() {
+	if text := sh.rec.Warning(); text != "" {
+		sh.say("%s", text)
+	}
+	switch refused := sh.Recorder.Refused(); {
+	case (refused == "") == (sh.refused == ""):
+	case refused != "":
+		sh.say("warning: nothing can be recorded (%s), so this session is read-only until it can", refused)
+		sh.refused = refused
+	default:
+		sh.say("note: what is done can be recorded again; this session is not read-only any more")
+		sh.refused = ""
+	}
 }
 
 // script runs the lines of a client without a terminal, all of them, and returns

@@ -210,6 +210,7 @@ func (sh *shell) sit(size sshserver.Window) {
 			select {
 			case size := <-sh.Windows():
 				e.resize(size)
+				sh.rec.Resize(size.Columns, size.Rows)
 			case <-sh.Context().Done():
 				return
 			}
@@ -259,6 +260,7 @@ func (e *editor) ask(ctx context.Context, question string) (string, error) {
 func (sh *shell) interact() (status int) {
 	sh.greet()
 	for !sh.left && sh.Context().Err() == nil {
+		sh.warn()
 		line, err := sh.editor.read(sh.Context())
 		if err != nil {
 			_, _ = io.WriteString(sh.session, "\n")

@@ -184,4 +184,3 @@ func encode(to *bytes.Buffer, at time.Duration, kind, text string) {
 	to.Truncate(to.Len() - 1)
 	to.WriteString("]\n")
 }
-

@@ -2,6 +2,7 @@ package cast
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -9,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"io"
 	"os"
 	"sync"
 	"time"
@@ -131,6 +133,35 @@ func (r *Recorder) Begin(ctx context.Context, about About) (*Session, error) {
 	return s, nil
 }
 
+// Channel is where a session goes on: what Serve needs of a *sshserver.Session,
+// whose comments hold.
+type Channel interface {
+	Stderr() io.Writer
+	Held() context.Context
+	Context() context.Context
+	Exit(status int) error
+}
+
+// Serve begins a session, has it served and ends it, on record and for the client.
+// What serve returns is its exit status.
+func (r *Recorder) Serve(c Channel, about About, serve func(*Session) int) {
+	tell := func(err error) int {
+		_, _ = fmt.Fprintln(c.Stderr(), "halligan: "+neutral.LineMax(err.Error(), 1024)) // who is gone need not be told
+		return fault.CodeOf(err).Exit()
+	}
+	s, err := r.Begin(c.Context(), about)
+	if err != nil {
+		_ = c.Exit(tell(err)) // as above
+		return
+	}
+	status := fault.Failed.Exit() // of a panic
+	defer func() { s.End(status, cmp.Or(context.Cause(c.Held()), s.Refused())) }()
+	if status = serve(s); s.Refused() != nil {
+		status = tell(s.Refused())
+	}
+	_ = c.Exit(status) // as above
+}
+
 func refused(why error) *fault.Error {
 	return fault.New(fault.AuditUnavailable, "only responders and commanders go on unrecorded; have one make room there", "this session cannot be recorded: %v", why)
 }
@@ -143,6 +174,15 @@ func (s *Session) event(kind audit.Kind) audit.Event {
 // Context is that of Begin, which ends too when the session may not go on
 // unrecorded; its cause is then a *fault.Error.
 func (s *Session) Context() context.Context { return s.ctx }
+
+// Refused is why the session may not go on, nil: it may. Errors that only say that
+// somebody has gone are not meant.
+func (s *Session) Refused() error {
+	if err := context.Cause(s.ctx); fault.Is(err, fault.AuditUnavailable) {
+		return err
+	}
+	return nil
+}
 
 // Warning returns once what the person is to be told, empty: nothing.
 func (s *Session) Warning() string {
@@ -196,6 +236,36 @@ func (s *Session) Resize(columns, rows int) {
 	if !s.over {
 		_ = s.put(Resize, fmt.Appendf(nil, "%dx%d", columns, rows)) // as above
 	}
+}
+
+// Writer returns w with what is written to it recorded as output, before it is
+// shown. It fails where the session must not go on.
+func (s *Session) Writer(w io.Writer) io.Writer { return shown{s, w} }
+
+// Reader returns r with what is read from it recorded as input.
+func (s *Session) Reader(r io.Reader) io.Reader { return typed{s, r} }
+
+type shown struct {
+	*Session
+	w io.Writer
+}
+
+func (t shown) Write(p []byte) (int, error) {
+	if err := t.Output(p); err != nil {
+		return 0, err
+	}
+	return t.w.Write(p)
+}
+
+type typed struct {
+	*Session
+	r io.Reader
+}
+
+func (t typed) Read(p []byte) (int, error) {
+	n, err := t.r.Read(p)
+	t.Input(p[:n])
+	return n, err
 }
 
 // Next says that a line begins or has ended. Nothing of it is hidden. The text of

@@ -1,10 +1,11 @@
 // Package lobby is what people get who come to a bastion with ssh and want
 // nothing relayed: a few commands that look around, as an exec line or in a small
 // shell. Each asks the bastion's own API as the identity that internal/sshserver
-// has authenticated, so that nothing is said here that is not said there.
+// has authenticated, so that nothing is said here that is not said there. What is
+// shown in a session is recorded (audit/cast).
 //
-// It must never change anything, here or at a node, start a process, read or
-// write a file, or decide what somebody may see. It stands on floor 4.
+// It must never change anything, here or at a node, start a process, read or write
+// a file of its own, or decide what somebody may see. It stands on floor 4.
 package lobby
 
 import (
@@ -24,6 +25,7 @@ import (
 
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/audit/cast"
 	"github.com/halligan-io/halligan/internal/execline"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
@@ -38,6 +40,8 @@ type Options struct {
 	Dial func(who trust.Identity, held context.Context) (*grpc.ClientConn, error)
 	// Bastion is its name, for the prompt.
 	Bastion string
+	// Recorder records sessions. Nil records none.
+	Recorder *cast.Recorder
 	// Now is the bastion's clock.
 	Now func() time.Time
 	Log zerolog.Logger
@@ -74,29 +78,64 @@ type session interface {
 type visit struct {
 	Options
 	session
+	rec      *cast.Session
 	out, err io.Writer
 	left     bool // by exit
 }
 
+// recorded is a session whose output is recorded, and its input where that is
+// wanted.
+type recorded struct {
+	session
+	rec *cast.Session
+	io.Reader
+	io.Writer
+}
+
+func (r recorded) Context() context.Context    { return r.rec.Context() }
+func (r recorded) Read(p []byte) (int, error)  { return r.Reader.Read(p) }
+func (r recorded) Write(p []byte) (int, error) { return r.Writer.Write(p) }
+func (r recorded) Stderr() io.Writer           { return r.rec.Writer(r.session.Stderr()) }
+
 func serve(o Options, s session) {
-	v := &visit{Options: o, session: s, out: s, err: s.Stderr()}
-	// Nobody fills the log by typing; who does what is the agents' to record.
-	v.Log = o.Log.Sample(zerolog.LevelSampler{InfoSampler: &zerolog.BurstSampler{Burst: linesLogged, Period: 5 * time.Second}})
-	status := 0
 	pty, onTerminal := s.Pty()
-	switch {
-	case s.Command() != "":
-		status = v.line(s.Command())
-	case onTerminal:
-		status = v.interact(pty.Window)
-	default:
-		status = v.script()
+	about := cast.About{Who: s.Identity(), What: cast.Script, Command: s.Command(), At: "bastion " + o.Bastion, Columns: pty.Window.Columns, Rows: pty.Window.Rows, Term: pty.Term}
+	if s.Command() != "" {
+		about.What = cast.Exec
+	} else if onTerminal {
+		about.What = cast.Shell
 	}
-	_ = s.Exit(status) // who is gone needs no status
+	o.Recorder.Serve(s, about, func(rec *cast.Session) int {
+		v := &visit{Options: o, session: recorded{s, rec, rec.Reader(s), rec.Writer(s)}, rec: rec}
+		v.out, v.err = v.session, v.session.Stderr()
+		// Nobody fills the log by typing; who does what is the agents' to record.
+		v.Log = o.Log.Sample(zerolog.LevelSampler{InfoSampler: &zerolog.BurstSampler{Burst: linesLogged, Period: 5 * time.Second}})
+		v.warn()
+		switch {
+		case s.Command() != "":
+			return v.line(s.Command())
+		case onTerminal:
+			return v.interact(pty.Window)
+		}
+		return v.script()
+	})
+}
+
+// warn says what the person is to know about the recording.
+func (v *visit) warn() {
+	if text := v.rec.Warning(); text != "" {
+		v.say("%s", text)
+	}
 }
 
 // line runs one line and returns its exit status.
 func (v *visit) line(text string) int {
+	if _, onTerminal := v.Pty(); v.Command() == "" && !onTerminal {
+		v.rec.Next(text)
+	} else {
+		v.rec.Next("") // a terminal shows it, or the recording's header
+	}
+	defer v.rec.Next("")
 	words, err := execline.Words(text)
 	if err == nil && len(words) > 0 {
 		err = v.run(words)
@@ -194,6 +233,7 @@ func (v *visit) interact(size sshserver.Window) (status int) {
 			select {
 			case w := <-v.Windows():
 				resize(w)
+				v.rec.Resize(w.Columns, w.Rows)
 			case <-ctx.Done():
 				return
 			}
@@ -202,6 +242,7 @@ func (v *visit) interact(size sshserver.Window) (status int) {
 	defer func() { stop(); <-ended }()
 	v.say("%s at bastion %s, which relays and does nothing else; help lists what there is", v.Identity().Person, v.Bastion)
 	for !v.left && v.Context().Err() == nil {
+		v.warn()
 		line, err := terminal.ReadLine() // ends with Ctrl-C and Ctrl-D
 		if err != nil && !errors.Is(err, term.ErrPasteIndicator) {
 			_, _ = io.WriteString(v.session, "\n") // as above
