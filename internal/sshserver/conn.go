@@ -66,8 +66,6 @@ type conn struct {
 	active    atomic.Int64 // when a byte last passed through a channel, since began
 	channels  atomic.Int64 // that are open
 
-	sessions atomic.Int64 // that were opened, to number them
-
 	library  gssh.Context  // set by the library, before its first byte
 	requests *rate.Limiter // what a client opens and asks of the whole connection; past it, it is cut off
 	pace     *rate.Limiter // what it asks in sessions; past it, it waits

@@ -1,7 +1,6 @@
 package sshserver
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -42,21 +41,11 @@ func (n *notes) Login(who trust.Identity) func(error) {
 
 func (n *notes) Refused(who trust.Identity, err error) { n.add(who, "refused: %v", err) }
 
-func (n *notes) Session(who trust.Identity, s Opened) func(int, error) {
-	n.add(who, "begins %s: %s %q %v", s.ID, s.Form, s.Line, s.Terminal)
-	return func(status int, why error) { n.add(who, "ends %s: %d, %v", s.ID, status, why) }
-}
-
-// TestRecord: who came, what they opened, what they were refused and how it ended.
+// TestRecord: who came, what they were refused and how it ended.
 func TestRecord(t *testing.T) {
 	n := &notes{}
 	s := serve(t, func(o *Options) { o.Record = n })
 	client := s.mustDial(t, s.person(t, "ada", nil))
-	for _, line := range []string{"fail", "panic"} {
-		if _, err := run(client, line); err == nil {
-			t.Errorf("%s went well", line)
-		}
-	}
 	if _, _, err := client.OpenChannel("direct-tcpip", nil); err == nil {
 		t.Error("a channel that does not exist was opened")
 	}
@@ -74,11 +63,8 @@ func TestRecord(t *testing.T) {
 	eventually(t, "the end", func() bool { return slices.Contains(n.all(), "ada out: taken back") })
 	want := []string{
 		"ada in as $S",
-		`ada begins $S-1: exec "fail" false`, "ada ends $S-1: 7, <nil>",
-		`ada begins $S-2: exec "panic" false`, "ada ends $S-2: 1, <nil>",
 		`ada refused: a channel of the type "direct-tcpip"`,
 		`ada refused: "subsystem" "sftp" in an SSH session`,
-		`ada begins $S-3: subsystem "echo" false`, "ada ends $S-3: 8, taken back",
 		"ada out: taken back",
 	}
 	if got := n.all(); !slices.Equal(got, want) {
@@ -92,26 +78,4 @@ func TestRecord(t *testing.T) {
 	eventually(t, "the refusal", func() bool {
 		return slices.ContainsFunc(n.all(), func(l string) bool { return strings.HasPrefix(l, " refused: unknown key") })
 	})
-}
-
-// TestSessionNames: sessions of connections have names of their own.
-func TestSessionNames(t *testing.T) {
-	got := make(chan string, 2)
-	s := serve(t, func(o *Options) {
-		o.Handlers.Session = func(s *Session) {
-			if s.Identity().Session == "" || !strings.HasPrefix(s.ID(), s.Identity().Session+"-") {
-				t.Errorf("%q in %q", s.ID(), s.Identity().Session)
-			}
-			got <- s.ID()
-		}
-	})
-	key := s.person(t, "ada", nil)
-	for range 2 {
-		if _, err := run(s.mustDial(t, key), "x"); err != nil {
-			t.Error(errors.Unwrap(err))
-		}
-	}
-	if a, b := <-got, <-got; a == b {
-		t.Errorf("two sessions are called %s", a)
-	}
 }

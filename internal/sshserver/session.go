@@ -7,7 +7,6 @@ import (
 	"maps"
 	"net"
 	"sync"
-	"sync/atomic"
 
 	gssh "github.com/gliderlabs/ssh"
 	gossh "golang.org/x/crypto/ssh"
@@ -144,17 +143,15 @@ type Session struct {
 	env       map[string]string
 	started   bool
 
-	id      string
 	windows chan Window
 	library gssh.Session // set when the handler starts
-	status  atomic.Int64 // the exit status that was sent
 	running sync.WaitGroup
 }
 
 // session runs a channel of the type session until it is closed and its handler
 // has returned.
 func (c *conn) session(g *grant, client *gossh.ServerConn, asked gossh.NewChannel, ctx gssh.Context) {
-	s := &Session{conn: c, grant: g, client: client, env: map[string]string{}, windows: make(chan Window, 1), id: fmt.Sprintf("%s-%d", g.who.Session, c.sessions.Add(1))}
+	s := &Session{conn: c, grant: g, client: client, env: map[string]string{}, windows: make(chan Window, 1)}
 	s.ctx, s.cancel = context.WithCancel(g.held)
 	defer s.cancel()
 	// The library's handler takes all that it needs to know from a server; this
@@ -275,32 +272,18 @@ func (s *Session) take(req *gossh.Request) bool {
 // run runs the handler, in a goroutine of the library's that session waits for.
 func (s *Session) run(library gssh.Session) {
 	defer s.running.Done()
-	s.library = library
-	o := Opened{ID: s.id, Form: "shell", Line: s.command}
-	if _, o.Terminal = s.Pty(); s.subsystem != "" {
-		o.Form, o.Line = "subsystem", s.subsystem
-	} else if s.command != "" {
-		o.Form = "exec"
-	}
-	end := s.conn.server.o.Record.Session(s.grant.who, o)
-	defer func() {
-		status, why := int(s.status.Load()), ended(s.grant.held)
-		if status == 0 && why != nil { // nobody may have been there any more to be told
-			status = fault.CodeOf(why).Exit()
-		}
-		end(status, why)
-	}()
 	defer s.conn.server.recovered("session", s.conn.remote, func() {
 		s.tell("halligan: a fault of the server ended this session; its log has more")
-		_ = s.Exit(1) // who is gone needs no answer
+		_ = library.Exit(1) // who is gone needs no answer
 	})
+	s.library = library
 	handler := s.conn.server.o.Handlers.Session
 	if s.subsystem != "" {
 		handler = s.conn.server.o.Handlers.Subsystems[s.subsystem]
 	}
 	handler(s)
 	if s.grant.held.Err() != nil { // else the library says that all went well
-		_ = s.Exit(fault.CodeOf(context.Cause(s.grant.held)).Exit()) // as above; the handler may have done so
+		_ = library.Exit(fault.CodeOf(context.Cause(s.grant.held)).Exit()) // as above; the handler may have done so
 	}
 }
 
@@ -325,10 +308,6 @@ func (s *Session) Held() context.Context { return s.grant.held }
 // Context returns a context that ends with Held or when the client has closed
 // the session, whichever comes first.
 func (s *Session) Context() context.Context { return s.ctx }
-
-// ID names the session in records: the connection's name and a number. It may be
-// part of a file's name.
-func (s *Session) ID() string { return s.id }
 
 // User returns the user name that the login was for.
 func (s *Session) User() string { return s.client.User() }
@@ -377,13 +356,7 @@ func (s *Session) CloseWrite() error { return s.stream.CloseWrite() }
 
 // Exit ends the session with an exit status. A handler that returns without it
 // ends with 0.
-func (s *Session) Exit(status int) error {
-	err := s.library.Exit(status)
-	if err == nil {
-		s.status.Store(int64(status))
-	}
-	return err
-}
+func (s *Session) Exit(status int) error { return s.library.Exit(status) }
 
 // Close ends the session without an exit status.
 func (s *Session) Close() error { return s.stream.Close() }

@@ -78,8 +78,8 @@ type Options struct {
 	Record Record
 }
 
-// Record takes down who came in and what they opened. None of its methods may
-// block.
+// Record takes down who came in and who did not. What somebody opens is for its
+// handler to record. None of its methods may block.
 type Record interface {
 	// Login is told of everybody who is let in. What it returns is told of the end,
 	// and of why where the server ended it, else nil.
@@ -87,28 +87,13 @@ type Record interface {
 	// Refused is told of a key that was proven and not let in, and of what somebody
 	// who is in was refused.
 	Refused(who trust.Identity, err error)
-	// Session is told of a shell, an exec line or a subsystem that begins. What it
-	// returns is told of the end, with the exit status, and why as with Login.
-	Session(who trust.Identity, s Opened) (end func(status int, why error))
-}
-
-// Opened is what somebody opened.
-type Opened struct {
-	// ID is that of the Session.
-	ID string
-	// Form is shell, exec or subsystem; Line the exec line, any bytes, or the
-	// subsystem's name.
-	Form, Line string
-	// Terminal says that there is one.
-	Terminal bool
 }
 
 // unrecorded is the Record of tests.
 type unrecorded struct{}
 
-func (unrecorded) Login(trust.Identity) func(error)                { return func(error) {} }
-func (unrecorded) Refused(trust.Identity, error)                   {}
-func (unrecorded) Session(trust.Identity, Opened) func(int, error) { return func(int, error) {} }
+func (unrecorded) Login(trust.Identity) func(error) { return func(error) {} }
+func (unrecorded) Refused(trust.Identity, error)    {}
 
 // Handlers are what an authenticated client may ask for; all else is refused.
 // Each runs in a goroutine of its own, may panic, and must return soon after its
