@@ -75,7 +75,7 @@ func Run(ctx context.Context, c Config, log zerolog.Logger) error {
 		return err
 	}
 	b.tunnels = tunnel.New(log)
-	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Tunnels: b.tunnels, Never: own, Loopback: loopback, Begin: func(s relay.Session) func() { return b.enter(s.Who, s.Target.Node.ID(), s.Since) }, Log: log, Alarm: alarms.Raise})
+	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Tunnels: b.tunnels, Never: own, Loopback: loopback, Begin: b.relayed, Log: log, Alarm: alarms.Raise})
 	b.doors = &doors{Ways: ways.New(alarms.Raise, log), config: c, trusted: b.trusted, alarms: alarms, log: log}
 	log.Info().Str("version", version.String()).Strs("ssh", c.SSH.Listen).Msg("bastion starts")
 	err = b.serve(ctx)
@@ -156,6 +156,12 @@ func (b *bastion) handlers(server *rpc.Server) sshserver.Handlers {
 // enter tells all bastions who is in, and where they are relayed to.
 func (b *bastion) enter(who trust.Identity, target string, since time.Time) (leave func()) {
 	return b.store.Enter(&halliganv1.Session{Person: who.Person, Credential: string(who.Kind), Door: string(who.Door), Source: who.Source, Target: target, Started: timestamppb.New(since)})
+}
+
+// relayed tells of a connection that is relayed.
+func (b *bastion) relayed(s relay.Session) (end func(up, down int64, why string)) {
+	leave := b.enter(s.Who, s.Target.Node.ID(), s.Since)
+	return func(int64, int64, string) { leave() }
 }
 
 // degraded tells what does not work, each in one line.

@@ -51,6 +51,9 @@ type Options struct {
 	// Relay reports whether an address is a bastion's, behind which many come;
 	// may be nil.
 	Relay func(netip.Addr) bool
+	// Refused is told of who proved to hold a certificate and is not let in; may be
+	// nil. It must not block.
+	Refused func(who trust.Identity, err error)
 	// Alarm is told of handshakes that failed because of who came, and of floods
 	// of them. It must not block.
 	Alarm func(alarm.Event)
@@ -86,6 +89,9 @@ type Listener struct {
 func NewListener(l net.Listener, o Options) *Listener {
 	if o.Protocol == "" {
 		o.Protocol = "h2"
+	}
+	if o.Refused == nil {
+		o.Refused = func(trust.Identity, error) {}
 	}
 	m := &Listener{Listener: l, o: o, ready: make(chan *conn), closed: make(chan struct{}), ended: make(chan struct{})}
 	m.room = admission.NewRoom(admission.RoomOptions{Total: maxHandshakes, Each: maxOfSource, Relayed: maxOfRelay, RelayedTotal: maxOfRelays, Relay: o.Relay,
@@ -183,7 +189,9 @@ func (m *Listener) admit(raw net.Conn, guest *admission.Guest) {
 	if err := secure.HandshakeContext(ctx); err != nil {
 		raw.Close()
 		if refusal != nil {
-			m.o.Alarm(alarm.Of(alarm.Refusal, trust.Identity{Door: trust.GRPC, Source: raw.RemoteAddr().String()}, fault.Of(refusal).Message))
+			stranger := trust.Identity{Door: trust.GRPC, Source: raw.RemoteAddr().String()}
+			m.o.Alarm(alarm.Of(alarm.Refusal, stranger, fault.Of(refusal).Message))
+			m.o.Refused(stranger, refusal)
 		} else {
 			m.o.Log.Debug().Stringer("source", raw.RemoteAddr()).Err(err).Msg("handshake failed")
 		}

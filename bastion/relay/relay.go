@@ -76,9 +76,12 @@ type Options struct {
 	// very machine; then only the ports matter.
 	Never    []netip.AddrPort
 	Loopback bool
-	// Begin is told of every relayed connection, and what it returns of its end;
-	// may be nil. Neither may block.
-	Begin func(Session) (end func())
+	// Begin is told of every relayed connection, and what it returns of its end,
+	// with the bytes that passed and why it ended; may be nil. Neither may block.
+	Begin func(Session) (end func(up, down int64, why string))
+	// Refused is told of who asked for what is not relayed to; may be nil. It must
+	// not block.
+	Refused func(who trust.Identity, err error)
 	// Dial is how long reaching a node may take, Idle how long no byte may pass;
 	// 0: the defaults.
 	Dial, Idle time.Duration
@@ -114,7 +117,10 @@ func New(o Options) *Relay {
 		o.Idle = DefaultIdle
 	}
 	if o.Begin == nil {
-		o.Begin = func(Session) func() { return func() {} }
+		o.Begin = func(Session) func(int64, int64, string) { return func(int64, int64, string) {} }
+	}
+	if o.Refused == nil {
+		o.Refused = func(trust.Identity, error) {}
 	}
 	if o.Alarm == nil {
 		o.Alarm = func(alarm.Event) {}
@@ -167,9 +173,12 @@ func (r *Relay) handle(c channel) {
 	r.stats.begun.Add(1)
 	r.stats.open.Add(1)
 	defer r.stats.open.Add(-1)
-	defer r.o.Begin(session)()
+	end := r.o.Begin(session)
+	var up, down int64
+	why := "a fault of the bastion"
+	defer func() { end(up, down, why) }()
 	log.Info().Bool("tunnel", tunnel).Msg("relay begins")
-	up, down, why := r.pump(c.Context(), client, node)
+	up, down, why = r.pump(c.Context(), client, node)
 	log.Info().Int64("up", up).Int64("down", down).Stringer("lasted", time.Since(session.Since).Round(time.Millisecond)).Str("why", why).Msg("relay ended")
 }
 
@@ -199,6 +208,7 @@ func (r *Relay) refuse(c channel, who trust.Identity, err error) {
 		r.unsaid.Add(1)
 	}
 	r.o.Alarm(alarm.Of(Refused, who, "not relayed: "+why))
+	r.o.Refused(who, err)
 	_ = c.Refuse("halligan: " + why) // who is gone need not be told
 }
 

@@ -96,7 +96,15 @@ func begin(t testing.TB, change func(*Options)) *relayed {
 	x := &relayed{done: make(chan struct{})}
 	x.Relay = relayOf(inv, func(o *Options) {
 		o.Loopback = true
-		o.Begin = func(Session) func() { x.began++; return func() { x.ended++ } }
+		o.Begin = func(Session) func(int64, int64, string) {
+			x.began++
+			return func(up, down int64, why string) {
+				x.ended++
+				if s := x.Stats(); up != s.BytesUp || down != s.BytesDown || why == "" {
+					t.Errorf("the end tells of %d and %d bytes and %q: %+v", up, down, why, s)
+				}
+			}
+		}
 		if change != nil {
 			change(o)
 		}
@@ -240,7 +248,7 @@ func TestTunnels(t *testing.T) {
 			return inner, nil
 		})
 		begin := o.Begin
-		o.Begin = func(s Session) func() { through = s; return begin(s) }
+		o.Begin = func(s Session) func(int64, int64, string) { through = s; return begin(s) }
 	})
 	if _, err := x.client.Write([]byte("hello")); err != nil {
 		t.Fatal(err)
