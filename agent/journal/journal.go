@@ -15,6 +15,9 @@
 // since nobody must be locked out by an old file. Values are the raw bytes of
 // etcd, so what was encrypted stays so.
 //
+// A full disk does not end it: some small records are set aside for people who may
+// break glass, see Refill.
+//
 // It must never talk to etcd, and never remove a file whose action is not
 // settled. It stands on floor 4, below agent/action.
 package journal
@@ -30,6 +33,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -83,6 +87,8 @@ type Journal struct {
 	// undone names for each action that was taken back the one that did it.
 	undone map[string]string
 	open   map[string]*Action
+	// slots are the files that are kept for a full disk.
+	slots []string
 }
 
 // Entry is the index line of one action.
@@ -115,6 +121,14 @@ type Access struct {
 	Nonce      string     `json:"nonce,omitempty"`
 	// Alone says that it was done without the approvals that it needs.
 	Alone bool `json:"alone,omitempty"`
+	// Intent is the event of the evidence log that the action stands on, Session the
+	// connection that it came by; Drill is set by the actor's credential.
+	Intent  string `json:"intent,omitempty"`
+	Session string `json:"session,omitempty"`
+	Drill   bool   `json:"drill,omitempty"`
+	// BreakGlass lets the record take what is kept for a full disk. It is not
+	// recorded.
+	BreakGlass bool `json:"-"`
 }
 
 // Approval is one signature that let an action happen.
@@ -236,7 +250,7 @@ func (j *Journal) attach() error {
 	}
 	if err := j.load(); err != nil {
 		lock.Close()
-		j.entries = nil
+		j.entries, j.slots = nil, nil
 		clear(j.undone)
 		return err
 	}
@@ -263,6 +277,10 @@ func (j *Journal) load() error {
 		return unavailable("reading the state folder", err)
 	}
 	for _, n := range names {
+		if isSlot(n.Name()) {
+			j.found(n)
+			continue
+		}
 		id, ok := strings.CutSuffix(n.Name(), suffix)
 		if !ok || !validID.MatchString(id) || !n.Type().IsRegular() {
 			continue // not the journal's
@@ -371,7 +389,7 @@ func entryOf(p *halliganv1.Plan, access Access) *Entry {
 }
 
 func (a Access) empty() bool {
-	return a.Door == "" && a.Source == "" && a.Credential == "" && len(a.ApprovedBy) == 0 && a.Nonce == "" && !a.Alone
+	return reflect.DeepEqual(a, Access{})
 }
 
 func (l line) access() Access {
@@ -427,8 +445,8 @@ type Action struct {
 	j     *Journal
 	entry *Entry
 	file  *os.File
-	// reserved: blocks beyond the end of the file are set aside.
-	reserved bool
+	// reserved: blocks beyond what is written are set aside, as those of a slot are.
+	reserved, slot bool
 
 	mu      sync.Mutex // guards all below
 	written int64      // bytes appended
@@ -462,14 +480,12 @@ func (j *Journal) Begin(access Access, plan *halliganv1.Plan, valueBytes int64) 
 	if err := j.makeRoom(reserve); err != nil {
 		return nil, err
 	}
-	if err := j.Check(reserve); err != nil {
+	f, slot, err := j.create(access, plan.Id, reserve)
+	if err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(j.path(plan.Id), os.O_WRONLY|os.O_CREATE|os.O_EXCL|os.O_APPEND, 0o600)
-	if err != nil {
-		return nil, unavailable("recording the intent", err)
-	}
-	a := &Action{j: j, entry: entryOf(plan, access), file: f}
+	access.BreakGlass = false
+	a := &Action{j: j, entry: entryOf(plan, access), file: f, slot: slot, named: slot}
 	a.entry.Bytes = reserve // until it is known what it takes
 	a.done.L = &a.mu
 	defer func() {
@@ -481,7 +497,7 @@ func (j *Journal) Begin(access Access, plan *halliganv1.Plan, valueBytes int64) 
 	// Blocks set aside now cannot run out later. Where the file system cannot
 	// do it, the check above has to be enough.
 	// What a small one needs is within the headroom that the check leaves.
-	if a.reserved = reserve > headroom/16; a.reserved {
+	if a.reserved = slot || reserve > headroom/16; a.reserved && !slot {
 		if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, reserve); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
 			return nil, unavailable("setting room aside for the record", err)
 		}
@@ -499,6 +515,20 @@ func (j *Journal) Begin(access Access, plan *halliganv1.Plan, valueBytes int64) 
 	i, _ := slices.BinarySearchFunc(j.entries, a.entry, byTime)
 	j.entries = slices.Insert(j.entries, i, a.entry)
 	return a, nil
+}
+
+// create makes the file of a record, or takes a slot for it.
+func (j *Journal) create(access Access, id string, reserve int64) (f *os.File, slot bool, err error) {
+	if err = j.Check(reserve); err == nil {
+		if f, err = os.OpenFile(j.path(id), os.O_WRONLY|os.O_CREATE|os.O_EXCL|os.O_APPEND, 0o600); err == nil {
+			return f, false, nil
+		}
+		err = unavailable("recording the intent", err)
+	}
+	if f, serr := j.slot(access, id, reserve); serr == nil {
+		return f, true, nil
+	}
+	return nil, false, err
 }
 
 // approvedBefore returns the action that used the approvals of the nonce, "" where
@@ -576,10 +606,16 @@ func (a *Action) finish(result, problem string, settled bool) error {
 // Abandon removes a record whose action did nothing at all: its intent was
 // written, but no object was touched.
 func (a *Action) Abandon() error {
-	a.file.Close()
-	err := os.Remove(a.j.path(a.entry.ID))
 	a.j.mu.Lock()
 	defer a.j.mu.Unlock()
+	err := errNoSlot
+	if a.slot {
+		err = a.giveBack()
+	}
+	a.file.Close()
+	if err != nil {
+		err = os.Remove(a.j.path(a.entry.ID))
+	}
 	delete(a.j.open, a.entry.ID)
 	a.j.entries = slices.DeleteFunc(a.j.entries, func(e *Entry) bool { return e == a.entry })
 	return err
@@ -594,6 +630,9 @@ func (a *Action) append(l line) error {
 	defer a.mu.Unlock()
 	if a.failed != nil {
 		return a.failed
+	}
+	if a.slot {
+		return a.appendSlot(data)
 	}
 	n, err := a.file.Write(data)
 	if err != nil {
@@ -804,6 +843,24 @@ func (j *Journal) Value(id string, ref ImageRef) ([]byte, error) {
 	return l.Image.Value, nil
 }
 
+// Durable opens what is on disk of the record at this moment, in whole lines.
+func (a *Action) Durable() (io.ReadCloser, error) {
+	a.mu.Lock()
+	n := a.synced
+	a.mu.Unlock()
+	f, err := os.Open(a.j.path(a.entry.ID))
+	if err != nil {
+		return nil, unavailable("reading a record", err)
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.LimitReader(f, n), f}, nil
+}
+
+// Keeps is how long a settled record is kept at least.
+func (j *Journal) Keeps() time.Duration { return j.opts.Keep }
+
 // scan reads a file and calls fn for each whole line with its offset.
 func (j *Journal) scan(id string, fn func(l line, offset int64) error) (*Record, error) {
 	path := j.path(id)
@@ -812,6 +869,11 @@ func (j *Journal) scan(id string, fn func(l line, offset int64) error) (*Record,
 		return nil, unavailable("reading a record", err)
 	}
 	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, unavailable("reading a record", err)
+	}
+	slot := st.Size() == slotBytes
 	r := &Record{}
 	rd := newLineReader(f)
 	for {
@@ -824,6 +886,10 @@ func (j *Journal) scan(id string, fn func(l line, offset int64) error) (*Record,
 			return nil, unavailable("reading a record", err)
 		}
 		l, err := unseal(raw)
+		if err != nil && slot && torn(rd) {
+			rd.offset = at
+			break
+		}
 		if err != nil {
 			return nil, damaged(path, at, err)
 		}
@@ -893,15 +959,28 @@ func (j *Journal) Resume(id string) (*Action, error) {
 		return nil, fmt.Errorf("action %s is not unfinished", id)
 	}
 	e := j.entries[i]
-	f, err := os.OpenFile(j.path(id), os.O_WRONLY|os.O_APPEND, 0o600)
+	st, err := os.Stat(j.path(id))
 	if err != nil {
 		return nil, unavailable("opening a record", err)
 	}
-	if err := f.Truncate(e.Bytes); err != nil {
+	slot, flags := st.Size() == slotBytes && e.Bytes < slotBytes, os.O_WRONLY|os.O_APPEND
+	if slot {
+		flags = os.O_WRONLY
+	}
+	f, err := os.OpenFile(j.path(id), flags, 0)
+	if err != nil {
+		return nil, unavailable("opening a record", err)
+	}
+	if slot {
+		err = wipe(f, e.Bytes)
+	} else {
+		err = f.Truncate(e.Bytes)
+	}
+	if err != nil {
 		f.Close()
 		return nil, unavailable("opening a record", err)
 	}
-	a := &Action{j: j, entry: e, file: f, written: e.Bytes, synced: e.Bytes}
+	a := &Action{j: j, entry: e, file: f, slot: slot, reserved: slot, written: e.Bytes, synced: e.Bytes}
 	a.done.L = &a.mu
 	j.open[id] = a
 	return a, nil
