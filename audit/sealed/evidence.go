@@ -4,27 +4,22 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
-
-	"filippo.io/torchwood"
-	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/audit"
+	"github.com/halligan-io/halligan/audit/evidence"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
-// Bounds of what is brought: a request to an agent has at most 1 MiB.
-const (
-	maxEvents = 256
-	maxProof  = 64 << 10
-)
+// maxEvents bounds the events of one action: a request to an agent has at most
+// 1 MiB, and an event of many objects some 36 KiB.
+const maxEvents = 64
 
 // Taken is an action of another agent of the cluster, verified.
 type Taken struct {
@@ -52,19 +47,19 @@ func (s *Store) Take(e *halliganv1.SealedEvidence) (*Taken, error) {
 	if err != nil {
 		return nil, err
 	}
-	t, err := s.take(e, st)
+	t, err := s.take(e, st, b)
 	if err != nil {
 		return nil, fault.New(fault.Refused, "fetch it anew from a bastion (halligan audit fetch), and verify that (halligan audit verify)", "the evidence of an action of %s does not hold: %w", st.Server, err)
 	}
 	return t, nil
 }
 
-func (s *Store) take(e *halliganv1.SealedEvidence, st logkey.Statement) (*Taken, error) {
+func (s *Store) take(e *halliganv1.SealedEvidence, st logkey.Statement, b *bundle.Bundle) (*Taken, error) {
 	if cluster := clusterOf(s.o.Server); clusterOf(st.Server) != cluster {
 		return nil, fmt.Errorf("it is of another cluster than %s", cluster)
 	}
 	t := &Taken{}
-	outcomes, err := t.events(e, st)
+	outcomes, err := t.events(e, st.Server, evidence.Trust{Bundle: b, Now: s.o.Now()})
 	if err != nil {
 		return nil, err
 	}
@@ -79,17 +74,24 @@ func (s *Store) take(e *halliganv1.SealedEvidence, st logkey.Statement) (*Taken,
 }
 
 // events verifies the events and sorts them: one intent, and what belongs to it.
-func (t *Taken) events(e *halliganv1.SealedEvidence, st logkey.Statement) (outcomes []audit.Event, err error) {
+func (t *Taken) events(e *halliganv1.SealedEvidence, server string, trust evidence.Trust) (outcomes []audit.Event, err error) {
 	if n := len(e.GetEvents()); n < 2 || n > maxEvents {
 		return nil, fmt.Errorf("%d events are not an intent and its outcome", n)
 	}
-	lineage := ""
+	of := ""
 	for _, proven := range e.GetEvents() {
-		ev, of, err := verify(proven, st)
+		p, err := evidence.VerifyProof(trust, [][]byte{e.GetIdentity()}, proven.GetProof(), proven.GetEvent())
+		if err != nil {
+			return nil, errors.New(fault.Of(err).Message)
+		}
+		ev := p.Event
+		origin, lineage, _, err := logkey.ParseTree(p.Tree)
 		switch {
 		case err != nil:
 			return nil, err
-		case lineage != "" && of != lineage:
+		case origin != server:
+			return nil, fmt.Errorf("an event of it is from the log of %s", origin)
+		case of != "" && of != lineage:
 			return nil, errors.New("its events are of two logs")
 		case ev.Kind == audit.Intent && t.Intent.ID != "":
 			return nil, errors.New("it has two intents")
@@ -100,7 +102,7 @@ func (t *Taken) events(e *halliganv1.SealedEvidence, st logkey.Statement) (outco
 		default:
 			return nil, fmt.Errorf("an event of kind %.20q has no place in it", ev.Kind)
 		}
-		lineage = of
+		of = lineage
 	}
 	if t.Intent.ID == "" || t.Intent.Actor == nil || t.Intent.PlanID == "" {
 		return nil, errors.New("it has no intent of an action")
@@ -123,40 +125,6 @@ func (t *Taken) events(e *halliganv1.SealedEvidence, st logkey.Statement) (outco
 		}
 	}
 	return outcomes, nil
-}
-
-// verify returns an event that is in a log of the server, and the log's lineage.
-func verify(proven *halliganv1.ProvenEvent, st logkey.Statement) (ev audit.Event, lineage string, err error) {
-	if len(proven.GetEvent()) > audit.MaxEvent || len(proven.GetProof()) > maxProof {
-		return ev, "", errors.New("an event, or its proof, is too long")
-	}
-	_, checkpoint, _ := strings.Cut(string(proven.GetProof()), "\n\n")
-	tree, _, _ := strings.Cut(checkpoint, "\n")
-	origin, lineage, _, err := logkey.ParseTree(tree)
-	if err != nil {
-		return ev, "", err
-	}
-	if origin != st.Server {
-		return ev, "", fmt.Errorf("an event of it is from the log of %s", origin)
-	}
-	key, err := logkey.Verifier(tree, st.Log)
-	if err != nil {
-		return ev, "", err
-	}
-	policy := torchwood.ThresholdPolicy(2, torchwood.OriginPolicy(tree), torchwood.SingleVerifierPolicy(key))
-	if err := torchwood.VerifyProof(policy, tlog.RecordHash(proven.GetEvent()), proven.GetProof()); err != nil {
-		return ev, "", fmt.Errorf("an event of it is not in the log: %w", err)
-	}
-	if err := json.Unmarshal(proven.GetEvent(), &ev); err != nil {
-		return ev, "", err
-	}
-	switch {
-	case ev.Version != audit.Version:
-		return ev, "", fmt.Errorf("an event of it has version %d, and this build knows %d", ev.Version, audit.Version)
-	case ev.Origin != st.Server:
-		return ev, "", fmt.Errorf("an event of it says to be of %.80q", ev.Origin)
-	}
-	return ev, lineage, nil
 }
 
 // fits demands that what was sealed is what the log tells of.
