@@ -212,12 +212,8 @@ func (sh *shell) self() *halliganv1.StatusResponse {
 
 // line runs one line and returns its exit status.
 func (sh *shell) line(text string) int {
-	if sh.Command() == "" && sh.keyboard == nil {
-		sh.rec.Next(text)
-	} else {
-		sh.rec.Next("") // a terminal shows it, or the recording's header
-	}
-	defer sh.rec.Next("")
+	sh.rec.Next(text, sh.Command() == "" && sh.keyboard == nil)
+	defer sh.rec.Next("", false)
 	words, err := execline.Words(text)
 	if err != nil {
 		sh.say("halligan: %s", fault.Of(err).Error())

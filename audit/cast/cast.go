@@ -79,7 +79,7 @@ const (
 	Output = "o"
 	Input  = "i"
 	Resize = "r" // COLUMNSxROWS
-	Marker = "m" // a line that was run where no terminal shows it
+	Marker = "m" // a line that is run
 )
 
 // Event is one line of a recording but the first.
@@ -93,9 +93,9 @@ type Event struct {
 // maxLine bounds a line of a recording in bytes. Those of Session are shorter.
 const maxLine = 1 << 20
 
-// Torn is the error for a recording that ends within a line, as one does whose
+// ErrTorn is the error for a recording that ends within a line, as one does whose
 // machine lost power. What came before is good.
-var Torn = errors.New("the recording ends within a line")
+var ErrTorn = errors.New("the recording ends within a line")
 
 // Read returns the header of a recording, and its events as they are read. An
 // error is the last of them.
@@ -103,7 +103,7 @@ func Read(r io.Reader) (Header, iter.Seq2[Event, error], error) {
 	lines := bufio.NewReaderSize(r, 64<<10)
 	text, err := line(lines)
 	if err == io.EOF {
-		err = Torn
+		err = ErrTorn
 	}
 	var h Header
 	if err == nil {
@@ -146,7 +146,7 @@ func line(r *bufio.Reader) ([]byte, error) {
 		case err == nil:
 			return append(long, part[:len(part)-1]...), nil
 		case err == io.EOF && len(long)+len(part) > 0:
-			return nil, Torn
+			return nil, ErrTorn
 		case !errors.Is(err, bufio.ErrBufferFull):
 			return nil, err
 		}

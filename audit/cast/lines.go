@@ -1,6 +1,7 @@
 package cast
 
 import (
+	"errors"
 	"iter"
 	"slices"
 	"strings"
@@ -13,7 +14,7 @@ import (
 type Line struct {
 	// At is when it was complete.
 	At time.Duration
-	// Kind is Output, Input for what was typed, or Marker.
+	// Kind is Output, or Input for what was typed.
 	Kind string
 	// Text holds nothing that acts on a terminal.
 	Text string
@@ -24,7 +25,12 @@ const (
 	maxRow = 4096
 	// rowsKept is how far a line editor can go back up in what it has written.
 	rowsKept = 16
+	// maxGrowth is how many bytes of lines one of a recording may become. An escape
+	// becomes six; by moving the cursor a few could become thousands.
+	maxGrowth = 16
 )
+
+var errMore = errors.New("what follows moves the cursor far more than it shows")
 
 // Lines turns events into lines of plain text. It follows what the line editors of
 // shells do with the cursor. Any other escape sequence becomes visible, and a line
@@ -33,32 +39,39 @@ const (
 func Lines(events iter.Seq2[Event, error]) iter.Seq2[Line, error] {
 	return func(yield func(Line, error) bool) {
 		p := page{rows: []row{{}}}
+		room := 64 << 10
+		give := func() bool {
+			for _, l := range p.lines {
+				if room -= len(l.Text); room < 0 {
+					yield(Line{}, errMore)
+					return false
+				}
+				if !yield(l, nil) {
+					return false
+				}
+			}
+			p.lines = p.lines[:0]
+			return true
+		}
 		for e, err := range events {
 			if err != nil {
 				yield(Line{}, err)
 				return
 			}
 			p.at = e.At
+			room += maxGrowth * (len(e.Text) + 1)
 			switch e.Kind {
 			case Output:
 				p.write(e.Text)
-			case Input, Marker:
+			case Input:
 				p.lines = append(p.lines, Line{e.At, e.Kind, neutral.Line(e.Text)})
 			}
-			for _, l := range p.lines {
-				if !yield(l, nil) {
-					return
-				}
-			}
-			p.lines = p.lines[:0]
-		}
-		if p.leave(); p.rows[p.line].text == nil {
-			return
-		}
-		for _, l := range p.lines {
-			if !yield(l, nil) {
+			if !give() {
 				return
 			}
+		}
+		if p.leave(); p.rows[p.line].text != nil {
+			give()
 		}
 	}
 }

@@ -268,17 +268,22 @@ func (t typed) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Next says that a line begins or has ended. Nothing of it is hidden. The text of
-// one that no terminal shows is recorded as a marker.
-func (s *Session) Next(line string) {
+// Next says that a line begins, or "" that one has ended. Nothing of it is hidden.
+// One that no terminal has shown is seen in the recording all the same.
+func (s *Session) Next(line string, unseen bool) {
 	if s.r == nil || s.name == "" {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.ofLine, s.hidden = 0, false
-	if line != "" && !s.over {
-		_ = s.put(Marker, []byte(neutral.LineMax(line, maxCommand))) // as above
+	if line == "" || s.over {
+		return
+	}
+	line = neutral.LineMax(line, maxCommand)
+	_ = s.put(Marker, []byte(line)) // as above
+	if unseen {
+		_ = s.put(Output, []byte("> "+line+"\r\n")) // as above
 	}
 }
 

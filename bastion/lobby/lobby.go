@@ -130,12 +130,9 @@ func (v *visit) warn() {
 
 // line runs one line and returns its exit status.
 func (v *visit) line(text string) int {
-	if _, onTerminal := v.Pty(); v.Command() == "" && !onTerminal {
-		v.rec.Next(text)
-	} else {
-		v.rec.Next("") // a terminal shows it, or the recording's header
-	}
-	defer v.rec.Next("")
+	_, onTerminal := v.Pty()
+	v.rec.Next(text, v.Command() == "" && !onTerminal)
+	defer v.rec.Next("", false)
 	words, err := execline.Words(text)
 	if err == nil && len(words) > 0 {
 		err = v.run(words)
