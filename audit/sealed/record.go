@@ -1,7 +1,9 @@
 package sealed
 
 import (
+	"bytes"
 	"compress/gzip"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -115,4 +117,36 @@ func read(file io.Reader, keys []age.Identity) (*Record, error) {
 			r.Images = append(r.Images, image)
 		}
 	}
+}
+
+// Image is a before-image, without what only the agent knows to use.
+type Image struct {
+	// Index is that of the object in the plan.
+	Index int    `json:"index"`
+	Key   string `json:"key"`
+	UID   string `json:"uid"`
+	// Revision is the object's before the action; 0: there was none, and no Value.
+	Revision int64 `json:"revision"`
+	// Value is what etcd held, byte for byte: what was encrypted still is.
+	Value       []byte `json:"value"`
+	ValueSHA256 []byte `json:"valueSHA256"`
+	Delete      bool   `json:"delete"`
+}
+
+// Decode returns the before-images, each checked against its hash and the plan.
+func (r *Record) Decode() ([]Image, error) {
+	images := make([]Image, len(r.Images))
+	for i, raw := range r.Images {
+		img := &images[i]
+		if err := json.Unmarshal(raw, img); err != nil {
+			return nil, fault.New(fault.Refused, "report this", "before-image %d is malformed: %w", i, err)
+		}
+		if img.Index < 0 || img.Index >= len(r.Plan.Objects) || r.Plan.Objects[img.Index].Key != img.Key {
+			return nil, fault.New(fault.Refused, "report this", "before-image %d is of no object of the plan", i)
+		}
+		if sum := sha256.Sum256(img.Value); img.Value != nil && !bytes.Equal(sum[:], img.ValueSHA256) {
+			return nil, fault.New(fault.Refused, "report this", "before-image %d does not have its hash", i)
+		}
+	}
+	return images, nil
 }
