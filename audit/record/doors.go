@@ -1,4 +1,11 @@
-package doors
+// Package record is what both daemons do with their evidence: the section of their
+// configuration, the log that they open, what their doors write into it, and what
+// they tell people about it. What is done to a cluster is recorded by what does it;
+// see audit.Do.
+//
+// It must never block a door, let strangers push events out of the log, or write
+// down the value of a secret. It stands on floor 2.
+package record
 
 import (
 	"encoding/json"
@@ -37,22 +44,22 @@ const (
 	strangersEvery = time.Minute
 )
 
-// Record writes down what happens at the doors. Its methods never block, and may be
+// Doors writes down what happens at them. Its methods never block, and may be
 // called concurrently.
-type Record struct {
+type Doors struct {
 	log       audit.Log
 	strangers *rate.Limiter
 	unsaid    atomic.Int64 // of strangers
 }
 
 var (
-	_ grpcdoor.Record  = (*Record)(nil)
-	_ sshserver.Record = (*Record)(nil)
+	_ grpcdoor.Record  = (*Doors)(nil)
+	_ sshserver.Record = (*Doors)(nil)
 )
 
-// NewRecord returns a Record that writes into the log.
-func NewRecord(log audit.Log) *Record {
-	return &Record{log: log, strangers: rate.NewLimiter(rate.Every(strangersEvery), strangersBurst)}
+// NewDoors returns Doors that writes into the log.
+func NewDoors(log audit.Log) *Doors {
+	return &Doors{log: log, strangers: rate.NewLimiter(rate.Every(strangersEvery), strangersBurst)}
 }
 
 func event(kind audit.Kind, who trust.Identity) audit.Event {
@@ -67,10 +74,10 @@ func failed(e audit.Event, outcome string, err error) audit.Event {
 }
 
 // Login writes down that somebody came in.
-func (r *Record) Login(who trust.Identity) (logout func(why error)) {
+func (d *Doors) Login(who trust.Identity) (logout func(why error)) {
 	began := time.Now()
-	r.log.Note(event(audit.Login, who))
-	return func(why error) { r.log.Note(ended(event(audit.Logout, who), began, why)) }
+	d.log.Note(event(audit.Login, who))
+	return func(why error) { d.log.Note(ended(event(audit.Logout, who), began, why)) }
 }
 
 func ended(e audit.Event, began time.Time, why error) audit.Event {
@@ -82,32 +89,32 @@ func ended(e audit.Event, began time.Time, why error) audit.Event {
 }
 
 // Refused writes down that somebody was refused.
-func (r *Record) Refused(who trust.Identity, err error) {
-	r.refused(event(audit.Refusal, who), err)
+func (d *Doors) Refused(who trust.Identity, err error) {
+	d.refused(event(audit.Refusal, who), err)
 }
 
-func (r *Record) refused(e audit.Event, err error) {
-	if e.Actor.Person == "" && !r.stranger(&e) {
+func (d *Doors) refused(e audit.Event, err error) {
+	if e.Actor.Person == "" && !d.stranger(&e) {
 		return
 	}
-	r.log.Note(failed(e, "refused", err))
+	d.log.Note(failed(e, "refused", err))
 }
 
 // stranger reports whether there is room for an event about one, and counts it where
 // there is not.
-func (r *Record) stranger(e *audit.Event) bool {
-	if !r.strangers.Allow() {
-		r.unsaid.Add(1)
+func (d *Doors) stranger(e *audit.Event) bool {
+	if !d.strangers.Allow() {
+		d.unsaid.Add(1)
 		return false
 	}
-	if n := r.unsaid.Swap(0); n > 0 {
+	if n := d.unsaid.Swap(0); n > 0 {
 		e.Count, e.Text = int(n)+1, fmt.Sprintf("and %d more of strangers before it", n)
 	}
 	return true
 }
 
 // Called writes down what somebody asked for, and what became of it.
-func (r *Record) Called(who trust.Identity, method string, request proto.Message, err error) {
+func (d *Doors) Called(who trust.Identity, method string, request proto.Message, err error) {
 	e := event(audit.Read, who)
 	e.Action, e.Outcome = path.Base(method), "ok"
 	asked(&e, request)
@@ -115,31 +122,31 @@ func (r *Record) Called(who trust.Identity, method string, request proto.Message
 	case err == nil:
 	case code == fault.Refused || code == fault.Unauthenticated:
 		e.Kind = audit.Refusal
-		r.refused(e, err)
+		d.refused(e, err)
 		return
 	default:
 		e = failed(e, "failed", err)
 	}
-	r.log.Note(e)
+	d.log.Note(e)
 }
 
 // Relayed writes down a connection to a door of a node that a bastion passes on.
-func (r *Record) Relayed(who trust.Identity, node string, door trust.Door, tunnel bool) (end func(up, down int64, why string)) {
+func (d *Doors) Relayed(who trust.Identity, node string, door trust.Door, tunnel bool) (end func(up, down int64, why string)) {
 	began, e := time.Now(), event(audit.Relay, who)
 	e.Action, e.Target = string(door), node
 	if tunnel {
 		e.Text = "through the tunnel that the node keeps"
 	}
-	r.log.Note(e)
+	d.log.Note(e)
 	return func(up, down int64, why string) {
 		e := event(audit.RelayEnd, who)
 		e.Action, e.Target, e.Text = string(door), node, fmt.Sprintf("%d bytes up, %d down; %s", up, down, clip(why, maxText))
-		r.log.Note(ended(e, began, nil))
+		d.log.Note(ended(e, began, nil))
 	}
 }
 
 // Alarm writes down what people were told of, where nothing else does.
-func (r *Record) Alarm(a alarm.Event) {
+func (d *Doors) Alarm(a alarm.Event) {
 	switch a.Kind {
 	case alarm.Login, alarm.Refusal, alarm.Relay, // events of their own
 		alarm.Alone, alarm.Sealed, alarm.Late: // said by the event of the deed and by its actor
@@ -149,10 +156,10 @@ func (r *Record) Alarm(a alarm.Event) {
 		Actor: &audit.Actor{Person: a.Person, Role: a.Role, Credential: a.Credential, Fingerprint: a.Fingerprint, Serial: a.Serial, Door: a.Door, Source: a.Source}}
 	if *e.Actor == (audit.Actor{}) {
 		e.Actor = nil
-	} else if a.Person == "" && !r.stranger(&e) {
+	} else if a.Person == "" && !d.stranger(&e) {
 		return
 	}
-	r.log.Note(e)
+	d.log.Note(e)
 }
 
 // asked copies the words of a request: its strings, numbers and parameters. No

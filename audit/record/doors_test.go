@@ -1,4 +1,4 @@
-package doors
+package record
 
 import (
 	"context"
@@ -51,9 +51,9 @@ func (k *kept) take() []audit.Event {
 var alice = trust.Identity{Person: "alice", Role: trust.Responder, Door: trust.SSH, Kind: trust.Person, Fingerprint: "SHA256:x", Serial: "7", Source: "192.0.2.1:5", Session: "s1",
 	Scope: trust.Scope{Drill: true}}
 
-func TestRecord(t *testing.T) {
+func TestDoors(t *testing.T) {
 	log := &kept{}
-	r := NewRecord(log)
+	r := NewDoors(log)
 	lapsed := fault.New(fault.Unauthenticated, "renew it", "the credential of alice ended")
 	get := &halliganv1.GetRequest{Reason: "because", Incident: "INC-1", Parameters: &structpb.Struct{Fields: map[string]*structpb.Value{"target": structpb.NewStringValue("pods")}}}
 	for _, c := range []struct {
@@ -98,7 +98,7 @@ func TestRecord(t *testing.T) {
 // TestStrangers: whoever is nobody cannot fill the log.
 func TestStrangers(t *testing.T) {
 	log := &kept{}
-	r := NewRecord(log)
+	r := NewDoors(log)
 	for i := range 10_000 {
 		r.Refused(trust.Identity{Fingerprint: fmt.Sprint(i), Source: "192.0.2.9:1"}, fault.New(fault.Unauthenticated, "", "unknown"))
 		r.Alarm(alarm.Event{Kind: "flood", Source: "192.0.2.9:1"})
@@ -121,7 +121,7 @@ func TestStrangers(t *testing.T) {
 // says what it leaves out.
 func TestHostile(t *testing.T) {
 	log := &kept{}
-	r := NewRecord(log)
+	r := NewDoors(log)
 	long := strings.Repeat("\x1b]0;é\xff", 1<<20)
 	valid := strings.Repeat("\x1b]0;é", 1<<20)
 	many := &structpb.Struct{Fields: map[string]*structpb.Value{"target": structpb.NewStringValue(valid)}}
