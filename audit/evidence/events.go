@@ -38,13 +38,14 @@ type Filter struct {
 // narrow reports whether the filter asks for what belongs to certain intents.
 func (f Filter) narrow() bool { return f.Person+f.Incident+f.Action+f.Session+f.Object != "" }
 
-// Origins reports whether a log's events can match.
+// origins reports whether a log's events can match.
 func (f Filter) origins(origin string) bool {
 	node, _, _ := strings.Cut(origin, ".")
 	return f.Origin == "" || f.Origin == origin || f.Origin == node
 }
 
-func (f Filter) match(e *audit.Event) bool {
+// Match reports whether the filter wants the event, looking at nothing else.
+func (f Filter) Match(e *audit.Event) bool {
 	if !f.Since.IsZero() && e.Time.Before(f.Since) || !f.Until.IsZero() && !e.Time.Before(f.Until) {
 		return false
 	}
@@ -54,7 +55,7 @@ func (f Filter) match(e *audit.Event) bool {
 	return f.about(e)
 }
 
-// about is match without when and which kind.
+// about is Match without when and which kind.
 func (f Filter) about(e *audit.Event) bool {
 	person := ""
 	if e.Actor != nil {
@@ -81,7 +82,7 @@ func (e *Evidence) Events(ctx context.Context, f Filter) iter.Seq2[Entry, error]
 			if !f.origins(h.Origin) {
 				continue
 			}
-			next, stop := iter.Pull2(h.events(ctx))
+			next, stop := iter.Pull2(h.events(ctx, 0))
 			defer stop()
 			sources = append(sources, &source{next: next})
 		}
@@ -124,19 +125,38 @@ func (f Filter) wants(e *audit.Event, intents map[string]bool) bool {
 			intents[e.ID] = true
 		}
 		if e.Of != "" && intents[e.Of] {
-			return Filter{Kinds: f.Kinds, Since: f.Since, Until: f.Until}.match(e)
+			return Filter{Kinds: f.Kinds, Since: f.Since, Until: f.Until}.Match(e)
 		}
 	}
-	return f.match(e)
+	return f.Match(e)
 }
 
-// events yields what holds of a log.
-func (h *held) events(ctx context.Context) iter.Seq2[Entry, error] {
+// Logs returns the logs of which events can be read. It comes after Verify.
+func (e *Evidence) Logs() (logs []*Log) {
+	for _, h := range e.held {
+		logs = append(logs, h.Log)
+	}
+	return logs
+}
+
+// Of yields what holds of one log, from the event with the number seq on, or from
+// the first after it.
+func (e *Evidence) Of(ctx context.Context, log *Log, seq uint64) iter.Seq2[Entry, error] {
+	for _, h := range e.held {
+		if h.Log == log {
+			return h.events(ctx, seq)
+		}
+	}
+	return func(func(Entry, error) bool) {}
+}
+
+// events yields what holds of a log from an event on.
+func (h *held) events(ctx context.Context, seq uint64) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
 		for i := range h.trees {
 			t := &h.trees[i]
-			index := int64(0)
-			for raw, err := range t.EntriesUnder(ctx, t.at.Tree, 0, t.good) {
+			index := min(int64(max(seq, t.FirstSeq)-t.FirstSeq), t.good) // #nosec G115 -- both are sizes of logs
+			for raw, err := range t.EntriesUnder(ctx, t.at.Tree, index, t.good) {
 				var event audit.Event
 				if err == nil {
 					event, err = Decode(raw)

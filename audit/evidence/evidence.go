@@ -23,11 +23,15 @@ import (
 	"strings"
 
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
 const (
-	// identityFile and the others are the names in a folder of evidence.
+	// identityFile and the others are the names in a folder of evidence. That of a
+	// lineage follows the statement's name, where a log has begun anew since.
 	identityFile   = "identity"
+	lineageFile    = "identity."
+	problemsFolder = "problems"
 	logsFolder     = "logs"
 	castsFolder    = "recordings"
 	sealedFolder   = "sealed"
@@ -58,9 +62,27 @@ type Evidence struct {
 
 // folder is one daemon's.
 type folder struct {
-	name string // "" where it is the only one
-	dir  string
-	fs   fs.FS
+	name       string // "" where it is the only one
+	dir        string
+	fs         fs.FS
+	statements map[string]statement // by lineage; "": the newest
+}
+
+// statement is what a server says of its keys, or why it is not believed.
+type statement struct {
+	logkey.Statement
+	err error
+}
+
+// statement returns the one that holds for a lineage.
+func (f *folder) statement(lineage string) statement {
+	if s, own := f.statements[lineage]; own {
+		return s
+	}
+	if s, ok := f.statements[""]; ok {
+		return s
+	}
+	return statement{err: fs.ErrNotExist}
 }
 
 // Open finds the folders of evidence in a folder, which is one itself or has them

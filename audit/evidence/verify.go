@@ -132,6 +132,7 @@ type heldTree struct {
 	raw      []byte // the signed checkpoint
 	cosigned []byte // nil: none
 	at       torchwood.Checkpoint
+	signed   int64 // entries under the checkpoint file, where the countersigned one has more
 	good     int64
 }
 
@@ -193,26 +194,32 @@ func (e *Evidence) Verify(ctx context.Context, t Trust) (*Report, error) {
 		return nil, err
 	}
 	// Servers vouch for their keys first, since witnesses are among them.
-	statements := make([]logkey.Statement, len(e.folders))
-	refused := make([]error, len(e.folders))
-	for i, f := range e.folders {
-		if t.Bundle == nil {
-			continue
-		}
-		data, err := f.read(identityFile, logkey.MaxSize)
-		if err == nil {
-			statements[i], err = logkey.Verify(data, t.Bundle, t.Now)
-		}
-		if refused[i] = err; err != nil || statements[i].Witness == nil {
-			continue
-		}
-		if v, err := logkey.WitnessVerifier(statements[i].Server, statements[i].Witness); err == nil {
-			keys.witness(v)
+	for _, f := range e.folders {
+		f.statements = map[string]statement{}
+		entries, _ := fs.ReadDir(f.fs, ".")
+		for _, entry := range entries {
+			lineage, own := strings.CutPrefix(entry.Name(), lineageFile)
+			if t.Bundle == nil || entry.Name() != identityFile && !(own && logkey.ValidLineage(lineage)) {
+				continue
+			}
+			if !own {
+				lineage = ""
+			}
+			var s statement
+			data, err := f.read(entry.Name(), logkey.MaxSize)
+			if err == nil {
+				s.Statement, err = logkey.Verify(data, t.Bundle, t.Now)
+			}
+			s.err = err
+			f.statements[lineage] = s
+			if v, err := logkey.WitnessVerifier(s.Server, s.Witness); err == nil {
+				keys.witness(v)
+			}
 		}
 	}
 	e.report, e.held = &Report{Logs: []*Log{}}, nil
-	for i, f := range e.folders {
-		if err := e.folder(ctx, f, keys, statements[i], refused[i]); err != nil {
+	for _, f := range e.folders {
+		if err := e.folder(ctx, f, keys); err != nil {
 			return nil, err
 		}
 	}
@@ -221,7 +228,7 @@ func (e *Evidence) Verify(ctx context.Context, t Trust) (*Report, error) {
 }
 
 // folder verifies one daemon's.
-func (e *Evidence) folder(ctx context.Context, f *folder, keys *keyring, s logkey.Statement, refused error) error {
+func (e *Evidence) folder(ctx context.Context, f *folder, keys *keyring) error {
 	lineages := map[string]*held{}
 	var order []*held
 	for _, name := range f.generations() {
@@ -230,7 +237,7 @@ func (e *Evidence) folder(ctx context.Context, f *folder, keys *keyring, s logke
 			h = &held{Log: &Log{Folder: f.name, Origin: f.origin(), Lineage: name[:8], Generations: []Generation{}}, folder: f}
 			lineages[name[:8]], order = h, append(order, h)
 		}
-		h.find(name, keys, s, refused)
+		h.find(name, keys)
 	}
 	if len(order) == 0 {
 		log := &Log{Folder: f.name, Origin: f.origin(), Generations: []Generation{}}
@@ -245,6 +252,7 @@ func (e *Evidence) folder(ctx context.Context, f *folder, keys *keyring, s logke
 		}
 	}
 	casts.check(f, order)
+	f.problems(order[len(order)-1].Log)
 	slices.SortStableFunc(order, func(x, y *held) int { return x.Begin.Compare(y.Begin) })
 	for i, h := range order {
 		if i > 0 {
@@ -263,7 +271,7 @@ func (l *Log) problem(file string, seq *uint64, text string, args ...any) {
 func (l *Log) note(text string, args ...any) { l.Notes = append(l.Notes, fmt.Sprintf(text, args...)) }
 
 // find reads the checkpoint of a generation, and verifies who has signed it.
-func (h *held) find(name string, keys *keyring, s logkey.Statement, refused error) {
+func (h *held) find(name string, keys *keyring) {
 	f := h.folder
 	below, err := fs.Sub(f.fs, path.Join(logsFolder, name))
 	if err != nil {
@@ -295,15 +303,16 @@ func (h *held) find(name string, keys *keyring, s logkey.Statement, refused erro
 	}
 	key, by := keys.logs[origin], "key"
 	if key == nil {
+		s := f.statement(lineage)
 		switch {
 		case keys.trust.Bundle == nil:
 			h.problem(file, nil, "none of the keys that are trusted is of %s", origin)
 			return
-		case errors.Is(refused, fs.ErrNotExist):
+		case errors.Is(s.err, fs.ErrNotExist):
 			h.problem(f.file(identityFile), nil, "it is missing: no server vouches for the key of %s", origin)
 			return
-		case refused != nil:
-			h.problem(f.file(identityFile), nil, "%s", fault.Of(refused).Message)
+		case s.err != nil:
+			h.problem(f.file(identityFile), nil, "%s", fault.Of(s.err).Message)
 			return
 		case s.Server != origin:
 			h.problem(file, nil, "it is of %s, and the key that is vouched for is of %s", origin, s.Server)
@@ -320,6 +329,14 @@ func (h *held) find(name string, keys *keyring, s logkey.Statement, refused erro
 		h.problem(file, nil, "its signature does not hold: %v", err)
 		return
 	}
+	tree.signed = tree.at.N
+	// A log that grew while it was copied has a newer one there; one that was rolled
+	// back does not have its entries.
+	if newer, err := f.read(path.Join(logsFolder, name, cosignedFile), maxNote); err == nil {
+		if c, _, err := torchwood.VerifyCheckpoint(newer, policy(claims.Origin, v)); err == nil && c.N > tree.at.N {
+			tree.at, raw = c, newer
+		}
+	}
 	vkey, err := logkey.VKey(claims.Origin, key)
 	if err != nil {
 		h.problem(file, nil, "%v", err)
@@ -328,6 +345,29 @@ func (h *held) find(name string, keys *keyring, s logkey.Statement, refused erro
 	h.Origin, h.VouchedBy, h.key, tree.raw = origin, by, key, raw
 	tree.Generation = Generation{Number: generation, Size: uint64(tree.at.N), VKey: vkey}
 	h.trees = append(h.trees, tree)
+}
+
+// problems tells of the proofs that the keeper of a copy has put beside it: two
+// checkpoints that cannot both be of one log, under a line that says so.
+func (f *folder) problems(l *Log) {
+	entries, _ := fs.ReadDir(f.fs, problemsFolder)
+	for _, entry := range entries {
+		if strings.HasPrefix(entry.Name(), ".") {
+			continue
+		}
+		name := path.Join(problemsFolder, entry.Name())
+		data, err := f.read(name, maxNote)
+		if err != nil {
+			l.problem(f.file(name), nil, "%v", err)
+			continue
+		}
+		text, _, _ := bytes.Cut(data, []byte("\n"))
+		if strings.HasPrefix(entry.Name(), "quota-") {
+			l.note("%s: whoever kept this copy says: %s", f.file(name), text)
+		} else {
+			l.problem(f.file(name), nil, "whoever kept this copy has a proof: %s", text)
+		}
+	}
 }
 
 // policy demands the log's own signature on a checkpoint of its own name.
@@ -417,6 +457,9 @@ func (h *held) entries(ctx context.Context, i int, casts *casts) error {
 		t.good = max(damage.Index, 0)
 		if damage.File == checkpointFile {
 			t.good = 0
+		}
+		if damage.Index >= t.signed {
+			damage.Reason = fmt.Sprintf("the log was rolled back: witnesses have seen %d entries, and its checkpoint tells of %d", t.at.N, t.signed)
 		}
 		h.problem(h.folder.file(logsFolder, h.name(t), damage.File), t.seq(damage.Index), "%s", damage.Reason)
 	case err != nil:
@@ -523,10 +566,6 @@ func (h *held) witnesses(t *heldTree, keys *keyring) (covered uint64) {
 			h.problem(h.folder.file(from), nil, "%v", err)
 			continue
 		}
-		if c.N > t.at.N {
-			h.problem(h.folder.file(from), t.seq(t.at.N), "witnesses have seen %d entries, and here there are %d: the log was rolled back", c.N, t.at.N)
-			continue
-		}
 		if c.N > 0 && t.good == t.at.N {
 			root, err := tlog.TreeHash(c.N, t.HashReader(t.at.Tree))
 			if err != nil {
@@ -608,6 +647,10 @@ func agree(x *held, one *heldTree, y *held, other *heldTree) {
 	}
 	root, err := tlog.TreeHash(one.at.N, other.HashReader(other.at.Tree))
 	if err == nil && root == one.at.Hash {
+		if one.at.N < other.at.N && x.folder.name == x.Origin && y.folder.name != y.Origin {
+			x.problem(x.folder.file(logsFolder, x.name(one), checkpointFile), one.seq(one.at.N), "the log was rolled back: %s has %d entries, and here there are %d",
+				y.folder.file(logsFolder, y.name(other)), other.at.N, one.at.N)
+		}
 		return
 	}
 	text := "it contradicts %s: both are signed, and they differ among the first %d entries: the log was forked"

@@ -150,6 +150,29 @@ func (t *Tree) EntriesUnder(ctx context.Context, tree tlog.Tree, from, to int64)
 	}
 }
 
+// Unverified yields entries of a tree of that size as they lie there, for Append,
+// which finds out whether they are what their checkpoint says.
+func (t *Tree) Unverified(ctx context.Context, size, from, to int64) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		for n := from / torchwood.TileWidth; n*torchwood.TileWidth < to; n++ {
+			err := ctx.Err()
+			var entries [][]byte
+			if err == nil {
+				entries, err = t.bundle(bundleOf(n, size))
+			}
+			for i, entry := range entries {
+				if index := n*torchwood.TileWidth + int64(i); index >= from && index < to && !yield(entry, nil) {
+					return
+				}
+			}
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+		}
+	}
+}
+
 // HashReader gives hashes of a tree that the caller trusts, for tlog.ProveRecord
 // and tlog.ProveTree. What it gives is proven to be in the tree.
 func (t *Tree) HashReader(tree tlog.Tree) tlog.HashReader {

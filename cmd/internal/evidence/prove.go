@@ -1,0 +1,53 @@
+package evidence
+
+import (
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/halligan-io/halligan/internal/durable"
+	"github.com/halligan-io/halligan/internal/fault"
+)
+
+func (t *tool) prove() *cobra.Command {
+	var into, event string
+	c := &cobra.Command{
+		Use: "prove ID [FOLDER]", Short: "Write a proof that an event is in its log, which any C2SP tool verifies", Args: arguments(1, 2, "the ID of an event, and at most one folder"),
+		Long: "Writes a proof (C2SP tlog-proof) that the event with the ID is in its log, under a checkpoint that bastions have\n" +
+			"countersigned where there is one. It is verified with the event, byte for byte:\n\n" +
+			"  halligan audit prove ID --out ID.proof --event ID.json\n" +
+			"  halligan audit verify --proof ID.proof --event ID.json --identity-file cp-1.prod/identity",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			e, r, err := t.open(cmd.Context(), argument(args, 1))
+			if err != nil {
+				return err
+			}
+			defer e.Close()
+			entry, err := e.Find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			proof, err := e.Prove(entry)
+			if err != nil {
+				return err
+			}
+			if event != "" {
+				if err := durable.Write(event, entry.Raw); err != nil {
+					return fault.New(fault.Failed, "name another file with --event", "%w", err)
+				}
+			}
+			if into == "" || into == "-" {
+				_, err = io.WriteString(t.Out, string(proof))
+			} else if err = durable.Write(into, proof); err != nil {
+				err = fault.New(fault.Failed, "name another file with --out", "%w", err)
+			}
+			if err != nil {
+				return err
+			}
+			return verdict(r)
+		},
+	}
+	c.Flags().StringVar(&into, "out", "", "`file` to write the proof to (default: standard output)")
+	c.Flags().StringVar(&event, "event", "", "`file` to write the event to, byte for byte")
+	return c
+}
