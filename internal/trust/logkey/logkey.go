@@ -154,17 +154,35 @@ func Verify(data []byte, b *bundle.Bundle, now time.Time) (Statement, error) {
 	return s, nil
 }
 
-func verify(data []byte, b *bundle.Bundle, now time.Time) (Statement, error) {
+// Parse returns what a statement says, and nothing of whether that holds: for one
+// that was verified before it was stored.
+func Parse(data []byte) (Statement, error) {
+	text, _, _, err := split(data)
+	if err != nil {
+		return Statement{}, err
+	}
+	return parse(text)
+}
+
+// split returns the text, the signature under it and the certificate.
+func split(data []byte) (text, signature, certificate []byte, err error) {
 	if len(data) > MaxSize {
-		return Statement{}, fmt.Errorf("more than %d bytes", MaxSize)
+		return nil, nil, nil, fmt.Errorf("more than %d bytes", MaxSize)
 	}
 	begin := bytes.Index(data, []byte("-----BEGIN "))
 	end := bytes.LastIndex(data, []byte("-----\n"))
 	if begin < 0 || end < begin {
-		return Statement{}, errors.New("it has no signature")
+		return nil, nil, nil, errors.New("it has no signature")
 	}
 	end += len("-----\n")
-	text, signature := data[:begin], data[begin:end]
+	return data[:begin], data[begin:end], data[end:], nil
+}
+
+func verify(data []byte, b *bundle.Bundle, now time.Time) (Statement, error) {
+	text, signature, certificate, err := split(data)
+	if err != nil {
+		return Statement{}, err
+	}
 	s, err := parse(text)
 	if err != nil {
 		return Statement{}, err
@@ -173,7 +191,7 @@ func verify(data []byte, b *bundle.Bundle, now time.Time) (Statement, error) {
 	if err != nil {
 		return Statement{}, err
 	}
-	key, _, options, rest, err := gossh.ParseAuthorizedKey(data[end:])
+	key, _, options, rest, err := gossh.ParseAuthorizedKey(certificate)
 	if err != nil || len(options) > 0 || len(rest) > 0 {
 		return Statement{}, errors.New("no certificate follows its signature")
 	}
