@@ -280,6 +280,6 @@ func (a *app) note(text string, args ...any) {
 
 // commands are the verbs that only a process of its own has.
 func (a *app) commands(v *verb.Verbs) []*cobra.Command {
-	return []*cobra.Command{a.statusCommand(v), a.sshCommand(), a.approveCommand(v),
+	return []*cobra.Command{a.statusCommand(v), a.sshCommand(), a.approveCommand(v), a.auditCommand(v),
 		ca.Command(ca.Surroundings{Out: v.Out, Env: v.Env, Now: v.Now})}
 }

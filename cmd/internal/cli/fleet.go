@@ -90,14 +90,8 @@ func (a *app) bundleOf() (*fleet, error) {
 // state returns where the newest bundle of a fleet is kept, "" without a home.
 // It goes by the roots too: another fleet of the same name is another fleet.
 func (a *app) state(file *bundle.File) string {
-	base := a.Env("XDG_STATE_HOME")
-	if !filepath.IsAbs(base) {
-		if base = a.Env("HOME"); base == "" {
-			return ""
-		}
-		base = filepath.Join(base, ".local", "state")
-	}
-	if file.Policy == nil {
+	base := a.stateHome()
+	if file.Policy == nil || base == "" {
 		return ""
 	}
 	var keys []string
@@ -107,6 +101,19 @@ func (a *app) state(file *bundle.File) string {
 	slices.Sort(keys)
 	sum := sha256.Sum256([]byte(fmt.Sprint(file.Policy.Roots.Threshold, keys)))
 	return filepath.Join(base, "halligan", file.Policy.Fleet+"-"+hex.EncodeToString(sum[:6]), "bundle")
+}
+
+// stateHome is where the user's programs keep what they need again, "" without a
+// home.
+func (a *app) stateHome() string {
+	base := a.Env("XDG_STATE_HOME")
+	if filepath.IsAbs(base) {
+		return base
+	}
+	if base = a.Env("HOME"); base == "" {
+		return ""
+	}
+	return filepath.Join(base, ".local", "state")
 }
 
 // open reads the bundle and finds what to log in with, once.

@@ -271,8 +271,8 @@ func (p *passage) breaks() bool {
 	}
 }
 
-// bastion returns the bastion's own API.
-func (p *passage) bastion(ctx context.Context) (halliganv1.BastionClient, error) {
+// conn returns a connection to the bastion's own API.
+func (p *passage) conn(ctx context.Context) (*grpc.ClientConn, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.api == nil {
@@ -286,7 +286,16 @@ func (p *passage) bastion(ctx context.Context) (halliganv1.BastionClient, error)
 			return nil, err
 		}
 	}
-	return halliganv1.NewBastionClient(p.api), nil
+	return p.api, nil
+}
+
+// bastion returns the bastion's own API.
+func (p *passage) bastion(ctx context.Context) (halliganv1.BastionClient, error) {
+	conn, err := p.conn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return halliganv1.NewBastionClient(conn), nil
 }
 
 func (p *passage) close() {
