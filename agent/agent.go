@@ -24,10 +24,13 @@ import (
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/agent/storage"
+	"github.com/halligan-io/halligan/audit/record"
+	"github.com/halligan-io/halligan/audit/service"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/inforce"
 	"github.com/halligan-io/halligan/internal/version"
 )
 
@@ -56,8 +59,21 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	}
 	defer records.Close()
 	clock := trust.NewClock(version.Built())
-	believed, err := newTrusted(c, clock, records.Entries, alarms, log)
+	holder := service.NewHolder()
+	var believed *trusted
+	evidence, err := record.Open(record.Options{StateDir: c.StateDir, Origin: c.origin(), Config: c.Audit, Now: clock.Now, Hold: holder,
+		Witnesses: func() int { return believed.bastions() }, Raise: alarms.Raise, Log: log})
 	if err != nil {
+		return err
+	}
+	defer evidence.Close()
+	past := func() (all []inforce.Moment) {
+		for _, e := range records.Entries() {
+			all = append(all, inforce.Moment{What: "the action " + e.ID, At: e.Time})
+		}
+		return append(all, inforce.Moment{What: "an event of the evidence log", At: evidence.LastTime()})
+	}
+	if believed, err = newTrusted(c, clock, past, evidence.Raise, log); err != nil {
 		return err
 	}
 	encryption := storage.OpenEncryption(c.EncryptionConfig)
@@ -74,7 +90,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer client.Close()
 
 	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
-		Encryption: encryption, Journal: records, Gone: filepath.Join(c.StateDir, "gone"), Policy: believed.Policy, Cluster: c.Cluster, Fresh: believed.Fresh, Approvals: believed, Alarm: alarms.Raise,
+		Encryption: encryption, Journal: records, Audit: evidence, Past: action.PastOf(evidence.Ledger), Gone: filepath.Join(c.StateDir, "gone"), Policy: believed.Policy, Cluster: c.Cluster, Fresh: believed.Fresh, Approvals: believed, Alarm: evidence.Raise,
 		Now: clock.Now, Log: log})
 	// Ending, in this order: the doors close when every call has returned, then
 	// the settling of old actions, then what both stand on, the alarms last.
@@ -89,7 +105,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 		background.Go(func() {
 			if mended(ctx, records) {
 				log.Info().Msg("actions can be recorded again")
-				believed.recall(true)
+				believed.Recall(past(), true)
 				tellDamaged(records, log)
 			}
 		})
@@ -99,7 +115,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer stop()
 	log.Info().Str("version", version.String()).Str("distribution", distribution).Str("socket", c.Socket).
 		Strs("etcd", c.Etcd.Endpoints).Int("unfinished", len(records.Unfinished())).Msg("agent starts")
-	return serve(ctx, c, engine, believed, alarms, log)
+	return serve(ctx, c, engine, believed, evidence, holder, alarms, log)
 }
 
 // mended waits until the state folder can be opened, or the context ends.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/halligan-io/halligan/agent/node"
 	"github.com/halligan-io/halligan/api"
+	"github.com/halligan-io/halligan/audit/record"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/daemonlog"
 	"github.com/halligan-io/halligan/internal/durable"
@@ -60,6 +61,8 @@ type Config struct {
 	// has a tunnelPort, and shows the certificate of GRPC there. Say the same of
 	// the node in the inventory.
 	Reach string `json:"reach,omitempty"`
+	// Audit is the evidence, which is in the folder audit of StateDir.
+	Audit record.Config `json:"audit,omitzero"`
 	// Alarms are told of logins, refusals and what goes around the usual rules.
 	Alarms []alarm.Config `json:"alarms,omitempty"`
 	// LogLevel is debug, info (default), warn or error.
@@ -215,6 +218,9 @@ func (c *Config) check() error {
 	if c.JournalMaxBytes < 0 {
 		return fmt.Errorf("journalMaxBytes: %d is negative", c.JournalMaxBytes)
 	}
+	if err := c.Audit.Check(); err != nil {
+		return err
+	}
 	if !slices.Contains(daemonlog.Levels, c.LogLevel) {
 		return fmt.Errorf("logLevel: %q is none of %v", c.LogLevel, daemonlog.Levels)
 	}
@@ -242,6 +248,18 @@ func (c *Config) check() error {
 		c.Etcd.Prefix = path.Join("/", c.Etcd.Prefix)
 	}
 	return nil
+}
+
+// origin is how the agent's evidence is called: NODE.CLUSTER, or the node alone where
+// there is no bundle to be known by.
+func (c *Config) origin() string {
+	switch {
+	case c.Cluster != "":
+		return c.Node + "." + c.Cluster
+	case trust.ValidNode(c.Node):
+		return c.Node
+	}
+	return "node"
 }
 
 func (c *Config) trust() TrustConfig {

@@ -16,6 +16,8 @@ import (
 	"github.com/halligan-io/halligan/agent/sshd"
 	"github.com/halligan-io/halligan/agent/tunnel"
 	"github.com/halligan-io/halligan/api/mtls"
+	"github.com/halligan-io/halligan/audit/record"
+	"github.com/halligan-io/halligan/audit/service"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/sshserver"
@@ -33,11 +35,12 @@ const stopWithin = 6 * time.Second
 // none.
 type doors struct {
 	*ways.Ways
-	config  Config
-	trusted *trusted
-	alarms  *alarm.Alarms
-	log     zerolog.Logger
-	server  *door.Server
+	config   Config
+	trusted  *trusted
+	evidence *record.Evidence
+	alarms   *alarm.Alarms
+	log      zerolog.Logger
+	server   *door.Server
 
 	mu          sync.Mutex                       // guards all below
 	certificate func() (*tls.Certificate, error) // of gRPC, once it is loaded
@@ -47,13 +50,14 @@ type doors struct {
 
 // serve opens the doors and serves until the context ends, then stops
 // gracefully.
-func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, alarms *alarm.Alarms, log zerolog.Logger) error {
+func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, evidence *record.Evidence, holder *service.Holder, alarms *alarm.Alarms, log zerolog.Logger) error {
 	socket, err := console.Listen(c.Socket)
 	if err != nil {
 		return err
 	}
-	d := &doors{Ways: ways.New(alarms.Raise, log), config: c, trusted: t, alarms: alarms, log: log}
-	o := door.Options{Engine: engine, Cluster: c.Cluster, Warnings: d.warnings, Alarms: alarms, Log: log}
+	d := &doors{Ways: ways.New(evidence.Raise, log), config: c, trusted: t, evidence: evidence, alarms: alarms, log: log}
+	o := door.Options{Engine: engine, Cluster: c.Cluster, Warnings: d.warnings, Audit: evidence.Status, Record: evidence, Alarms: evidence, Log: log,
+		Evidence: service.New(service.Options{Ledger: evidence, Origin: c.origin(), Holder: holder, Identity: evidence.Identity, Bundle: t.Current, Now: t.clock.Now, Log: log})}
 	if c.Trust != nil {
 		o.Bundles = t
 		_ = t.Open() // so that the first call has its policy; outside tries again, and tells
@@ -162,7 +166,7 @@ func (d *doors) newGRPC() (mtls.Options, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.certificate = certificate
-	return mtls.Options{Certificate: certificate, Authority: d.trusted.Authority(), Relay: d.trusted.relay, Alarm: d.alarms.Raise, Log: d.log}, nil
+	return mtls.Options{Certificate: certificate, Authority: d.trusted.Authority(), Relay: d.trusted.relay, Refused: d.evidence.Refused, Alarm: d.evidence.Raise, Log: d.log}, nil
 }
 
 // shows returns the certificate of gRPC, which tunnels show, too.
@@ -185,11 +189,12 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 	}
 	authority := d.trusted.Authority()
 	server, err := sshserver.New(sshserver.Options{HostRenewed: host, Authenticate: authority.User, Offer: authority.Offered, Hold: authority.Hold,
-		Handlers: sshd.Handlers(sshd.Options{Door: d.server, Node: c.Node, Cluster: c.Cluster, Now: d.trusted.clock.Now, Log: d.log}),
-		Relay:    d.trusted.relay, Log: d.log, Alarm: d.alarms.Raise})
+		Handlers: sshd.Handlers(sshd.Options{Door: d.server, Node: c.Node, Cluster: c.Cluster, Recorder: d.evidence.Recordings, Now: d.trusted.clock.Now, Log: d.log}),
+		Relay:    d.trusted.relay, Log: d.log, Alarm: d.evidence.Raise, Record: d.evidence})
 	if err != nil {
 		return nil, err
 	}
+	d.evidence.Certified(host, nil, "")
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.host = host
@@ -198,7 +203,8 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 
 // warnings tells what is degraded, each in one line.
 func (d *doors) warnings() []string {
-	all := append(d.trusted.warnings(), d.Shut()...)
+	all := append(d.evidence.Warnings(), d.trusted.warnings()...)
+	all = append(all, d.Shut()...)
 	d.mu.Lock()
 	certificate, host, tunnels := d.certificate, d.host, d.tunnels
 	d.mu.Unlock()

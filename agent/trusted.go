@@ -7,12 +7,10 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
-	"time"
 
 	"github.com/rs/zerolog"
 
 	"github.com/halligan-io/halligan/agent/action"
-	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/alarm"
@@ -22,7 +20,6 @@ import (
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/trust/credential"
 	"github.com/halligan-io/halligan/internal/trust/inforce"
-	"github.com/halligan-io/halligan/internal/version"
 )
 
 // trusted is whom and what the agent believes, as it changes while it runs: the
@@ -33,14 +30,8 @@ type trusted struct {
 	config Config // which may name no bundle
 	local  *trust.LocalRules
 	clock  *trust.Clock
-	// records are those of actions, newest first, whose times had passed when
-	// they were written.
-	records func() []journal.Entry
-	raise   func(alarm.Event)
-	// beyond tells of records that are left out of the clock, "" for none; told
-	// that the alarm of it was raised.
-	beyond atomic.Pointer[string]
-	told   atomic.Bool
+	// past is what this node has written down.
+	past func() []inforce.Moment
 
 	shipped *trust.Policy
 	policy  atomic.Pointer[inForce]
@@ -53,73 +44,30 @@ type inForce struct {
 }
 
 // newTrusted returns what is believed before there is a bundle; Open finds one.
-func newTrusted(c Config, clock *trust.Clock, records func() []journal.Entry, alarms *alarm.Alarms, log zerolog.Logger) (*trusted, error) {
-	t := &trusted{config: c, clock: clock, records: records, raise: alarms.Raise}
+func newTrusted(c Config, clock *trust.Clock, past func() []inforce.Moment, raise func(alarm.Event), log zerolog.Logger) (*trusted, error) {
+	t := &trusted{config: c, clock: clock, past: past}
 	var err error
 	if t.local, err = trust.ReadLocal(c.PolicyFile); err != nil {
 		return nil, err
 	}
 	t.shipped = trust.Default().Tighten(t.local)
 	o := inforce.Options{Daemon: "agent", Server: c.Node + "." + c.Cluster, Path: c.trust().Bundle, State: filepath.Join(c.StateDir, "trust", "bundle"), Clock: clock,
-		Credential: credential.Options{Cluster: c.Cluster, Node: c.Node}, Raise: alarms.Raise, Log: log}
+		Credential: credential.Options{Cluster: c.Cluster, Node: c.Node}, Raise: raise, Log: log}
 	if c.Trust != nil {
 		o.Anchor, err = bundle.NewAnchor(c.Trust.Roots, c.Trust.Threshold, c.Trust.MinPolicyVersion)
 	}
 	t.Trust = inforce.New(o)
-	t.recall(c.Trust == nil) // else with the bundle, which may know better
+	t.Recall(past(), c.Trust == nil) // else told with the bundle
 	return t, err
 }
 
-// Open is that of the bundle, by which the records are judged again.
+// Open is that of the bundle, by which the past is judged again.
 func (t *trusted) Open() error {
 	err := t.Trust.Open()
 	if err == nil {
-		t.recall(true)
+		t.Recall(t.past(), true)
 	}
 	return err
-}
-
-// maxBeyond is how far a record may lie beyond every other clock and still count.
-const maxBeyond = 24 * time.Hour
-
-// recall lets the clock start no earlier than the last record of an action: who
-// sets this machine's clock back brings no ended certificate to life. Records far
-// beyond the wall clock, the build and the bundle are left out, or a clock that
-// jumped ahead once would keep the network doors shut for good after its repair.
-// Where the wall clock is dead, showing less than is known to be past, a record may
-// be as much later than the bundle as the bundle is fresh. tell alarms.
-func (t *trusted) recall(tell bool) {
-	wall, known, most := t.clock.Now().Add(-t.clock.Ahead()), version.Built(), maxBeyond
-	if b := t.Current(); b != nil {
-		if b.Signed().After(known) {
-			known = b.Signed()
-		}
-		if wall.Before(known) {
-			most = max(most, time.Duration(b.Policy.FreshFor))
-		}
-	}
-	if wall.After(known) {
-		known = wall
-	}
-	n, text := 0, ""
-	var last journal.Entry
-	for _, e := range t.records() {
-		if !e.Time.After(known.Add(most)) {
-			t.clock.Raise(e.Time)
-			continue
-		}
-		if n++; e.Time.After(last.Time) {
-			last = e
-		}
-	}
-	if n > 0 {
-		text = fmt.Sprintf("%d records of actions are dated over %v after all else that is known here, the last, %s, %s: they do not count for the clock, which shows %s. It was ahead then, or is wrong now",
-			n, most, last.ID, last.Time.UTC().Format(time.RFC3339), wall.Format(time.RFC3339))
-	}
-	t.beyond.Store(&text)
-	if tell && n > 0 && !t.told.Swap(true) {
-		t.raise(alarm.Event{Kind: alarm.Clock, Text: text})
-	}
 }
 
 // Policy returns the policy in force: the bundle's, tightened by the node's own
@@ -191,12 +139,17 @@ func (t *trusted) relay(address netip.Addr) bool {
 	return b != nil && slices.ContainsFunc(b.Inventory.Bastions, func(h bundle.Host) bool { return h.Address.Addr == address })
 }
 
+// bastions returns how many there are in the inventory.
+func (t *trusted) bastions() int {
+	if b := t.Current(); b != nil {
+		return len(b.Inventory.Bastions)
+	}
+	return 0
+}
+
 // warnings tells what is degraded about trust, each in one line.
 func (t *trusted) warnings() (all []string) {
 	all = t.ClockWarnings()
-	if text := t.beyond.Load(); text != nil && *text != "" {
-		all = append(all, *text)
-	}
 	var actions []string
 	for _, a := range action.Describe() {
 		actions = append(actions, a.GetName())

@@ -9,10 +9,10 @@ import (
 
 	"github.com/rs/zerolog"
 
-	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
+	"github.com/halligan-io/halligan/internal/trust/inforce"
 	"github.com/halligan-io/halligan/internal/trust/testfleet"
 )
 
@@ -39,7 +39,7 @@ func TestWarnsOfRulesThatMatchNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer alarms.Close()
-	believed, err := newTrusted(c, trust.NewClock(time.Time{}), func() []journal.Entry { return nil }, alarms, zerolog.Nop())
+	believed, err := newTrusted(c, trust.NewClock(time.Time{}), func() []inforce.Moment { return nil }, alarms.Raise, zerolog.Nop())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,9 +103,9 @@ func TestRecordsBeyond(t *testing.T) {
 				t.Fatal(err)
 			}
 			clock := trust.Steady(time.Time{}, func() time.Time { return signed.Add(c.wall) })
-			entries := []journal.Entry{{ID: "20300101-000000-aaaaaaaa", Time: signed.Add(c.record)}, {ID: "old", Time: signed.Add(-day)}}
+			past := []inforce.Moment{{What: "20300101-000000-aaaaaaaa", At: signed.Add(c.record)}, {What: "old", At: signed.Add(-day)}}
 			config := Config{Node: testfleet.Node, Cluster: testfleet.Cluster, StateDir: state, Trust: &TrustConfig{Bundle: bundled}}
-			believed, err := newTrusted(config, clock, func() []journal.Entry { return entries }, alarms, zerolog.Nop())
+			believed, err := newTrusted(config, clock, func() []inforce.Moment { return past }, alarms.Raise, zerolog.Nop())
 			if err != nil {
 				t.Fatal(err)
 			}

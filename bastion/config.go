@@ -13,6 +13,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"github.com/halligan-io/halligan/audit/record"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/daemonlog"
 	"github.com/halligan-io/halligan/internal/durable"
@@ -44,6 +45,8 @@ type Config struct {
 	Store StoreConfig `json:"store,omitempty"`
 	// Metrics is for whoever watches over the bastion.
 	Metrics MetricsConfig `json:"metrics,omitempty"`
+	// Audit is the bastion's own evidence, which is in the folder audit of StateDir.
+	Audit record.Config `json:"audit,omitzero"`
 	// Alarms are told of logins, refusals and what goes around the usual rules.
 	Alarms []alarm.Config `json:"alarms,omitempty"`
 	// LogLevel is debug, info (default), warn or error.
@@ -165,6 +168,9 @@ func (c *Config) check() error {
 		return errors.New("tunnel shows the certificate of grpc: set that, too")
 	case !slices.Contains(daemonlog.Levels, c.LogLevel):
 		return fmt.Errorf("logLevel: %q is none of %v", c.LogLevel, daemonlog.Levels)
+	}
+	if err := c.Audit.Check(); err != nil {
+		return err
 	}
 	paths := map[string]string{"stateDir": c.StateDir, "trust.bundle": c.Trust.Bundle, "ssh.hostKey": c.SSH.HostKey, "ssh.hostCertificate": c.SSH.HostCertificate}
 	keys := map[string]string{"ssh.hostKey": c.SSH.HostKey}

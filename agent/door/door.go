@@ -61,6 +61,10 @@ type Options struct {
 	Cluster string
 	// Warnings tells what is degraded, each in one line; may be nil.
 	Warnings func() []string
+	// Audit tells how the evidence log is; may be nil.
+	Audit func() *halliganv1.AuditStatus
+	// Evidence hands it out; nil on an agent that keeps none.
+	Evidence halliganv1.EvidenceServer
 	// Record is as that of grpcdoor.Options.
 	Record grpcdoor.Record
 	Alarms grpcdoor.Alarms
@@ -75,6 +79,7 @@ type Server struct {
 	bundles  Bundles
 	cluster  string
 	warnings func() []string
+	audit    func() *halliganv1.AuditStatus
 }
 
 // New returns a server that takes connections at once. It refuses to start with
@@ -83,13 +88,22 @@ func New(o Options) (*Server, error) {
 	if o.Warnings == nil {
 		o.Warnings = func() []string { return nil }
 	}
-	s := &Server{engine: o.Engine, bundles: o.Bundles, cluster: o.Cluster, warnings: o.Warnings}
+	if o.Audit == nil {
+		o.Audit = func() *halliganv1.AuditStatus { return nil }
+	}
+	if o.Evidence == nil {
+		o.Evidence = halliganv1.UnimplementedEvidenceServer{}
+	}
+	s := &Server{engine: o.Engine, bundles: o.Bundles, cluster: o.Cluster, warnings: o.Warnings, audit: o.Audit}
 	rows := map[string]grpcdoor.Row{}
 	for method, right := range methods {
 		rows[method] = grpcdoor.Row{May: right.has, Record: right.record}
 	}
 	var err error
 	s.Server, err = grpcdoor.New(grpcdoor.Options{Methods: rows, Record: o.Record, Alarms: o.Alarms, Log: o.Log,
-		Register: func(r grpc.ServiceRegistrar) { halliganv1.RegisterAgentServer(r, s) }})
+		Register: func(r grpc.ServiceRegistrar) {
+			halliganv1.RegisterAgentServer(r, s)
+			halliganv1.RegisterEvidenceServer(r, o.Evidence)
+		}})
 	return s, err
 }

@@ -292,6 +292,7 @@ func TestRoles(t *testing.T) {
 	allowed := map[string]string{ // the least role, and approver where it may too
 		"Describe": "observer approver", "Status": "observer approver", "Plan": "observer", "Undo": "observer", "Apply": "responder", "ShowPlan": "observer approver",
 		"ExchangeBundle": "observer approver", "Stop": "responder", "Get": "observer", "History": "observer", "ServerReflectionInfo": "observer approver",
+		"ListLogs": "observer", "ReadLog": "observer", "ReadRecording": "commander", "ReadSealed": "responder", "Witness": "none",
 	}
 	for method := range methods {
 		words := strings.Fields(allowed[method[strings.LastIndexByte(method, '/')+1:]])
@@ -300,7 +301,7 @@ func TestRoles(t *testing.T) {
 			continue
 		}
 		least, err := trust.ParseRole(words[0])
-		if err != nil {
+		if err != nil && words[0] != "none" { // which nobody has
 			t.Fatal(err)
 		}
 		for _, role := range append(trust.Roles(), trust.None) {

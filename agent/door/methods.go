@@ -31,6 +31,12 @@ var methods = map[string]right{
 	halliganv1.Agent_Stop_FullMethodName:           {trust.Responder, false, false, grpcdoor.Deed},
 	halliganv1.Agent_Get_FullMethodName:            {trust.Observer, false, false, grpcdoor.Noted},
 	halliganv1.Agent_History_FullMethodName:        {trust.Observer, false, false, grpcdoor.Noted},
+
+	halliganv1.Evidence_ListLogs_FullMethodName:      {trust.Observer, false, false, grpcdoor.Routine},
+	halliganv1.Evidence_ReadLog_FullMethodName:       {trust.Observer, false, false, grpcdoor.Routine},
+	halliganv1.Evidence_ReadRecording_FullMethodName: {trust.Commander, false, false, grpcdoor.Deed},
+	halliganv1.Evidence_ReadSealed_FullMethodName:    {trust.Responder, false, false, grpcdoor.Noted},
+	halliganv1.Evidence_Witness_FullMethodName:       {trust.None, false, true, grpcdoor.Routine},
 	// So that grpcurl works without our .proto file.
 	grpcdoor.Reflection[0]: {trust.Observer, true, false, grpcdoor.Routine},
 	grpcdoor.Reflection[1]: {trust.Observer, true, false, grpcdoor.Routine},

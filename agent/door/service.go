@@ -42,6 +42,7 @@ func (s *Server) Status(ctx context.Context, _ *halliganv1.StatusRequest) (*hall
 	if info.Who.Late {
 		out.Warnings = append(out.Warnings, "your credential is past an edge of its validity: you are admitted since clocks may lie; renew it (halligan ca renew)")
 	}
+	out.Audit = s.audit()
 	out.Warnings = append(out.Warnings, s.warnings()...)
 	return out, nil
 }

@@ -55,8 +55,12 @@ type Trust struct {
 	o      Options
 	opened atomic.Pointer[opened] // nil until there is a bundle that can be used
 
-	mu      sync.Mutex // guards trouble
+	mu      sync.Mutex // guards all below
 	trouble string     // with the bundle; "" when another came in force since
+	// beyond tells of moments that are left out of the clock, "" for none; told
+	// that the alarm of it was raised.
+	beyond string
+	told   bool
 }
 
 // opened is what a bundle makes possible.
@@ -241,12 +245,17 @@ const (
 	certificateWarning = 72 * time.Hour
 )
 
-// ClockWarnings tells, in one line, of a wall clock that cannot be right.
-func (t *Trust) ClockWarnings() []string {
+// ClockWarnings tells, in a line each, of a wall clock that is not right or was not.
+func (t *Trust) ClockWarnings() (all []string) {
 	if ahead := t.o.Clock.Ahead(); ahead > clockWarning {
-		return []string{fmt.Sprintf("the clock here is %v behind what is known to be past: %s counts", ahead.Round(time.Second), t.o.Clock.Now().Format(time.RFC3339))}
+		all = append(all, fmt.Sprintf("the clock here is %v behind what is known to be past: %s counts", ahead.Round(time.Second), t.o.Clock.Now().Format(time.RFC3339)))
 	}
-	return nil
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.beyond != "" {
+		all = append(all, t.beyond)
+	}
+	return all
 }
 
 // BundleWarnings tells what is wrong with the bundle, in one line each. Where
