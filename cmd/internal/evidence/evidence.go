@@ -55,7 +55,7 @@ type Daemon struct {
 
 // rows are the verbs, in the order of the help text.
 var rows = []func(*tool) *cobra.Command{
-	(*tool).fetch, (*tool).verify, (*tool).show, (*tool).prove,
+	(*tool).fetch, (*tool).verify, (*tool).show, (*tool).prove, (*tool).recover,
 }
 
 // tool is one run of a command below audit.
