@@ -27,6 +27,7 @@ import (
 	"github.com/halligan-io/halligan/api"
 	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/audit/cast"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/sshserver"
@@ -37,6 +38,7 @@ import (
 type engine struct {
 	begun, halted chan struct{} // of the applications that last
 	ended         chan string   // what became of them
+	bulk          int           // how many objects there are beside one
 
 	mu      sync.Mutex // guards what follows
 	plans   map[string]*halliganv1.Plan
@@ -108,7 +110,12 @@ func (e *engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 func (e *engine) Stop(trust.Identity, string) error { close(e.halted); return nil }
 
 func (e *engine) Get(_ context.Context, _ trust.Identity, _ *halliganv1.GetRequest, send func(*halliganv1.Object) error) (*halliganv1.GetSummary, error) {
-	return &halliganv1.GetSummary{Objects: 1}, send(&halliganv1.Object{Name: "evil\x1b]0;owned\a", State: "3/3"})
+	for i := range e.bulk {
+		if err := send(&halliganv1.Object{Namespace: "telemetry", Name: fmt.Sprintf("collector-%08d", i), State: "3/3 ready"}); err != nil {
+			return nil, err
+		}
+	}
+	return &halliganv1.GetSummary{Objects: 1}, send(&halliganv1.Object{Name: "evil\x1b]0;owned\a", State: "3/3", Json: `{"data":"evil"}`})
 }
 
 func (e *engine) History(context.Context, trust.Identity, *halliganv1.HistoryRequest, func(*halliganv1.HistoryEntry) error) error {
@@ -130,11 +137,16 @@ type host struct {
 	*engine
 	config string
 	revoke context.CancelCauseFunc
+	// address and key are for who comes with no ssh.
+	address string
+	key     gossh.Signer
 }
 
 var noon = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 
-func open(t *testing.T) *host {
+func open(t *testing.T) *host { return openRecorded(t, nil) }
+
+func openRecorded(t testing.TB, recorder *cast.Recorder) *host {
 	t.Helper()
 	if _, err := exec.LookPath("ssh"); err != nil {
 		t.Skip("no ssh")
@@ -162,9 +174,13 @@ func open(t *testing.T) *host {
 	h.revoke = revoke
 	server, err := sshserver.New(sshserver.Options{
 		HostSigners: []gossh.Signer{signer},
-		Authenticate: func(key gossh.PublicKey, user string, remote net.Addr) (trust.Identity, error) {
+		Authenticate: func(key gossh.PublicKey, given string, remote net.Addr) (trust.Identity, error) {
+			kind, user := trust.Person, strings.TrimSuffix(given, "-robot")
+			if user != given {
+				kind = trust.Automation
+			}
 			role, err := trust.ParseRole(user)
-			return trust.Identity{Person: "anna", Role: role, Door: trust.SSH, Kind: trust.Person, Fingerprint: gossh.FingerprintSHA256(key),
+			return trust.Identity{Person: "anna", Role: role, Door: trust.SSH, Kind: kind, Fingerprint: gossh.FingerprintSHA256(key),
 				Source: remote.String(), NotAfter: noon.Add(50 * time.Hour)}, err
 		},
 		Hold: func(ctx context.Context, _ trust.Identity) (context.Context, context.CancelFunc) {
@@ -172,7 +188,7 @@ func open(t *testing.T) *host {
 			stop := context.AfterFunc(ended, func() { cancel(context.Cause(ended)) })
 			return ctx, func() { stop(); cancel(nil) }
 		},
-		Handlers: Handlers(Options{Door: api, Node: "cp-1", Cluster: "lab", Now: func() time.Time { return noon }, Log: zerolog.Nop()}),
+		Handlers: Handlers(Options{Door: api, Node: "cp-1", Cluster: "lab", Recorder: recorder, Now: func() time.Time { return noon }, Log: zerolog.Nop()}),
 		Log:      zerolog.Nop(),
 	})
 	if err != nil {
@@ -191,6 +207,7 @@ func open(t *testing.T) *host {
 			t.Error(err)
 		}
 	})
+	h.address, h.key = l.Addr().String(), signer // which is let in as any
 	port := l.Addr().(*net.TCPAddr).Port
 	known := fmt.Sprintf("[127.0.0.1]:%d %s", port, gossh.MarshalAuthorizedKey(signer.PublicKey()))
 	h.config = filepath.Join(dir, "config")

@@ -550,8 +550,8 @@ func (t *text) take(p []byte, lines bool) []byte {
 	}
 	cr := t.cr
 	t.cr = all[len(all)-1] == '\r'
-	if bytes.IndexByte(all, '\n') < 0 {
-		return all
+	if !cr && bytes.IndexByte(all, '\r') < 0 {
+		return bytes.ReplaceAll(all, []byte("\n"), []byte("\r\n"))
 	}
 	done := make([]byte, 0, len(all)+bytes.Count(all, []byte{'\n'}))
 	for _, b := range all {

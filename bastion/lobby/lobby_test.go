@@ -5,7 +5,10 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -17,6 +20,8 @@ import (
 
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/audit"
+	"github.com/halligan-io/halligan/audit/cast"
 	"github.com/halligan-io/halligan/internal/execline"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/sshserver"
@@ -59,6 +64,9 @@ func (b bastion) ListPlans(_ context.Context, req *halliganv1.ListPlansRequest) 
 		ApprovalsNeeded: 2, Approvers: []string{"bob"}, Expires: timestamppb.New(now.Add(time.Minute))}}}, b.failing
 }
 
+// roles are those that the guest's credential is for.
+var roles []trust.Role
+
 // guest is a session without a client.
 type guest struct {
 	io.Reader
@@ -68,9 +76,11 @@ type guest struct {
 	status  int
 }
 
-func (g *guest) Read(p []byte) (int, error)       { return g.Reader.Read(p) }
-func (g *guest) Stderr() io.Writer                { return &g.errs }
-func (g *guest) Identity() trust.Identity         { return trust.Identity{Person: "ada"} }
+func (g *guest) Read(p []byte) (int, error) { return g.Reader.Read(p) }
+func (g *guest) Stderr() io.Writer          { return &g.errs }
+func (g *guest) Identity() trust.Identity {
+	return trust.Identity{Person: "ada", Kind: trust.Person, Roles: roles}
+}
 func (g *guest) Held() context.Context            { return context.Background() }
 func (g *guest) Context() context.Context         { return context.Background() }
 func (g *guest) Command() string                  { return g.command }
@@ -82,13 +92,18 @@ func (g *guest) Exit(status int) error            { g.status = status; return ni
 // visits runs a line, or what comes on standard input.
 func visits(t *testing.T, b bastion, line, in string) *guest {
 	t.Helper()
+	return recordedVisit(t, nil, b, line, in)
+}
+
+func recordedVisit(t *testing.T, r *cast.Recorder, b bastion, line, in string) *guest {
+	t.Helper()
 	l := bufconn.Listen(1 << 16)
 	server := grpc.NewServer()
 	halliganv1.RegisterBastionServer(server, b)
 	go func() { _ = server.Serve(l) }()
 	defer server.Stop()
 	g := &guest{Reader: strings.NewReader(in), command: line}
-	serve(Options{Bastion: "bastion-a", Now: func() time.Time { return now }, Log: zerolog.Nop(), Dial: func(trust.Identity, context.Context) (*grpc.ClientConn, error) {
+	serve(Options{Bastion: "bastion-a", Recorder: r, Now: func() time.Time { return now }, Log: zerolog.Nop(), Dial: func(trust.Identity, context.Context) (*grpc.ClientConn, error) {
 		return grpc.NewClient("passthrough:///x", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
 	}}, g)
 	return g
@@ -153,6 +168,79 @@ func TestScript(t *testing.T) {
 	g = visits(t, bastion{}, "", strings.Repeat("x", 1<<20))
 	if g.status != 2 || !strings.Contains(g.errs.String(), "a line has more than") {
 		t.Errorf("%d %q", g.status, g.errs.String())
+	}
+}
+
+// notes is a log that takes everything.
+type notes struct {
+	audit.Log
+	mu     sync.Mutex
+	events []audit.Event
+}
+
+func (n *notes) Append(_ context.Context, e audit.Event) (audit.Receipt, error) {
+	n.Note(e)
+	return audit.Receipt{}, nil
+}
+
+func (n *notes) Note(e audit.Event) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.events = append(n.events, e)
+}
+
+// TestRecorded: what is shown is in a recording. Nobody has taken a role here, so
+// that without room for one whoever may act at a node goes on.
+func TestRecorded(t *testing.T) {
+	dir, log := filepath.Join(t.TempDir(), "recordings"), &notes{}
+	open := func(bytes int64) *cast.Recorder {
+		r, err := cast.Open(cast.Options{Dir: dir, Log: log, MaxBytes: bytes, Logger: zerolog.Nop()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	r := open(0)
+	g := recordedVisit(t, r, bastion{}, "", "whoami\nnope\n")
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(filepath.Join(dir, log.events[0].Target+".cast"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, events, err := cast.Read(bytes.NewReader(data))
+	if err != nil || head.Title != "ada at bastion bastion-a" {
+		t.Fatalf("%+v, %v", head, err)
+	}
+	text := ""
+	for e, err := range events {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Kind == cast.Output {
+			text += e.Text
+		}
+	}
+	for _, part := range []string{g.String(), g.errs.String()} {
+		for line := range strings.Lines(part) {
+			if !strings.Contains(text, strings.TrimSuffix(line, "\n")+"\r\n") {
+				t.Errorf("%q is not in %q", line, text)
+			}
+		}
+	}
+	if !strings.HasPrefix(text, "> whoami\r\n") || log.events[0].Action != cast.Script || log.events[1].Kind != audit.SessionEnd || log.events[1].Text[:13] != "exit status 2" {
+		t.Errorf("%q %+v", text, log.events)
+	}
+	r = open(8)
+	defer r.Close()
+	if g := recordedVisit(t, r, bastion{}, "whoami", ""); g.status != 7 || g.String() != "" || !strings.Contains(g.errs.String(), "cannot be recorded") {
+		t.Errorf("%d %q %q", g.status, g.String(), g.errs.String())
+	}
+	roles = []trust.Role{trust.Observer, trust.Responder}
+	defer func() { roles = nil }()
+	if g := recordedVisit(t, r, bastion{}, "whoami", ""); g.status != 0 || !strings.Contains(g.String(), "ada") || !strings.Contains(g.errs.String(), "warning: this session is not recorded") {
+		t.Errorf("%d %q %q", g.status, g.String(), g.errs.String())
 	}
 }
 
