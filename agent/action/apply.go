@@ -17,6 +17,7 @@ import (
 	"github.com/halligan-io/halligan/agent/storage"
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust"
@@ -112,7 +113,7 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 			}
 			return len(access.ApprovedBy) > 0, e.hourly(who.Person, p.plan, now, most)
 		}
-		return last, e.journal.Check(0)
+		return last, e.journal.CheckFor(access, 0)
 	}
 	p, reserved, err := e.take(who, id, sha, ready)
 	if err != nil {
@@ -137,6 +138,9 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 	defer stop(nil)
 	e.mu.Lock()
 	e.running[id] = running{action: p.plan.Action, actor: who.Person, stop: stop}
+	if !e.closed {
+		e.told[id] = true
+	}
 	e.mu.Unlock()
 	defer func() {
 		e.mu.Lock()
@@ -144,14 +148,42 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 		delete(e.running, id)
 	}()
 
-	if access.Alone {
-		e.tellAlone(who, p.plan) // before the effect: nobody may be left to tell of it after
-	}
-	run := &application{engine: e, plan: p, access: access, result: result, outcomes: make([]outcome, len(p.steps)), progress: progress, began: time.Now()}
+	run := &application{engine: e, plan: p, access: access, result: result, outcomes: make([]outcome, len(p.steps)), progress: progress, began: time.Now(), phases: map[string]time.Duration{}}
 	if len(access.ApprovedBy) > 0 {
 		run.again = func() error { _, err := e.leave(e.policy(), who, verdict{}, p.plan, req); return err }
 	}
-	err = run.all(ctx)
+	intent, err := e.intent(who, access, p.plan)
+	if err != nil {
+		return refuse(err)
+	}
+	lap, over := run.lap(), func(string) {}
+	e.steps("intent")
+	_, audited := audit.Do(ctx, owing{e.audit, e}, intent, func(_ context.Context, permit audit.Permit) []audit.Event {
+		lap("intent")
+		if access.Alone {
+			e.tellAlone(who, p.plan) // before the effect: nobody may be left to tell of it after
+		}
+		run.permit, run.access.Intent = permit, permit.Intent()
+		err = run.all(ctx)
+		over = run.lap()
+		return outcomes(p.plan, len(intent.Objects), run.outcome(ctx, err), run.resultOf)
+	})
+	if run.permit == (audit.Permit{}) { // nothing was begun: the plan can be applied once this is mended
+		e.keep(p)
+		return refuse(audited)
+	}
+	over("audit")
+	e.steps("end")
+	if audited != nil {
+		e.log.Error().Str("action", id).Err(audited).Msg("outcome of an action could not be put into the evidence log; tried again until it can")
+		if err == nil {
+			err = fmt.Errorf("done, but its outcome could not be recorded yet: %w", audited)
+			result.Error = api.ErrorOf(err)
+		}
+	}
+	for phase, took := range run.phases {
+		result.TimingsMs[phase] = ms(took)
+	}
 	result.TimingsMs["plan"] = ms(p.took)
 	result.TimingsMs["total"] = ms(time.Since(run.began))
 	line := e.log.Info().Str("action", id).Str("verb", p.plan.Action).Str("actor", who.Person).Str("result", result.Result).
@@ -183,6 +215,10 @@ type application struct {
 	result   *halliganv1.Result
 	progress func(*halliganv1.Progress)
 	began    time.Time
+	// permit lets the objects be written.
+	permit audit.Permit
+	// sealing gives the hash of the sealed before-images; nil until they are begun.
+	sealing <-chan string
 
 	mu sync.Mutex // guards all below
 	// record is made with the first object that may be written; unrecorded
@@ -204,7 +240,6 @@ type application struct {
 // that an object met.
 func (a *application) all(ctx context.Context) error {
 	steps := a.plan.steps
-	a.phases = map[string]time.Duration{}
 	if len(steps) <= smallAction {
 		for i := range steps {
 			a.one(ctx, i)
@@ -249,6 +284,7 @@ func (a *application) many(ctx context.Context) {
 	chunks <- chunk
 	close(chunks)
 	workers.Wait()
+	a.seal()
 	verify, cancel := context.WithTimeout(context.WithoutCancel(ctx), verifyTimeout)
 	defer cancel()
 	a.verifyMany(verify)
@@ -373,7 +409,7 @@ func (a *application) tryChunk(ctx context.Context, pace *pacer, chunk []int, pa
 			began := time.Now()
 			revision, err := func() (int64, error) {
 				defer func() { pace.end(time.Since(began)) }()
-				return e.etcd.Commit(context.WithoutCancel(ctx), w.write)
+				return e.etcd.Commit(context.WithoutCancel(ctx), a.permit, w.write)
 			}()
 			e.steps("written")
 			settle(w.index, written(revision, err))
@@ -468,11 +504,14 @@ func (a *application) step(ctx context.Context, i int) outcome {
 		return failed(err)
 	}
 	lap("record")
+	if i == len(a.plan.steps)-1 {
+		a.seal()
+	}
 
 	e.steps("write")
 	// What was begun is brought to its end; the client bounds each call itself.
 	ctx = context.WithoutCancel(ctx)
-	revision, err := e.etcd.Commit(ctx, write)
+	revision, err := e.etcd.Commit(ctx, a.permit, write)
 	if err != nil {
 		return written(0, err)
 	}
@@ -841,6 +880,9 @@ func (a *application) finish() error {
 		first = fault.New(f.Code, f.Next, "%d of %d objects changed: %w", count[journal.Applied]+count[outcomeUnverified], total, errors.New(f.Message))
 	}
 	a.engine.steps("outcome")
+	if touched {
+		a.seal()
+	}
 	if err := a.close(touched, first); err != nil {
 		// What was done is done and can be settled from etcd; say that the
 		// record of its end is missing.
@@ -849,14 +891,74 @@ func (a *application) finish() error {
 			first = fmt.Errorf("done, but its outcome could not be recorded: %w", err)
 		}
 	}
-	a.engine.steps("end")
-	for phase, took := range a.phases {
-		a.result.TimingsMs[phase] = ms(took)
-	}
 	if first != nil {
 		a.result.Error = api.ErrorOf(first)
 	}
 	return first
+}
+
+// resultOf is what the log says of the outcome of an object.
+func (a *application) resultOf(i int) (what string, revision int64, problem string) {
+	out := a.result.Objects[i]
+	return out.Outcome, out.RevisionAfter, out.Error
+}
+
+// outcome is the event of what became of the action.
+func (a *application) outcome(ctx context.Context, err error) audit.Event {
+	out := audit.Event{Outcome: a.result.Result, Images: a.images()}
+	if err != nil {
+		f := fault.Of(err)
+		out.ErrorCode, out.Error = string(f.Code), f.Message
+	}
+	if cause := fault.Of(context.Cause(ctx)); cause != nil && fault.Is(cause, fault.Cancelled) {
+		out.Text = cause.Message
+	}
+	return out
+}
+
+// seal begins, once, to keep the action's before-images elsewhere, beside the
+// effect; all of them are durable.
+func (a *application) seal() {
+	e, id := a.engine, a.plan.plan.Id
+	if e.sealed == nil || a.sealing != nil || a.record == nil {
+		return
+	}
+	record, err := a.record.Durable()
+	if err != nil {
+		e.log.Error().Str("action", id).Err(err).Msg("before-images could not be kept elsewhere")
+		return
+	}
+	done := make(chan string, 1)
+	a.sealing = done
+	go func() {
+		defer close(done)
+		defer record.Close()
+		defer func() {
+			if r := recover(); r != nil {
+				e.log.Error().Str("action", id).Str("panic", neutral.LineMax(fmt.Sprint(r), 512)).Bytes("stack", debug.Stack()).Msg("sealing before-images panicked")
+			}
+		}()
+		sum, err := e.sealed(id, record)
+		if err != nil {
+			e.log.Error().Str("action", id).Err(err).Msg("before-images could not be kept elsewhere")
+			return
+		}
+		done <- sum
+	}()
+}
+
+// images waits for the sealed before-images and returns their hash, "" where there
+// are none.
+func (a *application) images() string {
+	if a.sealing == nil {
+		return ""
+	}
+	select {
+	case sum := <-a.sealing:
+		return sum
+	case <-time.After(sealPatience):
+		return ""
+	}
 }
 
 // close ends the record. One whose action touched nothing is removed, so that

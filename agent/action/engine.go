@@ -23,6 +23,7 @@ import (
 	"github.com/halligan-io/halligan/agent/storage"
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
@@ -41,6 +42,12 @@ type Options struct {
 	Elsewhere  map[string][]string
 	Encryption *storage.Transformers
 	Journal    *journal.Journal
+	// Audit takes the intent of every action before its effect, and what became of
+	// it. Past are its events of before this start; nil: there are none.
+	Audit audit.Log
+	Past  Past
+	// Sealed keeps before-images elsewhere; may be nil.
+	Sealed Sealed
 	// Gone is the file that WatchGone keeps, in the private folder of the
 	// journal; "" keeps it in memory only.
 	Gone string
@@ -86,6 +93,9 @@ type Engine struct {
 	elsewhere  map[string][]string
 	encryption *storage.Transformers
 	journal    *journal.Journal
+	audit      audit.Log
+	past       Past
+	sealed     Sealed
 	policy     func() *trust.Policy
 	name       string // of the cluster
 	fresh      func() bool
@@ -110,6 +120,13 @@ type Engine struct {
 	doing map[string]tally
 	// running are the actions under way.
 	running map[string]running
+	// owed are outcomes that the log did not take yet.
+	owed []audit.Event
+	// closed says that no intent of an earlier process is without an outcome, unless
+	// it is owed or the action unfinished; told are, until then, the actions that
+	// this process recorded the outcome of, or began.
+	closed bool
+	told   map[string]bool
 }
 
 // running is an action under way.
@@ -163,10 +180,10 @@ func New(o Options) *Engine {
 	if o.Steps == nil {
 		o.Steps = func(string) {}
 	}
-	return &Engine{node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, elsewhere: o.Elsewhere, encryption: o.Encryption,
+	return &Engine{audit: o.Audit, past: o.Past, closed: o.Past == nil, sealed: o.Sealed, node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, elsewhere: o.Elsewhere, encryption: o.Encryption,
 		journal: o.Journal, policy: o.Policy, name: o.Cluster, fresh: o.Fresh, approvals: o.Approvals, alarm: o.Alarm, now: o.Now,
 		log: o.Log, planTTL: o.PlanTTL, approveTTL: o.ApprovalTTL, settle: o.SettleAfter, pace: o.Pace, steps: o.Steps,
-		gone: gone{path: o.Gone}, kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]tally{}, running: map[string]running{}}
+		gone: gone{path: o.Gone}, kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]tally{}, running: map[string]running{}, told: map[string]bool{}}
 }
 
 // Describe returns the actions, with the roles that the policy in force asks for.
@@ -452,15 +469,14 @@ func (e *Engine) take(who trust.Identity, id, sha string, ready func(*prepared, 
 	return p, reserved, nil
 }
 
-// errStopped is why an action ended that somebody stopped.
-var errStopped = fault.New(fault.Cancelled, "what was changed can be undone, the rest planned again", "stopped by hand")
-
 // Stop ends an action under way between two objects. Who began it may, and a
-// commander. A credential that is narrowed to some actions stops those only.
+// commander. A credential that is narrowed to some actions stops those only. It goes
+// on record first, where that is possible: what does no more harm does not wait for
+// it.
 func (e *Engine) Stop(who trust.Identity, id string) error {
 	e.mu.Lock()
-	defer e.mu.Unlock()
 	r, ok := e.running[id]
+	e.mu.Unlock()
 	request := trust.Request{Action: trust.ActionStop, Rung: trust.Responder, Mutates: true, Node: e.node}
 	if ok {
 		request.Action = r.action
@@ -477,7 +493,20 @@ func (e *Engine) Stop(who trust.Identity, id string) error {
 	if !mayRecall(who, r.actor) { // it may be at work where the credential does not reach
 		return fault.New(fault.Refused, "ask somebody with the whole role", "the credential of %s is narrowed, and action %s is %s's", who.Person, id, r.actor)
 	}
-	r.stop(errStopped)
+	stop := func() {
+		r.stop(fault.New(fault.Cancelled, "what was changed can be undone, the rest planned again", "stopped by %s", who.Person))
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	_, err := audit.Do(ctx, owing{e.audit, e}, audit.Event{Actor: audit.ActorOf(who), Session: who.Session, Drill: who.Scope.Drill, Action: trust.ActionStop, PlanID: id},
+		func(context.Context, audit.Permit) []audit.Event {
+			stop()
+			return []audit.Event{{Action: trust.ActionStop, PlanID: id, Outcome: "ok"}}
+		})
+	if err != nil {
+		stop()
+		e.log.Error().Str("action", id).Str("actor", who.Person).Err(err).Msg("action stopped, which could not be recorded")
+	}
 	return nil
 }
 
@@ -504,6 +533,8 @@ func (e *Engine) Status(ctx context.Context, who trust.Identity) (*halliganv1.St
 	}
 	out.StateFreeBytes, out.StateUsedBytes = e.journal.Space()
 	switch err := e.journal.Check(0); {
+	case err != nil && e.journal.CheckFor(journal.Access{BreakGlass: true}, 0) == nil:
+		out.ReadOnly = fmt.Sprintf("all but %d small actions of responders and commanders: %s", e.journal.Slots(), fault.Of(err).Error())
 	case err != nil:
 		out.ReadOnly = fault.Of(err).Error()
 	case st.Version == "":
@@ -525,8 +556,9 @@ func hexID(id uint64) string {
 	return strconv.FormatUint(id, 16)
 }
 
-// recordReveal makes durable that somebody is about to see a Secret.
-func (e *Engine) recordReveal(ctx context.Context, who trust.Identity, req *halliganv1.GetRequest, par getParameters) error {
+// recordReveal makes durable that somebody is about to see a Secret: in the evidence
+// log, and for the history here, which does not stand in its way.
+func (e *Engine) recordReveal(ctx context.Context, who trust.Identity, req *halliganv1.GetRequest, par getParameters, key string) error {
 	cluster, err := e.etcd.ClusterID(ctx)
 	if err != nil {
 		return err
@@ -538,11 +570,25 @@ func (e *Engine) recordReveal(ctx context.Context, who trust.Identity, req *hall
 	if err != nil {
 		return fault.New(fault.Usage, "see the action's help", "parameters: %w", err)
 	}
-	a, err := e.journal.Begin(accessOf(who), plan, 0)
+	parameters, err := api.CanonicalJSON(plan.Parameters)
 	if err != nil {
 		return err
 	}
-	return a.Finish(resultApplied, "")
+	receipt, err := e.audit.Append(ctx, audit.Event{Kind: audit.Secret, Actor: audit.ActorOf(who), Session: who.Session, Drill: who.Scope.Drill, Incident: plan.Incident, Reason: plan.Reason,
+		Action: plan.Action, PlanID: plan.Id, Parameters: parameters, Objects: []audit.Object{{Key: key, Operation: "reveal"}}, ObjectCount: 1, Text: plan.Summary})
+	if err != nil {
+		return err
+	}
+	access := accessOf(who)
+	access.Intent = receipt.ID
+	a, err := e.journal.Begin(access, plan, 0)
+	if err == nil {
+		err = a.Finish(resultApplied, "")
+	}
+	if err != nil {
+		e.log.Warn().Str("action", plan.Id).Err(err).Msg("that a Secret was shown is in the evidence log, but not in the history of this node")
+	}
+	return nil
 }
 
 // newID returns an identifier that sorts by time and that a person can read out

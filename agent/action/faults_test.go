@@ -27,6 +27,7 @@ import (
 	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/agent/storage"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/internal/etcdcluster"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
@@ -474,6 +475,7 @@ func (l *lab) settleAndCheck(t *testing.T, before map[string]string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	paired(t, l.log.all())
 	changed := map[string]bool{}
 	for k, v := range before {
 		changed[k] = string(l.value(k)) != v
@@ -488,6 +490,9 @@ func (l *lab) settleAndCheck(t *testing.T, before map[string]string) string {
 				t.Errorf("%s was changed without any record", k)
 			}
 		}
+		if all := l.log.all(); len(all) > 0 && all[len(all)-1].Outcome != notApplied && all[len(all)-1].Outcome != resultApplied {
+			t.Errorf("nothing was done, and the log ends with %+v", all[len(all)-1])
+		}
 		return ""
 	}
 	if len(entries) != 1 {
@@ -495,6 +500,13 @@ func (l *lab) settleAndCheck(t *testing.T, before map[string]string) string {
 	}
 	if err := l.engine.History(l.ctx(), responder, &halliganv1.HistoryRequest{ActionId: entries[0].ActionId}, func(h *halliganv1.HistoryEntry) error { entries[0] = h; return nil }); err != nil {
 		t.Fatal(err)
+	}
+	for _, e := range l.log.of(entries[0].ActionId) {
+		for _, o := range e.Objects {
+			if e.Kind != audit.Intent && changed[o.Key] != (o.Outcome == journal.Applied) {
+				t.Errorf("%s: changed %v, the log says %s", o.Key, changed[o.Key], o.Outcome)
+			}
+		}
 	}
 	said := map[string]bool{}
 	for _, r := range entries[0].Results {
@@ -537,7 +549,7 @@ func (l *lab) child(t *testing.T, verb, parameters string, crash int) bool {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "HALLIGAN_TEST_CHILD="+strings.Join([]string{strings.Join(l.cluster.Endpoints(), ","), l.cluster.CAFile(), l.cluster.CertFile(),
-		l.cluster.KeyFile(), l.dir, verb, parameters, strconv.Itoa(crash)}, "|"))
+		l.cluster.KeyFile(), l.dir, verb, parameters, strconv.Itoa(crash), l.logFile}, "|"))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.CombinedOutput()
 	if err == nil {
@@ -552,7 +564,7 @@ func (l *lab) child(t *testing.T, verb, parameters string, crash int) bool {
 // TestMain is also the other process of child.
 func TestMain(m *testing.M) {
 	spec := strings.Split(os.Getenv("HALLIGAN_TEST_CHILD"), "|")
-	if len(spec) != 8 {
+	if len(spec) != 9 {
 		os.Exit(m.Run())
 	}
 	if err := runChild(spec); err != nil {
@@ -580,7 +592,11 @@ func runChild(spec []string) error {
 	}
 	steps := make(chan int, 1)
 	steps <- 0
-	engine := New(Options{Node: "cp-1", Etcd: client, Encryption: none, Journal: records, Policy: trust.Default, Log: zerolog.Nop(),
+	log, err := readLines(spec[8])
+	if err != nil {
+		return err
+	}
+	engine := New(Options{Node: "cp-1", Etcd: client, Encryption: none, Journal: records, Audit: log, Policy: trust.Default, Log: zerolog.Nop(),
 		Steps: func(string) {
 			n := <-steps + 1
 			if n == crash {

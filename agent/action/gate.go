@@ -13,6 +13,7 @@ import (
 	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/agent/storage"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
@@ -103,7 +104,8 @@ func accessOf(who trust.Identity) journal.Access {
 	if who.Late {
 		credential = append(credential, "past an edge of its validity")
 	}
-	return journal.Access{Door: string(who.Door), Source: who.Source, Credential: strings.Join(credential, ", ")}
+	return journal.Access{Door: string(who.Door), Source: who.Source, Credential: strings.Join(credential, ", "), Session: who.Session, Drill: who.Scope.Drill,
+		BreakGlass: audit.Event{Actor: audit.ActorOf(who), Drill: who.Scope.Drill}.BreakGlass()}
 }
 
 // leave returns by whose leave a plan is applied, which goes on record with it.

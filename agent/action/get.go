@@ -75,7 +75,11 @@ func (e *Engine) Get(ctx context.Context, who trust.Identity, req *halliganv1.Ge
 	}
 	if par.Reveal {
 		// Seeing a Secret is a deed: no value leaves before it is on record.
-		if err := e.recordReveal(ctx, who, req, par); err != nil {
+		key, err := kind.Key(e.prefix, par.Namespace, name)
+		if err != nil {
+			return nil, err
+		}
+		if err := e.recordReveal(ctx, who, req, par, key); err != nil {
 			return nil, err
 		}
 	}

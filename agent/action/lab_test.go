@@ -48,14 +48,16 @@ type lab struct {
 	raw     *clientv3.Client
 	engine  *Engine
 	options Options
+	log     *lines
 	dir     string
+	logFile string
 	// spaces are the namespaces that exist.
 	spaces map[string]bool
 }
 
 func newLab(t testing.TB, members int, opts ...func(*etcdcluster.Options)) *lab {
 	t.Helper()
-	l := &lab{t: t, cluster: etcdcluster.ForTest(t, members, opts...), dir: filepath.Join(t.TempDir(), "state")}
+	l := &lab{t: t, cluster: etcdcluster.ForTest(t, members, opts...), dir: filepath.Join(t.TempDir(), "state"), logFile: filepath.Join(t.TempDir(), "log")}
 	raw, err := l.cluster.Client()
 	if err != nil {
 		t.Fatal(err)
@@ -83,7 +85,8 @@ func (l *lab) start(change func(*Options)) {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	l.options = Options{Node: "cp-1", Version: "test", Etcd: client, Encryption: none, Journal: records, Policy: trust.Default, Log: zerolog.Nop()}
+	l.log = openLines(l.t, l.logFile)
+	l.options = Options{Node: "cp-1", Version: "test", Etcd: client, Encryption: none, Journal: records, Audit: l.log, Past: l.log.past(), Policy: trust.Default, Log: zerolog.Nop()}
 	if change != nil {
 		change(&l.options)
 	}

@@ -15,7 +15,7 @@ import (
 // Recover settles what an earlier process, or an outage of etcd, left
 // unfinished. Nothing is written to etcd: each object whose before-image is on
 // record is looked up in etcd's history and ends as applied, failed (not done)
-// or unknown. It runs until the context ends, since an outcome can become unknown
+// or unknown; what came of it goes into the evidence log. It runs until the context ends, since an outcome can become unknown
 // at any time.
 func (e *Engine) Recover(ctx context.Context) {
 	wait := 200 * time.Millisecond
@@ -26,6 +26,25 @@ func (e *Engine) Recover(ctx context.Context) {
 				left++
 				e.log.Warn().Str("action", id).Str("problem", neutral.Line(err.Error())).Msg("unfinished action could not be settled yet")
 			}
+		}
+		if !e.allClosed() {
+			err := e.closeIntents(ctx)
+			e.mu.Lock()
+			if e.closed = err == nil; e.closed {
+				e.told = nil
+			}
+			e.mu.Unlock()
+			if err != nil && ctx.Err() == nil {
+				left++
+				e.log.Warn().Str("problem", neutral.Line(err.Error())).Msg("the evidence log could not be looked through for what was begun before this start")
+			}
+		}
+		if err := e.journal.Refill(); err != nil {
+			e.log.Warn().Str("problem", neutral.Line(err.Error())).Msg("records cannot be set aside for when the disk is full")
+		}
+		if err := e.pay(ctx); err != nil && ctx.Err() == nil {
+			left++
+			e.log.Warn().Str("problem", neutral.Line(err.Error())).Msg("outcomes of actions could not be put into the evidence log yet")
 		}
 		if left == 0 {
 			wait = 200 * time.Millisecond
@@ -124,14 +143,34 @@ func (e *Engine) settleOne(ctx context.Context, id string) error {
 	if err := a.Settle(result, problem); err != nil {
 		return err
 	}
+	// A crash here leaves the intent without an outcome; closeIntents finds it.
+	if record, err = e.journal.Read(id); err != nil {
+		return err
+	}
+	e.oweSettled(record, actorOf(record))
 	e.log.Info().Str("action", id).Str("result", result).Msg("unfinished " + record.Plan.Action + " settled")
 	return nil
 }
 
-// Settled waits until no action is unfinished, or the context ends with
-// fault.Unknown.
+// allClosed reports whether the intents of earlier processes have their outcomes,
+// written or owed, but for actions that are unfinished.
+func (e *Engine) allClosed() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.closed
+}
+
+// paid reports whether nothing is owed to the log.
+func (e *Engine) paid() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.owed) == 0
+}
+
+// Settled waits until no action is unfinished and every intent has its outcome on
+// record, or the context ends with fault.Unknown.
 func (e *Engine) Settled(ctx context.Context) error {
-	for len(e.journal.Unfinished()) > 0 {
+	for len(e.journal.Unfinished()) > 0 || !e.allClosed() || !e.paid() {
 		select {
 		case <-ctx.Done():
 			return fault.New(fault.Unknown, "see: halligan history", "%d actions are not settled", len(e.journal.Unfinished()))

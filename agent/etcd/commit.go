@@ -9,6 +9,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/peer"
 
+	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
@@ -82,7 +83,12 @@ func (w Write) request() *pb.TxnRequest {
 // of them can succeed, and the history tells which. A create has no revision
 // that makes it unique: it is sent again only after the deadline that the
 // server knows for the copy before is over.
-func (c *Client) Commit(ctx context.Context, w Write) (revision int64, err error) {
+//
+// It is fault.AuditUnavailable, and nothing is sent, where the permit does not hold.
+func (c *Client) Commit(ctx context.Context, permit audit.Permit, w Write) (revision int64, err error) {
+	if err := permit.Check(); err != nil {
+		return 0, err
+	}
 	if err := w.check(); err != nil {
 		return 0, err
 	}

@@ -3,9 +3,10 @@
 // outcome of a write is not known.
 //
 // It must never write without a comparison, never delete more than one key in a
-// transaction, never repeat a write whose outcome is unknown without a
-// comparison that makes the repetition harmless, and never ask DNS. It knows
-// nothing of Kubernetes. It stands on floor 4, below agent/action.
+// transaction, never write without the permit of an intent that is on record, never
+// repeat a write whose outcome is unknown without a comparison that makes the
+// repetition harmless, and never ask DNS. It knows nothing of Kubernetes. It stands
+// on floor 4, below agent/action.
 //
 // Retries are all made here and none below: clientv3's own interceptor
 // (client/v3 retry_interceptor.go, retry.go) would repeat reads up to a hundred

@@ -101,7 +101,7 @@ func TestCompareAndSwap(t *testing.T) {
 		return kv, found
 	}
 
-	r1, err := c.Commit(ctx, Write{Key: "/k", Value: []byte("one")})
+	r1, err := c.Commit(ctx, granted(), Write{Key: "/k", Value: []byte("one")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,44 +109,44 @@ func TestCompareAndSwap(t *testing.T) {
 	if !found || string(kv.Value) != "one" || kv.ModRevision != r1 || kv.CreateRevision != r1 || kv.Version != 1 {
 		t.Fatalf("created %+v at %d", kv, r1)
 	}
-	_, err = c.Commit(ctx, Write{Key: "/k", Value: []byte("again")})
+	_, err = c.Commit(ctx, granted(), Write{Key: "/k", Value: []byte("again")})
 	wantFault(t, err, fault.Stale, "exists already", fmt.Sprint(r1))
 
-	r2, err := c.Commit(ctx, Write{Key: "/k", ModRevision: r1, Value: []byte("two")})
+	r2, err := c.Commit(ctx, granted(), Write{Key: "/k", ModRevision: r1, Value: []byte("two")})
 	if err != nil || r2 <= r1 {
 		t.Fatal(r2, err)
 	}
-	_, err = c.Commit(ctx, Write{Key: "/k", ModRevision: r1, Value: []byte("three")})
+	_, err = c.Commit(ctx, granted(), Write{Key: "/k", ModRevision: r1, Value: []byte("three")})
 	wantFault(t, err, fault.Stale, "changed at revision", fmt.Sprint(r2))
-	_, err = c.Commit(ctx, Write{Key: "/k", ModRevision: r1})
+	_, err = c.Commit(ctx, granted(), Write{Key: "/k", ModRevision: r1})
 	wantFault(t, err, fault.Stale, "deleting /k")
 	if kv, _ := get("/k"); string(kv.Value) != "two" || kv.Version != 2 {
 		t.Fatalf("a refused write changed it: %+v", kv)
 	}
-	r3, err := c.Commit(ctx, Write{Key: "/k", ModRevision: r2, Value: []byte{}})
+	r3, err := c.Commit(ctx, granted(), Write{Key: "/k", ModRevision: r2, Value: []byte{}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if kv, found := get("/k"); !found || len(kv.Value) != 0 {
 		t.Fatalf("an empty value is a value: %+v %v", kv, found)
 	}
-	if _, err := c.Commit(ctx, Write{Key: "/k", ModRevision: r3}); err != nil {
+	if _, err := c.Commit(ctx, granted(), Write{Key: "/k", ModRevision: r3}); err != nil {
 		t.Fatal(err)
 	}
 	if _, found := get("/k"); found {
 		t.Fatal("still there")
 	}
-	_, err = c.Commit(ctx, Write{Key: "/k", ModRevision: r3})
+	_, err = c.Commit(ctx, granted(), Write{Key: "/k", ModRevision: r3})
 	wantFault(t, err, fault.Stale, "gone")
-	_, err = c.Commit(ctx, Write{Key: "/k"})
+	_, err = c.Commit(ctx, granted(), Write{Key: "/k"})
 	wantFault(t, err, fault.Usage)
-	_, err = c.Commit(ctx, Write{Value: []byte("x")})
+	_, err = c.Commit(ctx, granted(), Write{Value: []byte("x")})
 	wantFault(t, err, fault.Usage)
 
 	// Only the key itself, never one that it is a prefix of.
 	must[*clientv3.PutResponse](t)(eye.Put(ctx, "/p/a", "1"))
 	p := must[*clientv3.PutResponse](t)(eye.Put(ctx, "/p", "1"))
-	if _, err := c.Commit(ctx, Write{Key: "/p", ModRevision: p.Header.Revision}); err != nil {
+	if _, err := c.Commit(ctx, granted(), Write{Key: "/p", ModRevision: p.Header.Revision}); err != nil {
 		t.Fatal(err)
 	}
 	if n, _, err := c.Count(ctx, "/p"); err != nil || n != 1 {
@@ -155,11 +155,11 @@ func TestCompareAndSwap(t *testing.T) {
 
 	t.Run("lease", func(t *testing.T) {
 		l := must[*clientv3.LeaseGrantResponse](t)(eye.Grant(ctx, 600))
-		rev, err := c.Commit(ctx, Write{Key: "/leased", Value: []byte("a"), Lease: int64(l.ID)})
+		rev, err := c.Commit(ctx, granted(), Write{Key: "/leased", Value: []byte("a"), Lease: int64(l.ID)})
 		if err != nil {
 			t.Fatal(err)
 		}
-		rev, err = c.Commit(ctx, Write{Key: "/leased", ModRevision: rev, Value: []byte("b"), KeepLease: true})
+		rev, err = c.Commit(ctx, granted(), Write{Key: "/leased", ModRevision: rev, Value: []byte("b"), KeepLease: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -173,9 +173,9 @@ func TestCompareAndSwap(t *testing.T) {
 		if alive, err := c.LeaseAlive(ctx, int64(l.ID)); err != nil || alive {
 			t.Fatal(alive, err)
 		}
-		_, err = c.Commit(ctx, Write{Key: "/leased", ModRevision: rev, Value: []byte("c"), KeepLease: true})
+		_, err = c.Commit(ctx, granted(), Write{Key: "/leased", ModRevision: rev, Value: []byte("c"), KeepLease: true})
 		wantFault(t, err, fault.Stale, "gone")
-		_, err = c.Commit(ctx, Write{Key: "/leased", Value: []byte("c"), Lease: int64(l.ID)})
+		_, err = c.Commit(ctx, granted(), Write{Key: "/leased", Value: []byte("c"), Lease: int64(l.ID)})
 		wantFault(t, err, fault.Failed, "lease not found")
 		if _, found := get("/leased"); found {
 			t.Fatal("written without its lease")
@@ -184,7 +184,7 @@ func TestCompareAndSwap(t *testing.T) {
 
 	t.Run("size", func(t *testing.T) {
 		big := bytes.Repeat([]byte("x"), 1536*1024-256)
-		rev, err := c.Commit(ctx, Write{Key: "/big", Value: big})
+		rev, err := c.Commit(ctx, granted(), Write{Key: "/big", Value: big})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -192,23 +192,23 @@ func TestCompareAndSwap(t *testing.T) {
 			t.Fatal("not the same")
 		}
 		for _, size := range []int{1536 * 1024, 3 << 20} { // refused by etcd, and by its gRPC server
-			_, err = c.Commit(ctx, Write{Key: "/big", ModRevision: rev, Value: make([]byte, size)})
+			_, err = c.Commit(ctx, granted(), Write{Key: "/big", ModRevision: rev, Value: make([]byte, size)})
 			wantFault(t, err, fault.TooLarge)
 		}
-		if _, err := c.Commit(ctx, Write{Key: "/big", ModRevision: rev}); err != nil {
+		if _, err := c.Commit(ctx, granted(), Write{Key: "/big", ModRevision: rev}); err != nil {
 			t.Fatal("a large object can be deleted:", err)
 		}
 	})
 
 	t.Run("concurrent", func(t *testing.T) {
-		rev, err := c.Commit(ctx, Write{Key: "/race", Value: []byte("0")})
+		rev, err := c.Commit(ctx, granted(), Write{Key: "/race", Value: []byte("0")})
 		if err != nil {
 			t.Fatal(err)
 		}
 		errs := make(chan error)
 		for i := range 8 {
 			go func() {
-				_, err := c.Commit(ctx, Write{Key: "/race", ModRevision: rev, Value: fmt.Append(nil, i)})
+				_, err := c.Commit(ctx, granted(), Write{Key: "/race", ModRevision: rev, Value: fmt.Append(nil, i)})
 				errs <- err
 			}()
 		}
@@ -406,14 +406,14 @@ func TestNoSpace(t *testing.T) {
 	t.Parallel()
 	cluster := etcdcluster.ForTest(t, 1, func(o *etcdcluster.Options) { o.QuotaBytes = 8 << 20 })
 	c, ctx := open(t, cluster), bound(t, 30*time.Second)
-	rev, err := c.Commit(ctx, Write{Key: "/keep", Value: []byte("x")})
+	rev, err := c.Commit(ctx, granted(), Write{Key: "/keep", Value: []byte("x")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	doomed := rev
 	for i := range 40 {
 		var r int64
-		if r, err = c.Commit(ctx, Write{Key: fmt.Sprintf("/fill/%d", i), Value: make([]byte, 1<<20)}); err != nil {
+		if r, err = c.Commit(ctx, granted(), Write{Key: fmt.Sprintf("/fill/%d", i), Value: make([]byte, 1<<20)}); err != nil {
 			break
 		}
 		doomed = r
@@ -422,9 +422,9 @@ func TestNoSpace(t *testing.T) {
 		}
 	}
 	wantFault(t, err, fault.NoSpace, "deletes still work")
-	_, err = c.Commit(ctx, Write{Key: "/keep", ModRevision: rev, Value: []byte("y")})
+	_, err = c.Commit(ctx, granted(), Write{Key: "/keep", ModRevision: rev, Value: []byte("y")})
 	wantFault(t, err, fault.NoSpace)
-	_, err = c.Commit(ctx, Write{Key: "/new", Value: []byte("y")})
+	_, err = c.Commit(ctx, granted(), Write{Key: "/new", Value: []byte("y")})
 	wantFault(t, err, fault.NoSpace)
 	if st := c.Status(ctx); len(st.Alarms) != 1 || st.Alarms[0] != "NOSPACE" || st.DBQuota != 8<<20 {
 		t.Errorf("%+v", st)
@@ -441,7 +441,7 @@ func TestNoSpace(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Commit(ctx, Write{Key: last.Key, ModRevision: last.ModRevision}); err != nil {
+	if _, err := c.Commit(ctx, granted(), Write{Key: last.Key, ModRevision: last.ModRevision}); err != nil {
 		t.Fatal("a delete must pass:", err)
 	}
 }
@@ -568,7 +568,7 @@ func TestUnreachableAndUntrusted(t *testing.T) {
 		t.Helper()
 		_, _, _, err := c.Get(ctx, "/k")
 		wantFault(t, err, code, words...)
-		_, err = c.Commit(ctx, Write{Key: "/k", Value: []byte("v")})
+		_, err = c.Commit(ctx, granted(), Write{Key: "/k", Value: []byte("v")})
 		wantFault(t, err, code, words...)
 		_, err = c.Walk(ctx, "/k", func(KV) error { return nil })
 		wantFault(t, err, code, words...)
@@ -618,7 +618,7 @@ func TestUnreachableAndUntrusted(t *testing.T) {
 			if strings.HasSuffix(name, "certificate") {
 				// In TLS 1.3 a server refuses after the client is done, and its
 				// reason can get lost behind the closed connection.
-				_, err = c.Commit(ctx, Write{Key: "/k", Value: []byte("v")})
+				_, err = c.Commit(ctx, granted(), Write{Key: "/k", Value: []byte("v")})
 				if !fault.Is(err, fault.Unauthenticated) && !fault.Is(err, fault.Unreachable) || !strings.Contains(err.Error(), "certificate") {
 					t.Error(err)
 				}

@@ -124,13 +124,13 @@ func TestExactlyOnceThroughCuts(t *testing.T) {
 	r := newRelay(t, cluster.Endpoints()[0])
 	c := openWith(t, cluster, Config{Endpoints: []string{r.addr()}, RequestTimeout: 2 * time.Second})
 	eye, ctx := raw(t, cluster), bound(t, 60*time.Second)
-	rev, err := c.Commit(ctx, Write{Key: "/n", Value: []byte("0")})
+	rev, err := c.Commit(ctx, granted(), Write{Key: "/n", Value: []byte("0")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i := range 60 {
 		r.set([]mode{noAnswer, noEffect, pass}[i%3])
-		next, err := c.Commit(ctx, Write{Key: "/n", ModRevision: rev, Value: fmt.Append(nil, i+1)})
+		next, err := c.Commit(ctx, granted(), Write{Key: "/n", ModRevision: rev, Value: fmt.Append(nil, i+1)})
 		if err != nil {
 			t.Fatalf("write %d: %v", i, err)
 		}
@@ -146,7 +146,7 @@ func TestExactlyOnceThroughCuts(t *testing.T) {
 	for i := range 12 { // creates and deletes
 		key := fmt.Sprintf("/c/%d", i)
 		r.set([]mode{noAnswer, noEffect}[i%2])
-		made, err := c.Commit(ctx, Write{Key: key, Value: []byte("v"), Since: rev})
+		made, err := c.Commit(ctx, granted(), Write{Key: key, Value: []byte("v"), Since: rev})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -155,7 +155,7 @@ func TestExactlyOnceThroughCuts(t *testing.T) {
 			t.Fatalf("create said %d: %v", made, kv)
 		}
 		r.set([]mode{noAnswer, noEffect}[i/2%2])
-		if _, err := c.Commit(ctx, Write{Key: key, ModRevision: made}); err != nil {
+		if _, err := c.Commit(ctx, granted(), Write{Key: key, ModRevision: made}); err != nil {
 			t.Fatal(err)
 		}
 		if n := must[*clientv3.GetResponse](t)(eye.Get(ctx, key)).Count; n != 0 {
@@ -219,13 +219,13 @@ func TestLateProposal(t *testing.T) {
 		// arrives later is what Settle then finds.
 		r := newRelay(t, direct)
 		c := openWith(t, cluster, Config{Endpoints: []string{r.addr()}, RequestTimeout: time.Second})
-		rev, err := c.Commit(ctx, Write{Key: "/one", Value: []byte("old")})
+		rev, err := c.Commit(ctx, granted(), Write{Key: "/one", Value: []byte("old")})
 		if err != nil {
 			t.Fatal(err)
 		}
 		w := Write{Key: "/one", ModRevision: rev, Value: []byte("new")}
 		r.set(freeze)
-		_, err = c.Commit(ctx, w)
+		_, err = c.Commit(ctx, granted(), w)
 		wantFault(t, err, fault.Unknown, "history")
 		if fate, _, err := c.Settle(ctx, w.Expect()); fate != Undetermined || err == nil {
 			t.Fatal("nobody can know yet:", fate, err)
@@ -251,7 +251,7 @@ func TestLateProposal(t *testing.T) {
 			c.Get(ctx, "/two") // both connections up
 			r.set(freeze)
 			w := Write{Key: "/two", ModRevision: rev, Value: fmt.Append(nil, i), Since: rev}
-			next, err := c.Commit(ctx, w)
+			next, err := c.Commit(ctx, granted(), w)
 			r.set(pass)
 			// What is still on its way is beyond Settle, as its comment says.
 			time.Sleep(50 * time.Millisecond)
@@ -330,7 +330,7 @@ func TestMembersFail(t *testing.T) {
 					case <-time.After(rand.N(10 * time.Millisecond)):
 					}
 					w := Write{Key: key, ModRevision: rev, Value: fmt.Appendf(nil, "%d of %d", i, n), Since: rev}
-					next, err := c.Commit(ctx, w)
+					next, err := c.Commit(ctx, granted(), w)
 					if fault.Is(err, fault.Unknown) {
 						var fate Fate
 						if fate, next, err = settled(ctx, c, w.Expect()); fate == NotDone {
@@ -370,7 +370,7 @@ func TestMembersFail(t *testing.T) {
 		// commit.
 		own := cluster.Leader()
 		c := openWith(t, cluster, Config{Endpoints: cluster.Endpoints()[own : own+1], RequestTimeout: 2 * time.Second})
-		rev, err := c.Commit(ctx, Write{Key: "/q", Value: []byte("before")})
+		rev, err := c.Commit(ctx, granted(), Write{Key: "/q", Value: []byte("before")})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -382,7 +382,7 @@ func TestMembersFail(t *testing.T) {
 			for i := 0; firstErr == nil; i++ {
 				first = Write{Key: "/q", ModRevision: rev, Value: fmt.Append(nil, i)}
 				var next int64
-				if next, firstErr = c.Commit(ctx, first); firstErr == nil {
+				if next, firstErr = c.Commit(ctx, granted(), first); firstErr == nil {
 					rev = next
 				}
 			}
@@ -416,7 +416,7 @@ func TestMembersFail(t *testing.T) {
 		}
 		began = time.Now()
 		second := Write{Key: "/q2", Value: []byte("second"), Since: rev}
-		_, err = c.Commit(ctx, second)
+		_, err = c.Commit(ctx, granted(), second)
 		wantFault(t, err, fault.NoQuorum, "no leader", "only reads work")
 		if d := time.Since(began); d > 15*time.Second {
 			t.Errorf("a refusal took %v", d)
