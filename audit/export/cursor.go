@@ -70,7 +70,8 @@ func OpenCursor(path, format, to string) (*Cursor, error) {
 	return c, nil
 }
 
-func (c *Cursor) next(l Log) uint64 { return c.file.Next[l.key()] }
+// Next is the number of the first event of a log that has not gone out.
+func (c *Cursor) Next(l Log) uint64 { return c.file.Next[l.key()] }
 
 func (c *Cursor) moveTo(l Log, seq uint64) {
 	if c.file.Next == nil {

@@ -115,7 +115,7 @@ func Run(ctx context.Context, entries iter.Seq2[Entry, error], format Format, si
 			return r, errors.Join(fmt.Errorf("%s: event %d came after %d", e.Log.key(), seq, before), commit())
 		}
 		last[e.Log] = seq
-		next := cursor.next(e.Log)
+		next := cursor.Next(e.Log)
 		if seq < next {
 			continue
 		}

@@ -356,7 +356,7 @@ func TestCursor(t *testing.T) {
 			t.Errorf("%v: %v", other, err)
 		}
 	}
-	if c, err = OpenCursor(name, "jsonl", "file:a"); err != nil || c.next(Log{"a", "b"}) != 7 {
+	if c, err = OpenCursor(name, "jsonl", "file:a"); err != nil || c.Next(Log{"a", "b"}) != 7 {
 		t.Fatal(c, err)
 	}
 	_ = c.Close()
