@@ -220,7 +220,7 @@ func (e *Evidence) Recording(ctx context.Context, session string) (data io.ReadC
 	if err != nil {
 		return nil, of.Log, err
 	}
-	bad, _ := compareCast(file, pieces)
+	bad, covered, _ := compareCast(file, pieces)
 	_ = file.Close()
 	if bad != nil {
 		return nil, of.Log, fault.New(fault.Failed, "verify all of it: halligan audit verify", "%s: bytes from %d on are not what event %d recorded", of.folder.file(name), bad.Offset, bad.seq)
@@ -228,9 +228,8 @@ func (e *Evidence) Recording(ctx context.Context, session string) (data io.ReadC
 	if file, err = openPlain(of.folder.fs, name); err != nil {
 		return nil, of.Log, err
 	}
-	last := pieces[len(pieces)-1]
 	return struct {
 		io.Reader
 		io.Closer
-	}{io.LimitReader(file, last.Offset+last.Length), file}, of.Log, nil
+	}{io.LimitReader(file, covered), file}, of.Log, nil
 }

@@ -2,6 +2,7 @@ package evidence
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/sha256"
@@ -702,12 +703,12 @@ func (c *casts) check(f *folder, logs []*held) {
 			log.problem(f.file(name), nil, "%v", err)
 			continue
 		}
-		bad, more := compareCast(file, pieces)
+		bad, _, more := compareCast(file, pieces)
 		_ = file.Close()
 		switch {
 		case bad != nil:
 			log.problem(f.file(name), &bad.seq, "bytes %d to %d are not what was recorded", bad.Offset, bad.Offset+bad.Length-1)
-		case more > 0 && pieces[len(pieces)-1].Last:
+		case more > 0 && slices.ContainsFunc(pieces, func(p vouched) bool { return p.Last }):
 			log.problem(f.file(name), &pieces[len(pieces)-1].seq, "%d bytes follow the end of the recording", more)
 		case more > 0:
 			log.note("%s: the last %d bytes are not in the log yet", f.file(name), more)
@@ -743,22 +744,32 @@ func (c *casts) check(f *folder, logs []*held) {
 	}
 }
 
-// compareCast returns the first piece that is not as it was recorded, and how many
-// bytes follow the last one.
-func compareCast(file io.Reader, pieces []vouched) (bad *vouched, more int64) {
-	at := int64(0)
-	for i, piece := range pieces {
-		if piece.Offset != at || piece.Length < 0 {
-			return &pieces[i], 0
-		}
-		sum := sha256.New()
-		if n, err := io.Copy(sum, io.LimitReader(file, piece.Length)); err != nil || n != piece.Length || hex.EncodeToString(sum.Sum(nil)) != piece.SHA256 {
-			return &pieces[i], 0
-		}
-		at += piece.Length
+// compareCast returns the first piece that is not as it was recorded, how far the
+// file is vouched for, and how many bytes follow. Each piece is true by itself: one
+// may come again, and that of a recording whose daemon was killed is all of it.
+func compareCast(file fs.File, pieces []vouched) (bad *vouched, covered, more int64) {
+	st, err := file.Stat()
+	at, ok := file.(io.ReaderAt)
+	if err != nil || !ok {
+		return &pieces[0], 0, 0
 	}
-	more, _ = io.Copy(io.Discard, file)
-	return nil, more
+	pieces = slices.Clone(pieces)
+	slices.SortStableFunc(pieces, func(a, b vouched) int { return cmp.Compare(a.Offset, b.Offset) })
+	if pieces[0].log.trees[0].FirstSeq > 0 {
+		covered = pieces[0].Offset // what was before may have gone with the log's beginning
+	}
+	room := 4*st.Size() + 1<<20 // nobody repeats more
+	for i, piece := range pieces {
+		sum := sha256.New()
+		if room -= piece.Length; piece.Offset < 0 || piece.Offset > covered || piece.Length < 0 || room < 0 {
+			return &pieces[i], covered, 0
+		}
+		if n, err := io.Copy(sum, io.NewSectionReader(at, piece.Offset, piece.Length)); err != nil || n != piece.Length || hex.EncodeToString(sum.Sum(nil)) != piece.SHA256 {
+			return &pieces[i], covered, 0
+		}
+		covered = max(covered, piece.Offset+piece.Length)
+	}
+	return nil, covered, st.Size() - covered
 }
 
 // openPlain opens what is a plain file.
