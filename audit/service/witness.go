@@ -1,6 +1,7 @@
 package service
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"errors"
@@ -44,6 +45,8 @@ type stream struct {
 	server string
 	key    ed25519.PublicKey
 	end    context.CancelCauseFunc
+	// identity is what this daemon has said of itself.
+	identity []byte
 	// sent is how much of each generation the bastion has, by lineage and number.
 	sent map[generationID]uint64
 	// offered are the sealed files that were sent.
@@ -128,10 +131,19 @@ func (st *stream) begin(ctx context.Context) error {
 	for _, h := range have.GetLogs() {
 		st.sent[generationID{h.GetLineage(), h.GetGeneration()}] = h.GetSize()
 	}
+	return st.identify()
+}
+
+// identify says who this is, where that was not said yet.
+func (st *stream) identify() error {
 	own := st.o.Identity()
 	if own == nil {
 		return fault.New(fault.Failed, "see why its SSH door is not open", "%s has no statement of its log's key yet", st.o.Origin)
 	}
+	if bytes.Equal(own, st.identity) {
+		return nil
+	}
+	st.identity = own
 	return st.grpc.Send(&halliganv1.WitnessResponse{Message: &halliganv1.WitnessResponse_Identity{Identity: own}})
 }
 
@@ -152,6 +164,9 @@ func (st *stream) serve(ctx context.Context) error {
 	first := true
 	for {
 		if err := st.holds(keeper); err != nil {
+			return err
+		}
+		if err := st.identify(); err != nil {
 			return err
 		}
 		if err := st.logs(ctx, keeper, first); err != nil {

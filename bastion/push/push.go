@@ -21,11 +21,10 @@ import (
 
 	"github.com/rs/zerolog"
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/api/mtls"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
@@ -178,20 +177,7 @@ func (p *pusher) exchange(ctx context.Context, h bundle.Host) error {
 		return err
 	}
 	defer raw.Close()
-	config := p.Servers.TLS(h.ID())
-	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certificate, nil }
-	once := make(chan net.Conn, 1)
-	once <- raw
-	conn, err := grpc.NewClient("passthrough:///"+h.ID(), grpc.WithTransportCredentials(credentials.NewTLS(config)), grpc.WithDisableRetry(), grpc.WithDisableServiceConfig(),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
-		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
-			select {
-			case c := <-once:
-				return c, nil
-			default:
-				return nil, errors.New("the connection has broken")
-			}
-		}))
+	conn, err := mtls.Client(raw, h.ID(), p.Servers.TLS(h.ID()), certificate, maxAnswer)
 	if err != nil {
 		return err
 	}

@@ -55,10 +55,10 @@ var inside = map[string][]string{
 	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/sshd", "agent/tunnel", "agent/journal", "agent/action"},
 
 	"bastion/relay": nil, "bastion/lobby": nil, "bastion/store": nil,
-	"bastion/push":   nil,
+	"bastion/push": nil, "bastion/witness": nil,
 	"bastion/rpc":    {"bastion/relay"},
 	"bastion/tunnel": {"bastion/relay"},
-	"bastion":        {"bastion/relay", "bastion/lobby", "bastion/store", "bastion/rpc", "bastion/tunnel", "bastion/push"},
+	"bastion":        {"bastion/relay", "bastion/lobby", "bastion/store", "bastion/rpc", "bastion/tunnel", "bastion/push", "bastion/witness"},
 }
 
 // mustNot says what a package and those below it must not import themselves,
