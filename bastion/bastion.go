@@ -20,6 +20,9 @@ import (
 
 	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/audit/cast"
+	"github.com/halligan-io/halligan/audit/record"
+	"github.com/halligan-io/halligan/audit/service"
 	"github.com/halligan-io/halligan/bastion/lobby"
 	"github.com/halligan-io/halligan/bastion/push"
 	"github.com/halligan-io/halligan/bastion/relay"
@@ -30,6 +33,7 @@ import (
 	"github.com/halligan-io/halligan/internal/sshserver"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
+	"github.com/halligan-io/halligan/internal/trust/inforce"
 	"github.com/halligan-io/halligan/internal/version"
 	"github.com/halligan-io/halligan/internal/ways"
 )
@@ -40,10 +44,14 @@ type bastion struct {
 	log     zerolog.Logger
 	alarms  *alarm.Alarms
 	trusted *trusted
-	store   *store.Store
-	relay   *relay.Relay
-	tunnels *tunnel.Tunnels
-	doors   *doors
+	// evidence is the bastion's own; holder has other bastions hold what its log
+	// cannot take.
+	evidence *record.Evidence
+	holder   *service.Holder
+	store    *store.Store
+	relay    *relay.Relay
+	tunnels  *tunnel.Tunnels
+	doors    *doors
 }
 
 // Run serves until the context ends. It starts without a bundle, a store or an
@@ -54,8 +62,17 @@ func Run(ctx context.Context, c Config, log zerolog.Logger) error {
 		return err
 	}
 	defer alarms.Close()
-	b := &bastion{config: c, log: log, alarms: alarms}
-	if b.trusted, err = newTrusted(c, alarms, log); err != nil {
+	b := &bastion{config: c, log: log, alarms: alarms, holder: service.NewHolder()}
+	clock := trust.NewClock(version.Built())
+	if b.evidence, err = record.Open(record.Options{StateDir: c.StateDir, Origin: c.origin(), Config: c.Audit, Now: clock.Now, Hold: b.holder,
+		Witnesses: func() int { return b.trusted.others() }, Raise: alarms.Raise, Log: log}); err != nil {
+		return err
+	}
+	defer b.evidence.Close()
+	past := func() []inforce.Moment {
+		return []inforce.Moment{{What: "an event of the evidence log", At: b.evidence.LastTime()}}
+	}
+	if b.trusted, err = newTrusted(c, clock, past, b.evidence.Raise, log); err != nil {
 		return err
 	}
 	o := store.Options{Bastion: c.Name, Dir: filepath.Join(c.StateDir, "store"), CAFile: c.Store.CAFile, CertFile: c.Store.CertFile, KeyFile: c.Store.KeyFile, Log: log}
@@ -75,8 +92,8 @@ func Run(ctx context.Context, c Config, log zerolog.Logger) error {
 		return err
 	}
 	b.tunnels = tunnel.New(log)
-	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Tunnels: b.tunnels, Never: own, Loopback: loopback, Begin: b.relayed, Log: log, Alarm: alarms.Raise})
-	b.doors = &doors{Ways: ways.New(alarms.Raise, log), config: c, trusted: b.trusted, alarms: alarms, log: log}
+	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Tunnels: b.tunnels, Never: own, Loopback: loopback, Begin: b.relayed, Refused: b.evidence.Refused, Log: log, Alarm: b.evidence.Raise})
+	b.doors = &doors{Ways: ways.New(b.evidence.Raise, log), config: c, trusted: b.trusted, evidence: b.evidence, alarms: alarms, log: log}
 	log.Info().Str("version", version.String()).Strs("ssh", c.SSH.Listen).Msg("bastion starts")
 	err = b.serve(ctx)
 	log.Info().Msg("bastion ends")
@@ -106,7 +123,8 @@ func (b *bastion) serve(ctx context.Context) error {
 	b.doors.Opened("bundle")
 	bundles := b.trusted.Store()
 	server, err := rpc.New(rpc.Options{Bastion: b.config.Name, Store: b.store, Bundles: bundles, Relays: func() int64 { return b.relay.Stats().Open }, Tunnels: b.tunnels.Since,
-		Warnings: b.doors.warnings, Now: b.trusted.clock.Now, Alarms: b.alarms, Log: b.log})
+		Warnings: b.doors.warnings, Now: b.trusted.clock.Now, Record: b.evidence, Alarms: b.evidence, Audit: b.evidence.Status, Log: b.log,
+		Evidence: service.New(service.Options{Ledger: b.evidence, Origin: b.config.origin(), Holder: b.holder, Identity: b.evidence.Identity, Bundle: b.trusted.Current, Now: b.trusted.clock.Now, Log: b.log})})
 	if err != nil {
 		return err
 	}
@@ -139,7 +157,7 @@ func (b *bastion) serve(ctx context.Context) error {
 
 // handlers are what the SSH door offers.
 func (b *bastion) handlers(server *rpc.Server) sshserver.Handlers {
-	look := lobby.Handler(lobby.Options{Dial: server.Dial, Bastion: b.config.Name, Now: b.trusted.clock.Now, Log: b.log})
+	look := lobby.Handler(lobby.Options{Dial: server.Dial, Bastion: b.config.Name, Recorder: b.evidence.Recordings, Now: b.trusted.clock.Now, Log: b.log})
 	entered := func(serve func(*sshserver.Session)) func(*sshserver.Session) {
 		return func(s *sshserver.Session) {
 			defer b.enter(s.Identity(), "", time.Now())()
@@ -147,9 +165,15 @@ func (b *bastion) handlers(server *rpc.Server) sshserver.Handlers {
 		}
 	}
 	return sshserver.Handlers{
-		Session:    entered(look),
-		Subsystems: map[string]func(*sshserver.Session){grpcdoor.Subsystem: entered(func(s *sshserver.Session) { server.ServeSession(s) })},
-		Channels:   map[string]func(*sshserver.Channel){relay.ChannelType: b.relay.Handle},
+		Session: entered(look),
+		Subsystems: map[string]func(*sshserver.Session){grpcdoor.Subsystem: entered(func(s *sshserver.Session) {
+			rec, err := b.evidence.Recordings.Begin(s.Context(), cast.About{Who: s.Identity(), What: cast.Subsystem, Command: grpcdoor.Subsystem})
+			if err == nil { // as always, since nothing of it is recorded
+				defer func() { rec.End(0, context.Cause(s.Held())) }()
+			}
+			server.ServeSession(s)
+		})},
+		Channels: map[string]func(*sshserver.Channel){relay.ChannelType: b.relay.Handle},
 	}
 }
 
@@ -161,7 +185,8 @@ func (b *bastion) enter(who trust.Identity, target string, since time.Time) (lea
 // relayed tells of a connection that is relayed.
 func (b *bastion) relayed(s relay.Session) (end func(up, down int64, why string)) {
 	leave := b.enter(s.Who, s.Target.Node.ID(), s.Since)
-	return func(int64, int64, string) { leave() }
+	tell := b.evidence.Relayed(s.Who, s.Target.Node.ID(), s.Target.Door, s.Tunnel)
+	return func(up, down int64, why string) { leave(); tell(up, down, why) }
 }
 
 // degraded tells what does not work, each in one line.

@@ -19,6 +19,7 @@ import (
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/bundle"
 )
 
 // Config is the bastion's configuration file, YAML with strict keys. All of it
@@ -235,6 +236,9 @@ func checkAddresses(doors map[string][]string) error {
 	}
 	return nil
 }
+
+// origin is how the bastion's evidence is called.
+func (c *Config) origin() string { return c.Name + "." + bundle.BastionDomain }
 
 // own returns the addresses at which this bastion listens, and whether people
 // only come by loopback, as in a lab. An address that stands for all is there as

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/halligan-io/halligan/api/mtls"
+	"github.com/halligan-io/halligan/audit/record"
 	"github.com/halligan-io/halligan/bastion/rpc"
 	"github.com/halligan-io/halligan/bastion/tunnel"
 	"github.com/halligan-io/halligan/internal/alarm"
@@ -37,6 +38,7 @@ type doors struct {
 	*ways.Ways
 	config   Config
 	trusted  *trusted
+	evidence *record.Evidence
 	alarms   *alarm.Alarms
 	log      zerolog.Logger
 	handlers sshserver.Handlers
@@ -75,10 +77,11 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 	}
 	authority := d.trusted.Authority()
 	server, err := sshserver.New(sshserver.Options{HostRenewed: host, Authenticate: authority.User, Roleless: true, Offer: authority.Offered, Hold: authority.Hold,
-		Handlers: d.handlers, Limits: limits, Log: d.log, Alarm: d.alarms.Raise})
+		Handlers: d.handlers, Limits: limits, Log: d.log, Alarm: d.evidence.Raise, Record: d.evidence})
 	if err != nil {
 		return nil, err
 	}
+	d.evidence.Certified(host, nil, "")
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.host = host
@@ -93,7 +96,7 @@ func (d *doors) grpc(ctx context.Context, server *rpc.Server) {
 			return err
 		}
 		d.Opened("grpc")
-		o := mtls.Options{Certificate: certificate, Authority: d.trusted.Authority(), Log: d.log, Alarm: d.alarms.Raise}
+		o := mtls.Options{Certificate: certificate, Authority: d.trusted.Authority(), Refused: d.evidence.Refused, Log: d.log, Alarm: d.evidence.Raise}
 		var all sync.WaitGroup
 		defer all.Wait()
 		for _, address := range d.config.GRPC.Listen {
@@ -118,7 +121,7 @@ func (d *doors) tunnel(ctx context.Context, tunnels *tunnel.Tunnels) {
 			return err
 		}
 		d.Opened("tunnel")
-		o := mtls.Options{Certificate: certificate, Log: d.log, Alarm: d.alarms.Raise}
+		o := mtls.Options{Certificate: certificate, Refused: d.evidence.Refused, Log: d.log, Alarm: d.evidence.Raise}
 		var all sync.WaitGroup
 		defer all.Wait()
 		for _, address := range d.config.Tunnel.Listen {
@@ -160,7 +163,8 @@ func (d *doors) ready() bool {
 
 // warnings tells what is degraded, each in one line.
 func (d *doors) warnings() []string {
-	all := append(d.trusted.warnings(), d.Shut()...)
+	all := append(d.evidence.Warnings(), d.trusted.warnings()...)
+	all = append(all, d.Shut()...)
 	d.mu.Lock()
 	host, certificate := d.host, d.certificate
 	d.mu.Unlock()

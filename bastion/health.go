@@ -91,6 +91,14 @@ func (b *bastion) metrics() *prometheus.Registry {
 		counter("events_total", "What happened, as alarms tell it.", prometheus.Labels{"kind": string(kind)}, func() uint64 { return b.alarms.Raised(kind) })
 	}
 	gauge("store_up", "Whether the store that bastions share answers.", func() float64 { return yes(b.store.Works()) })
+	state := b.evidence.State
+	counter("audit_events_total", "Events in the bastion's own evidence log.", nil, func() uint64 { return state().Events })
+	counter("audit_signed_total", "Those that a signed checkpoint covers.", nil, func() uint64 { return state().Signed })
+	counter("audit_witnessed_total", "Those that another bastion has countersigned.", nil, func() uint64 { return b.evidence.Countersigned() })
+	counter("audit_lost_total", "Events that nobody waited for and that had no room.", nil, func() uint64 { return state().Lost })
+	gauge("audit_bytes", "What the evidence log takes on disk.", func() float64 { return float64(state().Bytes) })
+	gauge("audit_reserve", "Events that still fit when the disk takes nothing.", func() float64 { return float64(state().Reserve) })
+	gauge("audit_up", "Whether events can be recorded.", func() float64 { return yes(state().Refused == "") })
 	gauge("warnings", "How many things are degraded; the readiness page names them.", func() float64 { return float64(len(b.degraded())) })
 	gauge("bundle_signed_seconds", "When the newest part of the bundle in force was signed, in Unix time; 0: there is none.", func() float64 {
 		if s := b.trusted.Status(); s != nil {

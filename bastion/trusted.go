@@ -14,7 +14,6 @@ import (
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/trust/credential"
 	"github.com/halligan-io/halligan/internal/trust/inforce"
-	"github.com/halligan-io/halligan/internal/version"
 )
 
 // trusted is whom the bastion believes: the bundle in force and what follows
@@ -23,17 +22,29 @@ type trusted struct {
 	*inforce.Trust
 	config Config
 	clock  *trust.Clock
+	// past is what this bastion has written down.
+	past func() []inforce.Moment
 }
 
-func newTrusted(c Config, alarms *alarm.Alarms, log zerolog.Logger) (*trusted, error) {
+func newTrusted(c Config, clock *trust.Clock, past func() []inforce.Moment, raise func(alarm.Event), log zerolog.Logger) (*trusted, error) {
 	anchor, err := bundle.NewAnchor(c.Trust.Roots, c.Trust.Threshold, c.Trust.MinPolicyVersion)
 	if err != nil {
 		return nil, err
 	}
-	clock := trust.NewClock(version.Built())
 	o := inforce.Options{Daemon: "bastion", Server: c.Name + "." + bundle.BastionDomain, Path: c.Trust.Bundle, State: filepath.Join(c.StateDir, "trust", "bundle"), Anchor: anchor,
-		Clock: clock, Credential: credential.Options{Node: c.Name, Relay: true}, Raise: alarms.Raise, Log: log}
-	return &trusted{inforce.New(o), c, clock}, nil
+		Clock: clock, Credential: credential.Options{Node: c.Name, Relay: true}, Raise: raise, Log: log}
+	t := &trusted{inforce.New(o), c, clock, past}
+	t.Recall(past(), false)
+	return t, nil
+}
+
+// Open is that of the bundle, by which the past is judged again.
+func (t *trusted) Open() error {
+	err := t.Trust.Open()
+	if err == nil {
+		t.Recall(t.past(), true)
+	}
+	return err
 }
 
 // inventory returns the one in force, an empty one before there is any.
@@ -42,6 +53,16 @@ func (t *trusted) inventory() *bundle.Inventory {
 		return b.Inventory
 	}
 	return &bundle.Inventory{}
+}
+
+// others returns how many other bastions there are in the inventory.
+func (t *trusted) others() (n int) {
+	for _, h := range t.inventory().Bastions {
+		if h.Name != t.config.Name {
+			n++
+		}
+	}
+	return n
 }
 
 // Status says which bundle is in force, nil for none.

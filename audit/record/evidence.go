@@ -9,8 +9,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/go-logr/logr"
 	"github.com/rs/zerolog"
 	gossh "golang.org/x/crypto/ssh"
+	"k8s.io/klog/v2"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/audit"
@@ -88,6 +90,9 @@ func Open(o Options) (*Evidence, error) {
 	if o.Witnesses == nil {
 		o.Witnesses = func() int { return 0 }
 	}
+	// The driver of the log tells klog what comes back as an error; standard error
+	// belongs to the daemon's own log.
+	klog.SetLogger(logr.Discard())
 	log, err := ledger.Open(ledger.Options{Dir: Folder(o.StateDir), Origin: o.Origin, Now: o.Now, MaxBytes: o.Config.MaxBytes, GenerationBytes: o.Config.GenerationBytes,
 		SpoolBytes: o.Config.ReserveBytes, Hold: o.Hold, Raise: o.Raise, Log: o.Log})
 	if err != nil {
@@ -160,6 +165,9 @@ func most(witnessed map[string]uint64) (n uint64) {
 	}
 	return n
 }
+
+// Countersigned returns how many events the witness that is farthest has countersigned.
+func (e *Evidence) Countersigned() uint64 { return most(e.State().Witnessed) }
 
 // Warnings tells what is degraded, each in one line.
 func (e *Evidence) Warnings() []string { return e.warnings(e.State(), time.Now()) }

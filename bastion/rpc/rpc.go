@@ -53,7 +53,8 @@ type Bundles interface {
 	Current() *bundle.Bundle
 }
 
-// Options of the API. All but Tunnels, Warnings and Record are required.
+// Options of the API. All but Tunnels, Warnings, Audit, Mirrors,
+// Evidence and Record are required.
 type Options struct {
 	// Bastion is its name in the inventory.
 	Bastion string
@@ -67,6 +68,12 @@ type Options struct {
 	Warnings func() []string
 	// Now is the bastion's clock.
 	Now func() time.Time
+	// Audit tells how the bastion's own evidence is, Mirrors how its copies of
+	// others' are.
+	Audit   func() *halliganv1.AuditStatus
+	Mirrors func() []*halliganv1.MirrorStatus
+	// Evidence hands both out; nil where there is none.
+	Evidence halliganv1.EvidenceServer
 	// Record is as that of grpcdoor.Options.
 	Record grpcdoor.Record
 	Alarms grpcdoor.Alarms
@@ -83,6 +90,12 @@ var methods = map[string]grpcdoor.Row{
 	halliganv1.Bastion_PostApproval_FullMethodName:   {May: approves, Record: grpcdoor.Noted},
 	halliganv1.Bastion_WatchPlan_FullMethodName:      {May: anybody, Record: grpcdoor.Noted}, // their own
 	halliganv1.Bastion_ExchangeBundle_FullMethodName: {May: anybody, Record: grpcdoor.Routine},
+
+	halliganv1.Evidence_ListLogs_FullMethodName:      {May: observes, Record: grpcdoor.Routine},
+	halliganv1.Evidence_ReadLog_FullMethodName:       {May: observes, Record: grpcdoor.Routine},
+	halliganv1.Evidence_ReadRecording_FullMethodName: {May: commands, Record: grpcdoor.Deed},
+	halliganv1.Evidence_ReadSealed_FullMethodName:    {May: responds, Record: grpcdoor.Noted},
+	halliganv1.Evidence_Witness_FullMethodName:       {May: witnesses, Record: grpcdoor.Routine},
 	grpcdoor.Reflection[0]:                           {May: anybody, Record: grpcdoor.Routine},
 	grpcdoor.Reflection[1]:                           {May: anybody, Record: grpcdoor.Routine},
 }
@@ -90,9 +103,17 @@ var methods = map[string]grpcdoor.Row{
 // anybody who has been let in: the server asks for that.
 func anybody(trust.Identity) bool { return true }
 
-func responds(who trust.Identity) bool {
-	return slices.ContainsFunc(who.Roles, func(r trust.Role) bool { return r.Has(trust.Responder) })
+// observes, responds and commands hold for who may take such a role.
+func observes(who trust.Identity) bool { return takes(who, trust.Observer) }
+func responds(who trust.Identity) bool { return takes(who, trust.Responder) }
+func commands(who trust.Identity) bool { return takes(who, trust.Commander) }
+
+func takes(who trust.Identity, least trust.Role) bool {
+	return slices.ContainsFunc(who.Roles, func(r trust.Role) bool { return r.Has(least) })
 }
+
+// witnesses holds for other bastions.
+func witnesses(who trust.Identity) bool { return who.Kind == trust.Bastion }
 
 // approves holds for people only, as at agents.
 func approves(who trust.Identity) bool {
@@ -114,10 +135,22 @@ func New(o Options) (*Server, error) {
 	if o.Warnings == nil {
 		o.Warnings = func() []string { return nil }
 	}
+	if o.Audit == nil {
+		o.Audit = func() *halliganv1.AuditStatus { return nil }
+	}
+	if o.Mirrors == nil {
+		o.Mirrors = func() []*halliganv1.MirrorStatus { return nil }
+	}
+	if o.Evidence == nil {
+		o.Evidence = halliganv1.UnimplementedEvidenceServer{}
+	}
 	s := &Server{o: o}
 	var err error
 	s.Server, err = grpcdoor.New(grpcdoor.Options{Methods: methods, Record: o.Record, Alarms: o.Alarms, Log: o.Log,
-		Register: func(r grpc.ServiceRegistrar) { halliganv1.RegisterBastionServer(r, s) }})
+		Register: func(r grpc.ServiceRegistrar) {
+			halliganv1.RegisterBastionServer(r, s)
+			halliganv1.RegisterEvidenceServer(r, o.Evidence)
+		}})
 	return s, err
 }
 
@@ -128,7 +161,12 @@ func (s *Server) Status(ctx context.Context, _ *halliganv1.BastionStatusRequest)
 		return nil, err
 	}
 	out := &halliganv1.BastionStatusResponse{Bastion: s.o.Bastion, Version: version.String(), Time: timestamppb.New(s.o.Now()), Person: c.Who.Person, Clusters: c.Who.Clusters,
-		Bundle: api.BundleStatus(s.o.Bundles.Current()), StoreDegraded: s.o.Store.Degraded(), Relays: s.o.Relays(), Tunnels: int64(len(s.o.Tunnels())), Warnings: s.o.Warnings(), Door: string(c.Who.Door)}
+		Bundle: api.BundleStatus(s.o.Bundles.Current()), StoreDegraded: s.o.Store.Degraded(), Relays: s.o.Relays(), Tunnels: int64(len(s.o.Tunnels())), Warnings: s.o.Warnings(), Door: string(c.Who.Door), Audit: s.o.Audit()}
+	for _, m := range s.o.Mirrors() {
+		if _, cluster := cut(m.GetOrigin()); cluster == bundle.BastionDomain || slices.Contains(c.Who.Clusters, cluster) {
+			out.Mirrors = append(out.Mirrors, m)
+		}
+	}
 	for _, r := range c.Who.Roles {
 		out.Roles = append(out.Roles, r.String())
 	}

@@ -333,6 +333,7 @@ func TestMethods(t *testing.T) {
 	for method, want := range map[string]string{
 		"Status": all, "Nodes": all, "ListPlans": all, "WatchPlan": all, "ExchangeBundle": all, "ServerReflectionInfo": all,
 		"Sessions": "alice program sealed", "PostPlan": "alice program sealed", "PostApproval": "bob",
+		"ListLogs": "alice carol program sealed", "ReadLog": "alice carol program sealed", "ReadRecording": "sealed", "ReadSealed": "alice program sealed", "Witness": "",
 	} {
 		found := false
 		for name, row := range methods {
@@ -350,7 +351,7 @@ func TestMethods(t *testing.T) {
 			t.Errorf("%s has no row", method)
 		}
 	}
-	if len(methods) != len(halliganv1.Bastion_ServiceDesc.Methods)+len(halliganv1.Bastion_ServiceDesc.Streams)+2 {
+	if len(methods) != len(halliganv1.Bastion_ServiceDesc.Methods)+len(halliganv1.Bastion_ServiceDesc.Streams)+len(halliganv1.Evidence_ServiceDesc.Methods)+len(halliganv1.Evidence_ServiceDesc.Streams)+2 {
 		t.Errorf("%d rows", len(methods))
 	}
 }
