@@ -21,7 +21,6 @@ import (
 
 	"filippo.io/torchwood"
 	"github.com/rs/zerolog"
-	gossh "golang.org/x/crypto/ssh"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -53,19 +52,8 @@ type fleet struct {
 func newFleet(t *testing.T) *fleet {
 	t.Helper()
 	f := &fleet{Fleet: testfleet.New(t), t: t, dir: filepath.Join(t.TempDir(), "mirror"), now: time.Now()}
-	file := filepath.Join(t.TempDir(), "bundle")
-	if err := os.WriteFile(file, f.Bundle(), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	anchor, err := bundle.NewAnchor(nil, 0, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := bundle.Open(bundle.Options{Path: file, Anchor: anchor, Now: time.Now, Log: func(string) {}, Alarm: func(error) {}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.bundle = s.Current()
+	f.bundle = f.Opened()
+	var err error
 	if f.key, err = Key(filepath.Join(t.TempDir(), "audit", "witness-key")); err != nil {
 		t.Fatal(err)
 	}
@@ -106,27 +94,7 @@ func (f *fleet) raised() []string {
 // statement is that of a server whose log has the key.
 func (f *fleet) statement(server string, key ed25519.PrivateKey) []byte {
 	f.t.Helper()
-	keyFile, certFile := f.HostFiles(server, testfleet.Now())
-	read := func(file string) []byte {
-		data, err := os.ReadFile(file)
-		if err != nil {
-			f.t.Fatal(err)
-		}
-		return data
-	}
-	signer, err := gossh.ParsePrivateKey(read(keyFile))
-	if err != nil {
-		f.t.Fatal(err)
-	}
-	cert, _, _, _, err := gossh.ParseAuthorizedKey(read(certFile))
-	if err != nil {
-		f.t.Fatal(err)
-	}
-	data, err := logkey.Sign(logkey.Statement{Server: server, Log: key.Public().(ed25519.PublicKey), Signed: f.now}, signer, cert.(*gossh.Certificate))
-	if err != nil {
-		f.t.Fatal(err)
-	}
-	return data
+	return f.Statement(logkey.Statement{Server: server, Log: key.Public().(ed25519.PublicKey), Signed: f.now})
 }
 
 func newKey(t *testing.T) ed25519.PrivateKey {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -19,25 +18,6 @@ import (
 	"github.com/halligan-io/halligan/internal/trust/logkey"
 	"github.com/halligan-io/halligan/internal/trust/testfleet"
 )
-
-// opened is a bundle as a daemon has it in force.
-func opened(t *testing.T, data []byte) *bundle.Bundle {
-	t.Helper()
-	dir := t.TempDir()
-	file := filepath.Join(dir, "bundle")
-	if err := os.WriteFile(file, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	anchor, err := bundle.NewAnchor(nil, 0, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := bundle.Open(bundle.Options{Path: file, Anchor: anchor, Now: time.Now, Log: func(string) {}, Alarm: func(error) {}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s.Current()
-}
 
 // host is a server's SSH host key and certificate.
 func host(t *testing.T, f *testfleet.Fleet, name string, v issuer.Validity) (gossh.Signer, *gossh.Certificate) {
@@ -73,7 +53,7 @@ func key(t *testing.T) (ed25519.PublicKey, ed25519.PrivateKey) {
 // TestStatement: what a server signed for itself holds, and nothing else does.
 func TestStatement(t *testing.T) {
 	f := testfleet.New(t)
-	b := opened(t, f.Bundle())
+	b := f.Opened()
 	signer, cert := host(t, f, testfleet.Server, testfleet.Now())
 	log, _ := key(t)
 	witness, _ := key(t)
@@ -110,7 +90,7 @@ func TestStatement(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused("in the name of another server", stolen, b, time.Now())
-	refused("another fleet", data, opened(t, testfleet.New(t).Bundle()), time.Now())
+	refused("another fleet", data, testfleet.New(t).Opened(), time.Now())
 	refused("of tomorrow", data, b, time.Now().Add(-25*time.Hour))
 	refused("nothing", nil, b, time.Now())
 	refused("huge", bytes.Repeat([]byte("x"), logkey.MaxSize+1), b, time.Now())
@@ -140,8 +120,8 @@ func TestStatement(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused("signed after the certificate had lapsed", late, b, time.Now())
-	gone := opened(t, f.Revoke(func(r *bundle.Revocations) { r.Keys = append(r.Keys, gossh.FingerprintSHA256(cert.Key)) }))
-	refused("revoked", lapsed, gone, time.Now())
+	f.Revoke(func(r *bundle.Revocations) { r.Keys = append(r.Keys, gossh.FingerprintSHA256(cert.Key)) })
+	refused("revoked", lapsed, f.Opened(), time.Now())
 
 	for name, bad := range map[string]logkey.Statement{
 		"no server": {Log: log, Signed: old}, "hostile server": {Server: "cp-1.prod\nlog x", Log: log, Signed: old}, "no key": {Server: "cp-1.prod", Signed: old},

@@ -25,6 +25,7 @@ import (
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 	"github.com/halligan-io/halligan/internal/trust/issuer"
+	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
 // Names of the fleet, its cluster and its node.
@@ -178,6 +179,35 @@ func (f *Fleet) Revoke(change func(*bundle.Revocations)) []byte {
 	change(&next)
 	f.add(&next, bundle.RevocationsNamespace)
 	return f.Bundle()
+}
+
+// Opened returns the newest bundle as a daemon has it in force.
+func (f *Fleet) Opened() *bundle.Bundle {
+	f.t.Helper()
+	file := filepath.Join(f.t.TempDir(), "bundle")
+	f.must(os.WriteFile(file, f.Bundle(), 0o600))
+	anchor, err := bundle.NewAnchor(nil, 0, 0)
+	f.must(err)
+	s, err := bundle.Open(bundle.Options{Path: file, Anchor: anchor, Now: time.Now, Log: func(string) {}, Alarm: func(error) {}})
+	f.must(err)
+	return s.Current()
+}
+
+// Statement signs what a server says of its evidence, with a new host key that has a
+// certificate of that time.
+func (f *Fleet) Statement(s logkey.Statement) []byte {
+	f.t.Helper()
+	public, private := f.key()
+	key, err := gossh.NewPublicKey(public)
+	f.must(err)
+	at := s.Signed.Truncate(time.Second)
+	cert, err := f.Host.Host(key, s.Server, f.next(), issuer.Validity{NotBefore: at.Add(-time.Minute), NotAfter: at.Add(time.Hour)})
+	f.must(err)
+	signer, err := gossh.NewSignerFromKey(private)
+	f.must(err)
+	data, err := logkey.Sign(s, signer, cert)
+	f.must(err)
+	return data
 }
 
 // Now returns a validity that began a minute ago and lasts for an hour.
