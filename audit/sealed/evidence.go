@@ -134,13 +134,11 @@ func (t *Taken) fits(server string) error {
 	switch {
 	case err != nil:
 		return err
-	case t.Server != server:
-		return fmt.Errorf("what is sealed says to be of %.80q", t.Server)
 	case hash != t.Intent.PlanSHA256 || plan.Sha256 != hash || plan.Id != t.Intent.PlanID:
 		return errors.New("what is sealed is another plan than that of the intent")
 	case plan.Actor != t.Intent.Actor.Person:
 		return errors.New("what is sealed was done by somebody else")
-	case plan.Node+"."+plan.ClusterName != server:
+	case t.Server() != server:
 		return errors.New("what is sealed was planned on another node")
 	}
 	return nil

@@ -8,42 +8,38 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 
 	"filippo.io/age"
 	"google.golang.org/protobuf/encoding/protojson"
 
-	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
-const (
-	format = 1
-	// maxPlain bounds what a file is decompressed to, in bytes.
-	maxPlain = 128 << 20
-)
+// maxPlain bounds what a file is decompressed to, in bytes.
+const maxPlain = 128 << 20
 
 // Record is what a sealed file holds.
 type Record struct {
-	// Server is the agent that sealed it, and Plan what it applied.
-	Server string
-	Plan   *halliganv1.Plan
+	// Plan is what was applied.
+	Plan *halliganv1.Plan
 	// Images are the before-images, as the agent's journal has them.
 	Images []json.RawMessage
 }
 
-// line is one line of a file: the first one has all but the image.
+// Server is the agent that made it.
+func (r *Record) Server() string { return r.Plan.GetNode() + "." + r.Plan.GetClusterName() }
+
+// line is one line of a journal's record, as far as it matters here: its checksum is
+// of no use where the whole file has a hash.
 type line struct {
-	Format int             `json:"format,omitempty"`
-	Server string          `json:"server,omitempty"`
-	Plan   json.RawMessage `json:"plan,omitempty"`
-	Image  any             `json:"image,omitempty"`
+	Intent json.RawMessage `json:"intent"`
+	Image  json.RawMessage `json:"image"`
 }
 
 // write writes a file. The compression is the fastest, with the least state: images
 // are many copies of the same few fields, and what is short travels with an undo.
-func write(w io.Writer, server string, plan *halliganv1.Plan, images iter.Seq2[any, error], to []age.Recipient) error {
+func write(w io.Writer, record io.Reader, to []age.Recipient) error {
 	crypt, err := age.Encrypt(w, to...)
 	if err != nil {
 		return err
@@ -52,21 +48,8 @@ func write(w io.Writer, server string, plan *halliganv1.Plan, images iter.Seq2[a
 	if err != nil {
 		return err
 	}
-	first := line{Format: format, Server: server}
-	if first.Plan, err = api.CanonicalJSON(plan); err != nil {
+	if _, err := io.Copy(packed, record); err != nil {
 		return err
-	}
-	lines := json.NewEncoder(packed)
-	if err := lines.Encode(first); err != nil {
-		return err
-	}
-	for image, err := range images {
-		if err == nil {
-			err = lines.Encode(line{Image: image})
-		}
-		if err != nil {
-			return err
-		}
 	}
 	return errors.Join(packed.Close(), crypt.Close())
 }
@@ -91,11 +74,9 @@ func read(file io.Reader, keys []age.Identity) (*Record, error) {
 	}
 	limited := &io.LimitedReader{R: packed, N: maxPlain}
 	lines := json.NewDecoder(limited)
-	lines.DisallowUnknownFields()
 	var r *Record
 	for {
-		var image json.RawMessage
-		l := line{Image: &image}
+		var l line
 		err := lines.Decode(&l)
 		switch {
 		case limited.N == 0:
@@ -104,17 +85,15 @@ func read(file io.Reader, keys []age.Identity) (*Record, error) {
 			return r, nil
 		case err != nil:
 			return nil, err
-		case r == nil && l.Format != format:
-			return nil, fmt.Errorf("its format %d is not known to this build, which knows %d", l.Format, format)
+		case r == nil && l.Intent == nil || r != nil && l.Intent != nil:
+			return nil, errors.New("it is no record of an action")
 		case r == nil:
-			r = &Record{Server: l.Server, Plan: &halliganv1.Plan{}}
-			if err := protojson.Unmarshal(l.Plan, r.Plan); err != nil {
+			r = &Record{Plan: &halliganv1.Plan{}}
+			if err := protojson.Unmarshal(l.Intent, r.Plan); err != nil {
 				return nil, err
 			}
-		case image == nil || l.Format != 0:
-			return nil, errors.New("a line of it is no image")
-		default:
-			r.Images = append(r.Images, image)
+		case l.Image != nil:
+			r.Images = append(r.Images, l.Image)
 		}
 	}
 }

@@ -11,10 +11,10 @@
 // # The file
 //
 // sealed/ACTION.age is an age v1 file for X25519 recipients, which stock age opens
-// too. In it, compressed (gzip, RFC 1952), are lines of JSON: first one with the
-// version of this format, the server and the plan, whose objects are those of the
-// images; then one {"image": …} for each, as the agent's journal has it. Its SHA-256
-// is in the event of the action's outcome, which tells what became of each object.
+// too. In it, compressed (gzip, RFC 1952), is the record of the action as the agent's
+// journal has it: lines of JSON, first the plan ("intent"), then an "image" of each
+// object. Its SHA-256 is in the event of the action's outcome, which tells what became
+// of each object.
 package sealed
 
 import (
@@ -26,7 +26,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"iter"
 	"maps"
 	"os"
 	"path/filepath"
@@ -39,7 +38,6 @@ import (
 	"filippo.io/age"
 	"github.com/rs/zerolog"
 
-	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
@@ -308,11 +306,10 @@ func (s *Store) keep() time.Duration {
 	return bundle.DefaultKeepImages
 }
 
-// Seal seals the plan of an action and the before-images, each of which encodes as
-// JSON, and returns the SHA-256 of the file in hex when it is durable. Sealing again
-// replaces the file.
-func (s *Store) Seal(plan *halliganv1.Plan, images iter.Seq2[any, error]) (sum string, err error) {
-	sum, err = s.seal(plan, images)
+// Seal seals the record of an action, up to its last before-image, and returns the
+// SHA-256 of the file in hex when it is durable. Sealing again replaces the file.
+func (s *Store) Seal(action string, record io.Reader) (sum string, err error) {
+	sum, err = s.seal(action, record)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.problem = ""
@@ -321,18 +318,18 @@ func (s *Store) Seal(plan *halliganv1.Plan, images iter.Seq2[any, error]) (sum s
 		s.problem = neutral.Line(err.Error())
 		return "", err
 	}
-	s.sent[plan.Id] = sent{SHA256: sum}
+	s.sent[action] = sent{SHA256: sum}
 	s.bound()
 	s.wake()
 	return sum, nil
 }
 
-func (s *Store) seal(plan *halliganv1.Plan, images iter.Seq2[any, error]) (sum string, err error) {
-	name, err := Name(plan.Id)
+func (s *Store) seal(action string, record io.Reader) (sum string, err error) {
+	name, err := Name(action)
 	if err != nil {
 		return "", err
 	}
-	tmp, err := os.CreateTemp(s.dir, "."+plan.Id+".*.tmp")
+	tmp, err := os.CreateTemp(s.dir, "."+action+".*.tmp")
 	if err != nil {
 		return "", err
 	}
@@ -344,7 +341,7 @@ func (s *Store) seal(plan *halliganv1.Plan, images iter.Seq2[any, error]) (sum s
 	}()
 	hash := sha256.New()
 	buffered := bufio.NewWriterSize(io.MultiWriter(tmp, hash), 64<<10)
-	if err = write(buffered, s.o.Server, plan, images, s.recipients()); err != nil {
+	if err = write(buffered, record, s.recipients()); err != nil {
 		return "", err
 	}
 	if err = errors.Join(buffered.Flush(), tmp.Sync()); err != nil {

@@ -9,12 +9,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"iter"
+	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"filippo.io/age"
@@ -181,20 +182,25 @@ type image struct {
 	Value []byte `json:"value"`
 }
 
-func imagesOf(values ...string) iter.Seq2[any, error] {
-	return func(yield func(any, error) bool) {
-		for i, v := range values {
-			if !yield(image{i, "/registry/deployments/telemetry/collector", []byte(v)}, nil) {
-				return
-			}
-		}
+// recordOf is a record as the journal has it.
+func recordOf(p *halliganv1.Plan, values ...string) io.Reader {
+	var b bytes.Buffer
+	intent, err := api.CanonicalJSON(p)
+	if err != nil {
+		panic(err)
 	}
+	fmt.Fprintf(&b, `{"sum":"00000000","intent":%s,"access":{"door":"ssh"}}`+"\n", intent)
+	for i, v := range values {
+		img, _ := json.Marshal(image{i, "/registry/deployments/telemetry/collector", []byte(v)})
+		fmt.Fprintf(&b, `{"sum":"00000000","image":%s}`+"\n"+`{"sum":"00000000","note":{"index":0}}`+"\n", img)
+	}
+	return &b
 }
 
 // apply seals and logs an action and returns its evidence.
 func (a *agent) apply(plan *halliganv1.Plan) *halliganv1.SealedEvidence {
 	a.Helper()
-	sum, err := a.store.Seal(plan, imagesOf("before"))
+	sum, err := a.store.Seal(plan.Id, recordOf(plan, "before"))
 	a.must(err)
 	file, err := os.ReadFile(filepath.Join(a.dir, "sealed", plan.Id+".age"))
 	a.must(err)
@@ -226,7 +232,7 @@ func TestTake(t *testing.T) {
 	if err := json.Unmarshal(taken.Images[0], &img); err != nil || len(taken.Images) != 1 || string(img.Value) != "before" {
 		t.Errorf("%v, %q", err, taken.Images)
 	}
-	if taken.Server != "cp-1.prod" || taken.Intent.Actor.Person != "alice" || taken.Outcome.Outcome != "applied" || taken.Objects[0].RevisionAfter != 9 || taken.Plan.Id != action {
+	if taken.Server() != "cp-1.prod" || taken.Intent.Actor.Person != "alice" || taken.Outcome.Outcome != "applied" || taken.Objects[0].RevisionAfter != 9 || taken.Plan.Id != action {
 		t.Errorf("%+v", taken)
 	}
 	if _, err := one.store.Take(good); err != nil {
@@ -234,11 +240,11 @@ func TestTake(t *testing.T) {
 	}
 
 	// resealed is what anybody can make who knows the recipients.
-	resealed := func(server string, plan *halliganv1.Plan) []byte {
+	resealed := func(plan *halliganv1.Plan) []byte {
 		t.Helper()
-		mallory := w.agent(server)
+		mallory := w.agent("cp-9.prod")
 		mallory.store.Meet([][]byte{two.identity})
-		_, err := mallory.store.Seal(plan, imagesOf("another"))
+		_, err := mallory.store.Seal(plan.Id, recordOf(plan, "another"))
 		w.must(err)
 		file, err := os.ReadFile(filepath.Join(mallory.dir, "sealed", plan.Id+".age"))
 		w.must(err)
@@ -262,7 +268,7 @@ func TestTake(t *testing.T) {
 		return e
 	}
 	stranger := w.agent("cp-1.prod") // whose log has another key
-	_, err = stranger.store.Seal(stranger.plan(nil), imagesOf("before"))
+	_, err = stranger.store.Seal(action, recordOf(stranger.plan(nil), "before"))
 	w.must(err)
 	lonely, err := os.ReadFile(filepath.Join(stranger.dir, "sealed", action+".age"))
 	w.must(err)
@@ -276,7 +282,7 @@ func TestTake(t *testing.T) {
 	}{
 		"nothing":                          {&halliganv1.SealedEvidence{}, "the statement of a log's key does not hold"},
 		"a byte of the file":               {with(func(e *halliganv1.SealedEvidence) { e.Sealed[len(e.Sealed)-1] ^= 1 }), "no event of the log has the hash"},
-		"another file to the same keys":    {with(func(e *halliganv1.SealedEvidence) { e.Sealed = resealed("cp-1.prod", one.plan(nil)) }), "no event of the log has the hash"},
+		"another file to the same keys":    {with(func(e *halliganv1.SealedEvidence) { e.Sealed = resealed(one.plan(nil)) }), "no event of the log has the hash"},
 		"no file":                          {with(func(e *halliganv1.SealedEvidence) { e.Sealed = nil }), "no event of the log has the hash"},
 		"a byte of an event":               {with(func(e *halliganv1.SealedEvidence) { e.Events[1].Event[40] ^= 1 }), "does not hold for this event"},
 		"a byte of a proof":                {with(func(e *halliganv1.SealedEvidence) { e.Events[1].Proof[40] ^= 1 }), ""},
@@ -292,13 +298,12 @@ func TestTake(t *testing.T) {
 				e.Events = append(e.Events, e.Events[1])
 			}
 		}), "100 events are not"},
-		"another cluster":             {logged(elsewhere, foreign, resealed("cp-3.stage", foreign), nil), "it is of another cluster than prod"},
-		"another plan than logged":    {logged(one, one.plan(nil), resealed("cp-1.prod", other), nil), "another plan than that of the intent"},
-		"sealed by another node":      {logged(one, one.plan(nil), resealed("cp-9.prod", one.plan(nil)), nil), `says to be of "cp-9.prod"`},
-		"planned on another node":     {logged(one, two.plan(nil), resealed("cp-1.prod", two.plan(nil)), nil), "planned on another node"},
-		"done by somebody else":       {logged(one, bob, resealed("cp-1.prod", bob), func(i, _ *audit.Event) { i.Actor.Person = "alice" }), "somebody else"},
-		"an outcome of another":       {logged(one, other, resealed("cp-1.prod", other), func(_, o *audit.Event) { o.Of = "intent" }), "do not belong together"},
-		"an event of another version": {logged(one, other, resealed("cp-1.prod", other), func(_, o *audit.Event) { o.Outcome = ""; o.Kind = "rumour" }), "no place"},
+		"another cluster":             {logged(elsewhere, foreign, resealed(foreign), nil), "it is of another cluster than prod"},
+		"another plan than logged":    {logged(one, one.plan(nil), resealed(other), nil), "another plan than that of the intent"},
+		"planned on another node":     {logged(one, two.plan(nil), resealed(two.plan(nil)), nil), "planned on another node"},
+		"done by somebody else":       {logged(one, bob, resealed(bob), func(i, _ *audit.Event) { i.Actor.Person = "alice" }), "somebody else"},
+		"an outcome of another":       {logged(one, other, resealed(other), func(_, o *audit.Event) { o.Of = "intent" }), "do not belong together"},
+		"an event of another version": {logged(one, other, resealed(other), func(_, o *audit.Event) { o.Outcome = ""; o.Kind = "rumour" }), "no place"},
 		"not sealed to this agent":    {logged(one, one.plan(nil), lonely, nil), "cannot be opened"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -332,7 +337,7 @@ func TestMeet(t *testing.T) {
 	}
 	opens := func(keys ...age.Identity) bool {
 		t.Helper()
-		_, err := one.store.Seal(one.plan(nil), imagesOf("before"))
+		_, err := one.store.Seal(action, recordOf(one.plan(nil), "before"))
 		w.must(err)
 		f, err := os.Open(filepath.Join(one.dir, "sealed", action+".age"))
 		w.must(err)
@@ -374,7 +379,7 @@ func TestSend(t *testing.T) {
 	one := w.agent("cp-1.prod")
 	changed, end := one.store.Changed()
 	defer end()
-	sum, err := one.store.Seal(one.plan(nil), imagesOf("before"))
+	sum, err := one.store.Seal(action, recordOf(one.plan(nil), "before"))
 	w.must(err)
 	select {
 	case <-changed:
@@ -401,14 +406,14 @@ func TestSend(t *testing.T) {
 	w.must(os.Remove(filepath.Join(one.dir, "sent")))
 	one.open()
 	unsent("a.bastion", 1)
-	if _, err := one.store.Seal(one.plan(nil), func(yield func(any, error) bool) { yield(nil, errors.New("an image is damaged")) }); err == nil || one.store.Problem() == "" {
+	if _, err := one.store.Seal(action, iotest.ErrReader(errors.New("the record is damaged"))); err == nil || one.store.Problem() == "" {
 		t.Error("sealed what cannot be read")
 	}
 	unsent("b.bastion", 1)
 	if left, _ := filepath.Glob(filepath.Join(one.dir, "sealed", ".*")); len(left) > 0 {
 		t.Error(left)
 	}
-	if _, err := one.store.Seal(one.plan(func(p *halliganv1.Plan) { p.Id = "../x" }), imagesOf()); err == nil {
+	if _, err := one.store.Seal("../x", recordOf(one.plan(nil))); err == nil {
 		t.Error("any name will do")
 	}
 }
@@ -420,7 +425,7 @@ func TestExpire(t *testing.T) {
 	one := w.agent("cp-1.prod")
 	write := func(id string, age time.Duration) {
 		t.Helper()
-		_, err := one.store.Seal(one.plan(func(p *halliganv1.Plan) { p.Id = id }), imagesOf("before"))
+		_, err := one.store.Seal(id, recordOf(one.plan(nil), "before"))
 		w.must(err)
 		at := w.now.Add(-age)
 		w.must(os.Chtimes(filepath.Join(one.dir, "sealed", id+".age"), at, at))
@@ -456,7 +461,7 @@ func TestExpire(t *testing.T) {
 	w.must(err)
 	defer small.Close()
 	for _, id := range []string{"d", "e"} {
-		_, err := small.Seal(one.plan(func(p *halliganv1.Plan) { p.Id = id }), imagesOf("before"))
+		_, err := small.Seal(id, recordOf(one.plan(nil), "before"))
 		w.must(err)
 	}
 	if _, err := os.Stat(filepath.Join(one.dir, "sealed", "c.age")); err == nil {

@@ -135,13 +135,13 @@ func (t *tool) showRecovered(r *sealed.Record, all []recovered, sum, out string)
 			SHA256 string          `json:"sha256"`
 			Plan   json.RawMessage `json:"plan"`
 			Images []recovered     `json:"images"`
-		}{r.Server, sum, plan, all})
+		}{r.Server(), sum, plan, all})
 		if err != nil {
 			return err
 		}
 		return t.PrintJSON(text)
 	}
-	t.say("%s: %s by %s as %s on %s, %s", p.Id, p.Action, p.Actor, p.Role, r.Server, p.Summary)
+	t.say("%s: %s by %s as %s on %s, %s", p.Id, p.Action, p.Actor, p.Role, r.Server(), p.Summary)
 	t.say("reason: %s   incident: %s   sha256: %s", p.Reason, p.Incident, sum)
 	for _, img := range all {
 		t.say("%s", strings.TrimSpace(fmt.Sprintf("%s  %s  revision %d, %d bytes  %s", img.Operation, img.Key, img.Revision, img.Bytes, img.File)))

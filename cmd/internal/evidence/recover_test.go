@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"filippo.io/age"
 	"github.com/spf13/cobra"
 
+	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/audit/sealed"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
@@ -51,8 +53,16 @@ func TestRecover(t *testing.T) {
 	const id, key, secret = "20261123-114502-k3xq7mab", "/registry/secrets/x/\x1b[31ms", "hunter2"
 	sum := sha256.Sum256([]byte(secret))
 	image := sealed.Image{Key: key, UID: "u", Revision: 7, Value: []byte(secret), ValueSHA256: sum[:], Delete: true}
-	plan := &halliganv1.Plan{Id: id, Action: "delete", Actor: "alice", Role: "responder", Summary: "delete\na secret", Objects: []*halliganv1.PlannedObject{{Key: key, Operation: "delete", Revision: 7}}}
-	if _, err := store.Seal(plan, func(yield func(any, error) bool) { yield(image, nil) }); err != nil {
+	plan := &halliganv1.Plan{Id: id, Action: "delete", Actor: "alice", Role: "responder", Node: testfleet.Node, ClusterName: testfleet.Cluster, Summary: "delete\na secret", Objects: []*halliganv1.PlannedObject{{Key: key, Operation: "delete", Revision: 7}}}
+	intent, err := api.CanonicalJSON(plan)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := json.Marshal(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.Seal(id, strings.NewReader(fmt.Sprintf("{\"intent\":%s}\n{\"image\":%s}\n", intent, img))); err != nil {
 		t.Fatal(err)
 	}
 	name := filepath.Join(dir, "audit", "sealed", id+".age")
