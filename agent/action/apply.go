@@ -685,7 +685,7 @@ func (e *Engine) seal(ctx context.Context, kind *storage.Kind, key string, plain
 // since the key that it was encrypted with may be gone tomorrow.
 func (a *application) stored(ctx context.Context, s *step) ([]byte, error) {
 	e := a.engine
-	raw, err := e.journal.Value(s.image.action, s.image.ref)
+	raw, err := s.image.value()
 	if err != nil {
 		return nil, err
 	}

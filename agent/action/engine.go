@@ -46,8 +46,10 @@ type Options struct {
 	// it. Past are its events of before this start; nil: there are none.
 	Audit audit.Log
 	Past  Past
-	// Sealed keeps before-images elsewhere; may be nil.
+	// Sealed keeps before-images elsewhere, and Take opens those of another node that
+	// somebody brings, so that this one takes its actions back; both may be nil.
 	Sealed Sealed
+	Take   Take
 	// Gone is the file that WatchGone keeps, in the private folder of the
 	// journal; "" keeps it in memory only.
 	Gone string
@@ -96,6 +98,7 @@ type Engine struct {
 	audit      audit.Log
 	past       Past
 	sealed     Sealed
+	opens      Take
 	policy     func() *trust.Policy
 	name       string // of the cluster
 	fresh      func() bool
@@ -180,7 +183,7 @@ func New(o Options) *Engine {
 	if o.Steps == nil {
 		o.Steps = func(string) {}
 	}
-	return &Engine{audit: o.Audit, past: o.Past, closed: o.Past == nil, sealed: o.Sealed, node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, elsewhere: o.Elsewhere, encryption: o.Encryption,
+	return &Engine{audit: o.Audit, past: o.Past, closed: o.Past == nil, sealed: o.Sealed, opens: o.Take, node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, elsewhere: o.Elsewhere, encryption: o.Encryption,
 		journal: o.Journal, policy: o.Policy, name: o.Cluster, fresh: o.Fresh, approvals: o.Approvals, alarm: o.Alarm, now: o.Now,
 		log: o.Log, planTTL: o.PlanTTL, approveTTL: o.ApprovalTTL, settle: o.SettleAfter, pace: o.Pace, steps: o.Steps,
 		gone: gone{path: o.Gone}, kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]tally{}, running: map[string]running{}, told: map[string]bool{}}
@@ -197,6 +200,16 @@ func (e *Engine) Describe() []*halliganv1.Action {
 
 // Plan computes what an action would do. It writes nothing anywhere.
 func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.PlanRequest) (*halliganv1.Plan, error) {
+	return e.prepare(ctx, who, req, nil)
+}
+
+// Undo is Plan of an undo, which may bring the evidence of another node's action.
+func (e *Engine) Undo(ctx context.Context, who trust.Identity, req *halliganv1.UndoRequest) (*halliganv1.Plan, error) {
+	return e.prepare(ctx, who, &halliganv1.PlanRequest{Action: undoName, Reason: req.GetReason(), Incident: req.GetIncident(),
+		Parameters: &structpb.Struct{Fields: map[string]*structpb.Value{"action": structpb.NewStringValue(req.GetActionId())}}}, req.GetEvidence())
+}
+
+func (e *Engine) prepare(ctx context.Context, who trust.Identity, req *halliganv1.PlanRequest, evidence *halliganv1.SealedEvidence) (*halliganv1.Plan, error) {
 	began := time.Now()
 	r, err := e.authorize(who, req.Action)
 	if err != nil {
@@ -218,7 +231,7 @@ func (e *Engine) Plan(ctx context.Context, who trust.Identity, req *halliganv1.P
 		return nil, err
 	}
 	created := e.now()
-	p := &planner{engine: e, who: who, policy: e.policy(), request: e.request(r), plan: &halliganv1.Plan{
+	p := &planner{engine: e, who: who, evidence: evidence, policy: e.policy(), request: e.request(r), plan: &halliganv1.Plan{
 		Id: newID(created), Action: r.name, Parameters: req.Parameters, Actor: who.Person, Role: who.Role.String(), Reason: req.Reason, Incident: req.Incident,
 		Node: e.node, Cluster: cluster, Via: "etcd", ViaReason: "the only way that this agent has",
 		Created: timestamppb.New(created), Nonce: newNonce(), ClusterName: e.name,

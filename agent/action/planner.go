@@ -59,9 +59,13 @@ type step struct {
 }
 
 type imageOf struct {
+	from   records
 	action string
 	ref    journal.ImageRef
 }
+
+// value returns the stored bytes, checked against their hash.
+func (i *imageOf) value() ([]byte, error) { return i.from.Value(i.action, i.ref) }
 
 // object is one stored object with its place.
 type object struct {
@@ -108,6 +112,11 @@ type planner struct {
 	unsaid int
 	// stale is set when something was read without a quorum: why.
 	stale string
+	// evidence came with the request; lost is the other node's action that an undo
+	// takes from it. An undo reads the images that it puts back from there.
+	evidence *halliganv1.SealedEvidence
+	lost     *taken
+	from     records
 	// gone holds which namespaces an undo found gone.
 	gone map[string]bool
 	// expired counts objects whose lease ran out.

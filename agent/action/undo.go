@@ -49,11 +49,14 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	if err != nil {
 		return err
 	}
-	entry, err := p.engine.journal.Find(par.Action)
+	entry, from, err := p.find(par.Action)
 	if err != nil {
 		return err
 	}
 	switch {
+	case entry.Result == "" && p.lost != nil:
+		return fault.New(fault.Refused, "recover it with the offline key (halligan audit recover), or look for yourself what was done", "the log of %s does not tell what became of %s",
+			p.lost.server, entry.ID)
 	case entry.Result == "":
 		return fault.New(fault.Stale, "look again in a moment: halligan history "+entry.ID, "action %s is still unfinished", entry.ID)
 	case !own(entry, p.who) || p.engine.now().Sub(entry.Time) > undoOwn:
@@ -61,20 +64,21 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 			return err
 		}
 	}
-	if p.request.Again, err = p.engine.again(entry); err != nil {
+	if err := p.onceMore(entry); err != nil {
 		return err
 	}
 	if by := p.engine.journal.UndoneBy(entry.ID); by != "" {
 		return fault.New(fault.Stale, "see: halligan history "+by, "action %s was taken back already, by %s", entry.ID, by)
 	}
-	record, err := p.engine.journal.Read(entry.ID)
+	record, err := from.Read(entry.ID)
 	if err != nil {
 		return err
 	}
 	if record.Plan.Cluster != p.plan.Cluster {
 		return fault.New(fault.Refused, "undo it where it was done", "action %s belongs to another cluster's etcd", entry.ID)
 	}
-	p.plan.Undoes = entry.ID
+	p.plan.Undoes, p.from = entry.ID, from
+	p.tellLost()
 	applied := map[int]journal.Note{}
 	for _, n := range record.Notes {
 		if n.Outcome == journal.Applied {
@@ -181,8 +185,10 @@ func (p *planner) undoOne(ctx context.Context, entry journal.Entry, planned *hal
 			return fault.New(fault.Refused, "its bytes are in the record of "+entry.ID+" on this node", "%s/%s could not be read: put back, it would break every LIST of its kind again",
 				kind.Resource(), name)
 		}
+		// That nobody took it back already only the record's own node knows: there,
+		// what gives no rights needs no more.
 		since := int64(0)
-		if authority {
+		if authority || p.lost != nil {
 			quiet, err := p.engine.quietSince(ctx, p.plan.Cluster, ref.Key, wrote.Revision)
 			if err != nil {
 				return err
@@ -293,7 +299,7 @@ func (p *planner) unsure(kind *storage.Kind, name string, entry journal.Entry, q
 // nothing happened to its key, 0 where that does not matter.
 func (p *planner) restore(ctx context.Context, kind *storage.Kind, namespace, name string, entry journal.Entry, ref journal.ImageRef, since int64) error {
 	s := &step{kind: kind, namespace: namespace, name: name, key: ref.Key, uid: ref.UID, op: opCreate, size: ref.Size,
-		image: &imageOf{action: entry.ID, ref: ref}, since: since}
+		image: &imageOf{from: p.from, action: entry.ID, ref: ref}, since: since}
 	if kind.Group == "" && kind.Kind == "Service" {
 		taken, err := p.addressTaken(ctx, kind, entry, ref)
 		if err != nil {
@@ -340,7 +346,7 @@ func (p *planner) showAllGiven(ctx context.Context) {
 }
 
 func (p *planner) showGiven(ctx context.Context, s *step, planned *halliganv1.PlannedObject) error {
-	raw, err := p.engine.journal.Value(s.image.action, s.image.ref)
+	raw, err := s.image.value()
 	if err != nil {
 		return err
 	}
@@ -419,7 +425,7 @@ func (p *planner) give(planned *halliganv1.PlannedObject, path string, value jso
 // the one to be put back: the API server, which hands them out, is not asked. It
 // returns what was taken by whom.
 func (p *planner) addressTaken(ctx context.Context, kind *storage.Kind, entry journal.Entry, ref journal.ImageRef) (string, error) {
-	raw, err := p.engine.journal.Value(entry.ID, ref)
+	raw, err := p.from.Value(entry.ID, ref)
 	if err != nil {
 		return "", err
 	}
