@@ -55,7 +55,7 @@ type Daemon struct {
 
 // rows are the verbs, in the order of the help text.
 var rows = []func(*tool) *cobra.Command{
-	(*tool).fetch, (*tool).verify, (*tool).show, (*tool).prove, (*tool).export, (*tool).story, (*tool).recover,
+	(*tool).fetch, (*tool).verify, (*tool).show, (*tool).prove, (*tool).replay, (*tool).export, (*tool).story, (*tool).recover,
 }
 
 // tool is one run of a command below audit.
@@ -79,6 +79,7 @@ func Command(s Surroundings) *cobra.Command {
 			"  halligan audit fetch DIR                       all of it, to keep or to carry away\n" +
 			"  halligan audit verify DIR --bundle FILE        offline; names the first entry that does not hold\n" +
 			"  halligan audit prove ID                        a proof that an event is in its log\n" +
+			"  halligan audit replay SESSION                  what somebody saw\n" +
 			"  halligan audit report INC-7 --html FILE        its story, for who was not there\n\n" +
 			"Exit status: 0 it holds, 1 it does not, 2 wrong usage, 8 nobody could be reached.",
 		Args: cobra.ArbitraryArgs, RunE: group,
