@@ -2,6 +2,7 @@ package evidence
 
 import (
 	"bytes"
+	"encoding/base64"
 	"fmt"
 	"slices"
 
@@ -83,9 +84,20 @@ func VerifyProof(t Trust, identities [][]byte, proof, event []byte) (p Proven, e
 	if len(proof) > MaxProof {
 		return p, bad("a proof of %d bytes is too long", len(proof))
 	}
-	_, signed, ok := bytes.Cut(proof, []byte("\n\n"))
+	lines, signed, ok := bytes.Cut(proof, []byte("\n\n"))
 	if !ok {
 		return p, bad("it is no proof (C2SP tlog-proof)")
+	}
+	for i, line := range bytes.Split(lines, []byte("\n")) {
+		if i < 2 { // what it is, and the index
+			continue
+		}
+		if _, err := base64.StdEncoding.Strict().DecodeString(string(line)); err != nil {
+			return p, bad("it is no proof (C2SP tlog-proof): %w", err)
+		}
+	}
+	if err := canonical(signed); err != nil {
+		return p, bad("%w", err)
 	}
 	claims, err := tiles.ParseCheckpoint(signed)
 	if err != nil {

@@ -326,7 +326,10 @@ func (h *held) find(name string, keys *keyring) {
 		h.problem(file, nil, "%v", err)
 		return
 	}
-	if tree.at, _, err = torchwood.VerifyCheckpoint(raw, policy(claims.Origin, v)); err != nil {
+	if tree.at, _, err = torchwood.VerifyCheckpoint(raw, policy(claims.Origin, v)); err == nil {
+		err = canonical(raw)
+	}
+	if err != nil {
 		h.problem(file, nil, "its signature does not hold: %v", err)
 		return
 	}
@@ -374,6 +377,22 @@ func (f *folder) problems(l *Log) {
 // policy demands the log's own signature on a checkpoint of its own name.
 func policy(tree string, v note.Verifier) torchwood.Policy {
 	return torchwood.ThresholdPolicy(2, torchwood.OriginPolicy(tree), torchwood.SingleVerifierPolicy(v))
+}
+
+// canonical refuses a note whose signatures are written in another way than the
+// only one: bits of base64 that count for nothing.
+func canonical(signed []byte) error {
+	i := bytes.LastIndex(signed, []byte("\n\n"))
+	if i < 0 {
+		return errors.New("it has no signature")
+	}
+	for line := range bytes.Lines(signed[i+2:]) {
+		text := line[bytes.LastIndexByte(line, ' ')+1:]
+		if _, err := base64.StdEncoding.Strict().DecodeString(string(bytes.TrimSuffix(text, []byte("\n")))); err != nil {
+			return fmt.Errorf("it is not written as it has to be: %w", err)
+		}
+	}
+	return nil
 }
 
 // name is the folder of a generation.
@@ -558,6 +577,9 @@ func (h *held) witnesses(t *heldTree, keys *keyring) (covered uint64) {
 		}
 		known := note.VerifierList(append([]note.Verifier{own}, keys.witnesses...)...)
 		c, _, err := torchwood.VerifyCheckpoint(raw, &with{policy(t.at.Origin, own), known})
+		if err == nil {
+			err = canonical(raw)
+		}
 		if err != nil {
 			h.problem(h.folder.file(from), nil, "its signature does not hold: %v", err)
 			continue

@@ -17,8 +17,8 @@ import (
 	"io/fs"
 	"iter"
 	"os"
-	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"filippo.io/torchwood"
@@ -273,21 +273,29 @@ func (t *Tree) bundle(tile tlog.Tile) ([][]byte, error) {
 	return entries, nil
 }
 
-// widest reads a tile, or, where it has been replaced by a wider one since, that.
+// widest reads a tile or, where it has been replaced by a wider one since, that.
+// Where there is none, it is the widest of those that are.
 func (t *Tree) widest(tile tlog.Tile, max int64) (data []byte, name string, err error) {
 	name = torchwood.TilePath(tile)
 	data, err = t.read(name, max)
-	if !errors.Is(err, fs.ErrNotExist) || tile.W == torchwood.TileWidth {
+	if !errors.Is(err, fs.ErrNotExist) {
 		return data, name, err
 	}
 	full := tile
 	full.W = torchwood.TileWidth
-	names := []string{torchwood.TilePath(full)}
-	partial, _ := fs.ReadDir(t.fs, path.Dir(name))
+	whole := torchwood.TilePath(full)
+	partial, _ := fs.ReadDir(t.fs, whole+".p")
+	widths := []int{}
 	for _, e := range partial {
-		if w, err := strconv.Atoi(e.Name()); err == nil && w > tile.W {
-			names = append(names, path.Join(path.Dir(name), e.Name()))
+		if w, err := strconv.Atoi(e.Name()); err == nil && w > 0 && w < torchwood.TileWidth {
+			widths = append(widths, w)
 		}
+	}
+	slices.Sort(widths)
+	names := []string{whole}
+	for _, w := range slices.Backward(widths) {
+		full.W = w
+		names = append(names, torchwood.TilePath(full))
 	}
 	for _, other := range names {
 		if data, err := t.read(other, max); err == nil {
