@@ -223,13 +223,13 @@ func (w *witness) reach(ctx context.Context, end context.CancelCauseFunc, h bund
 		raw.Close()
 		return nil, nil, err
 	}
-	closed = func() { conn.Close(); raw.Close() }
+	hangUp := func() { conn.Close(); raw.Close() }
 	defer func() {
 		if err != nil {
 			if ctx.Err() != nil {
 				err = context.Cause(ctx)
 			}
-			closed()
+			hangUp()
 		}
 	}()
 	stream, err := halliganv1.NewEvidenceClient(conn).Witness(ctx)
@@ -250,7 +250,7 @@ func (w *witness) reach(ctx context.Context, end context.CancelCauseFunc, h bund
 	if first.GetIdentity() == nil {
 		return nil, nil, fault.New(fault.Usage, "", "%s does not begin with who it is", h.ID())
 	}
-	return s, closed, c.Identify(first.GetIdentity())
+	return s, hangUp, c.Identify(first.GetIdentity())
 }
 
 type generation struct {
