@@ -126,10 +126,11 @@ type Engine struct {
 	// owed are outcomes that the log did not take yet.
 	owed []audit.Event
 	// closed says that no intent of an earlier process is without an outcome, unless
-	// it is owed or the action unfinished; told are, until then, the actions that
-	// this process recorded the outcome of, or began.
-	closed bool
-	told   map[string]bool
+	// it is owed or the action unfinished; final are, from then on, the unfinished
+	// actions whose outcome is on record all the same. told are, until then, the
+	// actions of this process.
+	closed      bool
+	told, final map[string]bool
 }
 
 // running is an action under way.
@@ -144,6 +145,8 @@ type prepared struct {
 	request trust.Request
 	steps   []*step
 	took    time.Duration
+	// lost is how many bytes it holds of another node's record.
+	lost int
 }
 
 // stamp is how a time is told to people.
@@ -154,6 +157,7 @@ const stamp = time.RFC3339
 const (
 	maxPlans       = 64
 	maxPlanObjects = 20_000
+	maxPlanLost    = 16 << 20 // bytes of other nodes' records
 )
 
 // New returns an engine. Recover must run beside it, which settles what an earlier
@@ -295,7 +299,7 @@ func (e *Engine) prepare(ctx context.Context, who trust.Identity, req *halliganv
 	if p.plan.Sha256, err = api.PlanSHA256(p.plan); err != nil {
 		return nil, err
 	}
-	e.keep(&prepared{plan: p.plan, request: p.request, steps: p.steps, took: time.Since(began)})
+	e.keep(&prepared{plan: p.plan, request: p.request, steps: p.steps, took: time.Since(began), lost: p.lost.size()})
 	return proto.CloneOf(p.plan), nil
 }
 
@@ -415,15 +419,16 @@ func (e *Engine) keep(p *prepared) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.plans = append(e.plans, p)
-	plans, objects := map[string]int{}, map[string]int{}
+	plans, objects, lost := map[string]int{}, map[string]int{}, map[string]int{}
 	now := e.now()
 	kept := make([]*prepared, 0, len(e.plans))
 	for _, q := range slices.Backward(e.plans) {
 		who := q.plan.Actor
 		plans[who]++
 		objects[who] += len(q.steps)
+		lost[who] += q.lost
 		// An expired plan stays a while, so that whoever applies it is told.
-		if q == p || plans[who] <= maxPlans && objects[who] <= maxPlanObjects && now.Before(q.plan.Expires.AsTime().Add(e.planTTL)) {
+		if q == p || plans[who] <= maxPlans && objects[who] <= maxPlanObjects && lost[who] <= maxPlanLost && now.Before(q.plan.Expires.AsTime().Add(e.planTTL)) {
 			kept = append(kept, q)
 		}
 	}

@@ -82,6 +82,16 @@ func newTaken(t *sealed.Taken) (*taken, error) {
 	return out, nil
 }
 
+// size is how many bytes it holds; nil holds none.
+func (t *taken) size() (n int) {
+	if t != nil {
+		for _, value := range t.values {
+			n += len(value)
+		}
+	}
+	return n
+}
+
 func (t *taken) Read(string) (*journal.Record, error) { return t.record, nil }
 
 func (t *taken) Value(_ string, ref journal.ImageRef) ([]byte, error) {

@@ -26,6 +26,8 @@ type Engine interface {
 	Status(ctx context.Context, who trust.Identity) (*halliganv1.StatusResponse, error)
 	// Plan changes nothing.
 	Plan(ctx context.Context, who trust.Identity, req *halliganv1.PlanRequest) (*halliganv1.Plan, error)
+	// Undo is Plan of an undo, with what proves an action of another node.
+	Undo(ctx context.Context, who trust.Identity, req *halliganv1.UndoRequest) (*halliganv1.Plan, error)
 	// ShowPlan returns a plan that waits, to whoever may see it.
 	ShowPlan(ctx context.Context, who trust.Identity, id string) (*halliganv1.Plan, error)
 	// Apply always returns a result. Its context does not end when the caller

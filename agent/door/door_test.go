@@ -16,6 +16,8 @@ import (
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 
+	"google.golang.org/protobuf/types/known/structpb"
+
 	"github.com/halligan-io/halligan/api"
 	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
@@ -43,6 +45,11 @@ func (s *scripted) Status(_ context.Context, who trust.Identity) (*halliganv1.St
 
 func (s *scripted) Plan(_ context.Context, who trust.Identity, req *halliganv1.PlanRequest) (*halliganv1.Plan, error) {
 	return s.plan(who, req)
+}
+
+func (s *scripted) Undo(ctx context.Context, who trust.Identity, req *halliganv1.UndoRequest) (*halliganv1.Plan, error) {
+	return s.Plan(ctx, who, &halliganv1.PlanRequest{Action: "undo", Reason: req.GetReason(), Incident: req.GetIncident(),
+		Parameters: &structpb.Struct{Fields: map[string]*structpb.Value{"action": structpb.NewStringValue(req.GetActionId())}}})
 }
 
 func (s *scripted) ShowPlan(_ context.Context, who trust.Identity, id string) (*halliganv1.Plan, error) {

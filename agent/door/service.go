@@ -7,7 +7,6 @@ import (
 	"sync"
 
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/halligan-io/halligan/api"
@@ -56,14 +55,13 @@ func (s *Server) Plan(ctx context.Context, req *halliganv1.PlanRequest) (*hallig
 	return s.engine.Plan(ctx, info.Who, req)
 }
 
-// Undo is Plan with the action undo.
+// Undo plans the reversal of an action.
 func (s *Server) Undo(ctx context.Context, req *halliganv1.UndoRequest) (*halliganv1.Plan, error) {
-	return s.Plan(ctx, &halliganv1.PlanRequest{
-		Action:     "undo",
-		Parameters: &structpb.Struct{Fields: map[string]*structpb.Value{"action": structpb.NewStringValue(req.GetActionId())}},
-		Reason:     req.GetReason(),
-		Incident:   req.GetIncident(),
-	})
+	info, err := grpcdoor.CallerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return s.engine.Undo(ctx, info.Who, req)
 }
 
 // ShowPlan returns a plan that waits.

@@ -23,6 +23,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"google.golang.org/protobuf/types/known/structpb"
+
 	"github.com/halligan-io/halligan/agent/door"
 	"github.com/halligan-io/halligan/api"
 	"github.com/halligan-io/halligan/api/grpcdoor"
@@ -75,6 +77,11 @@ func (e *engine) Plan(_ context.Context, who trust.Identity, req *halliganv1.Pla
 	defer e.mu.Unlock()
 	e.plans[p.GetId()] = p
 	return p, nil
+}
+
+func (e *engine) Undo(ctx context.Context, who trust.Identity, req *halliganv1.UndoRequest) (*halliganv1.Plan, error) {
+	return e.Plan(ctx, who, &halliganv1.PlanRequest{Action: "undo", Reason: req.GetReason(), Incident: req.GetIncident(),
+		Parameters: &structpb.Struct{Fields: map[string]*structpb.Value{"action": structpb.NewStringValue(req.GetActionId())}}})
 }
 
 func (e *engine) ShowPlan(_ context.Context, _ trust.Identity, id string) (*halliganv1.Plan, error) {

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"slices"
 
+	"filippo.io/age"
+
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/audit"
@@ -67,8 +69,8 @@ func (s *Store) take(e *halliganv1.SealedEvidence, st logkey.Statement, b *bundl
 	if named := hex.EncodeToString(sum[:]); !slices.ContainsFunc(outcomes, func(ev audit.Event) bool { return ev.Images == named }) {
 		return nil, errors.New("no event of the log has the hash of the sealed file")
 	}
-	if t.Record, err = Read(bytes.NewReader(e.GetSealed()), s.key); err != nil {
-		return nil, errors.New(fault.Of(err).Message)
+	if t.Record, err = read(bytes.NewReader(e.GetSealed()), maxTaken, []age.Identity{s.key}); err != nil {
+		return nil, fmt.Errorf("the sealed file cannot be opened: %w", err)
 	}
 	return t, t.fits(st.Server)
 }

@@ -16,8 +16,12 @@ import (
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
-// maxPlain bounds what a file is decompressed to, in bytes.
-const maxPlain = 128 << 20
+// maxPlain bounds what a file is decompressed to, in bytes: anywhere, and in an
+// agent, which has little memory and takes no larger files than a request has.
+const (
+	maxPlain = 512 << 20
+	maxTaken = 32 << 20
+)
 
 // Record is what a sealed file holds.
 type Record struct {
@@ -56,14 +60,14 @@ func write(w io.Writer, record io.Reader, to []age.Recipient) error {
 
 // Read opens a file with one of the keys.
 func Read(file io.Reader, keys ...age.Identity) (*Record, error) {
-	r, err := read(file, keys)
+	r, err := read(file, maxPlain, keys)
 	if err != nil {
 		return nil, fault.New(fault.Refused, "see that it is a whole file of sealed/, and the key one that it was sealed to", "sealed before-images cannot be opened: %w", err)
 	}
 	return r, nil
 }
 
-func read(file io.Reader, keys []age.Identity) (*Record, error) {
+func read(file io.Reader, most int64, keys []age.Identity) (*Record, error) {
 	plain, err := age.Decrypt(file, keys...)
 	if err != nil {
 		return nil, err
@@ -72,7 +76,7 @@ func read(file io.Reader, keys []age.Identity) (*Record, error) {
 	if err != nil {
 		return nil, err
 	}
-	limited := &io.LimitedReader{R: packed, N: maxPlain}
+	limited := &io.LimitedReader{R: packed, N: most}
 	lines := json.NewDecoder(limited)
 	var r *Record
 	for {
@@ -80,7 +84,7 @@ func read(file io.Reader, keys []age.Identity) (*Record, error) {
 		err := lines.Decode(&l)
 		switch {
 		case limited.N == 0:
-			return nil, fmt.Errorf("it has more than %d MiB", maxPlain>>20)
+			return nil, fmt.Errorf("it has more than %d MiB", most>>20)
 		case errors.Is(err, io.EOF) && r != nil:
 			return r, nil
 		case err != nil:

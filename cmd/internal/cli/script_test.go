@@ -18,6 +18,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/rs/zerolog"
+	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/halligan-io/halligan/agent/console"
@@ -277,6 +278,11 @@ func (s *stage) Plan(_ context.Context, who trust.Identity, req *halliganv1.Plan
 	defer s.mu.Unlock()
 	s.plans[p.GetId()] = p
 	return p, nil
+}
+
+func (s *stage) Undo(ctx context.Context, who trust.Identity, req *halliganv1.UndoRequest) (*halliganv1.Plan, error) {
+	return s.Plan(ctx, who, &halliganv1.PlanRequest{Action: "undo", Reason: req.GetReason(), Incident: req.GetIncident(),
+		Parameters: &structpb.Struct{Fields: map[string]*structpb.Value{"action": structpb.NewStringValue(req.GetActionId())}}})
 }
 
 func (s *stage) ShowPlan(_ context.Context, _ trust.Identity, id string) (*halliganv1.Plan, error) {
