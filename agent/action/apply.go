@@ -157,6 +157,11 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 		return refuse(err)
 	}
 	lap, over := run.lap(), func(string) {}
+	if len(p.steps) <= smallAction { // beside the intent: reading is no effect
+		first := make(chan reading, 1)
+		go func() { first <- e.readNow(ctx, p.steps[0].key) }()
+		run.first = first
+	}
 	e.steps("intent")
 	_, audited := audit.Do(ctx, owing{e.audit, e}, intent, func(_ context.Context, permit audit.Permit) []audit.Event {
 		lap("intent")
@@ -173,6 +178,15 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 		return refuse(audited)
 	}
 	over("audit")
+	if cerr := <-run.closed; cerr != nil {
+		// What was done is done and can be settled from etcd; say that the
+		// record of its end is missing.
+		e.log.Error().Str("action", id).Err(cerr).Msg("outcome of an action could not be recorded")
+		if err == nil {
+			err = fmt.Errorf("done, but its outcome could not be recorded: %w", cerr)
+			result.Error = api.ErrorOf(err)
+		}
+	}
 	e.steps("end")
 	if audited != nil {
 		e.log.Error().Str("action", id).Err(audited).Msg("outcome of an action could not be put into the evidence log; tried again until it can")
@@ -205,6 +219,14 @@ type outcome struct {
 	err      error
 }
 
+// reading is what etcd said of one key.
+type reading struct {
+	kv    etcd.KV
+	found bool
+	view  etcd.View
+	err   error
+}
+
 // application is one plan being applied.
 type application struct {
 	engine *Engine
@@ -217,6 +239,10 @@ type application struct {
 	began    time.Time
 	// permit lets the objects be written.
 	permit audit.Permit
+	// first is what the first object is, read beside the intent; nil where it is not.
+	first <-chan reading
+	// closed says that the record is, beside the event of the outcome.
+	closed chan error
 	// sealing gives the hash of the sealed before-images; nil until they are begun.
 	sealing <-chan string
 
@@ -478,16 +504,16 @@ func (a *application) step(ctx context.Context, i int) outcome {
 
 	// Read again: a linearizable read answers only where there is a leader.
 	e.steps("read")
-	kv, found, view, err := e.etcd.Get(ctx, s.key)
-	if err != nil {
-		return failed(err)
+	now := a.read(ctx, i)
+	if now.err != nil {
+		return failed(now.err)
 	}
-	if s.op == opDelete && !found && len(a.plan.steps) > 1 {
+	if s.op == opDelete && !now.found && len(a.plan.steps) > 1 {
 		return outcome{what: outcomeGone}
 	}
 	lap("read")
 
-	write, image, out := a.prepare(ctx, i, kv, found, view)
+	write, image, out := a.prepare(ctx, i, now.kv, now.found, now.view)
 	if out != nil {
 		return *out
 	}
@@ -522,6 +548,19 @@ func (a *application) step(ctx context.Context, i int) outcome {
 	}
 	lap("verify")
 	return outcome{what: journal.Applied, revision: revision}
+}
+
+// read returns what the object of a step is now.
+func (a *application) read(ctx context.Context, i int) reading {
+	if i == 0 && a.first != nil {
+		return <-a.first
+	}
+	return a.engine.readNow(ctx, a.plan.steps[i].key)
+}
+
+func (e *Engine) readNow(ctx context.Context, key string) (r reading) {
+	r.kv, r.found, r.view, r.err = e.etcd.Get(ctx, key)
+	return r
 }
 
 // prepare demands that the key is what the plan saw, computes what is to be
@@ -883,14 +922,8 @@ func (a *application) finish() error {
 	if touched {
 		a.seal()
 	}
-	if err := a.close(touched, first); err != nil {
-		// What was done is done and can be settled from etcd; say that the
-		// record of its end is missing.
-		a.engine.log.Error().Str("action", a.plan.plan.Id).Err(err).Msg("outcome of an action could not be recorded")
-		if first == nil {
-			first = fmt.Errorf("done, but its outcome could not be recorded: %w", err)
-		}
-	}
+	a.closed = make(chan error, 1)
+	go func() { a.closed <- a.close(touched, first) }()
 	if first != nil {
 		a.result.Error = api.ErrorOf(first)
 	}
@@ -965,8 +998,7 @@ func (a *application) images() string {
 // the history shows deeds; one with an unknown outcome, or whose notes are not
 // whole, stays unfinished, so that the engine settles it later.
 func (a *application) close(touched bool, first error) error {
-	began := time.Now()
-	defer func() { a.phases["outcome"] += time.Since(began) }()
+	defer a.lap()("outcome")
 	switch {
 	case a.record == nil:
 		return nil

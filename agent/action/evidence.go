@@ -214,11 +214,6 @@ func (e *Engine) oweSettled(r *journal.Record, actor *audit.Actor) {
 	if r.Intent == "" {
 		return
 	}
-	e.mu.Lock()
-	if !e.closed {
-		e.told[r.Plan.Id] = true
-	}
-	e.mu.Unlock()
 	for _, ev := range settledOutcome(r, actor) {
 		e.owe(ev)
 	}
@@ -258,7 +253,10 @@ func (e *Engine) closeIntents(ctx context.Context) error {
 	if err := e.journal.Ready(); err != nil {
 		return err // that an action never began would be a lie
 	}
-	open, order := map[string]audit.Event{}, []string(nil)
+	open, order, final := map[string]audit.Event{}, []string(nil), map[string]bool{}
+	for _, id := range e.journal.Unfinished() {
+		final[id] = false
+	}
 	for raw, err := range e.past(ctx) {
 		if err != nil {
 			return fmt.Errorf("reading the log: %w", err)
@@ -269,6 +267,9 @@ func (e *Engine) closeIntents(ctx context.Context) error {
 			open[ev.ID], order = ev, append(order, ev.ID)
 		case ev.Outcome != resultUnknown || ev.Settled: // else it is settled yet
 			delete(open, ev.Of)
+			if _, unfinished := final[ev.PlanID]; unfinished {
+				final[ev.PlanID] = true // the process ended between the two
+			}
 		}
 	}
 	for _, id := range order {
@@ -278,6 +279,9 @@ func (e *Engine) closeIntents(ctx context.Context) error {
 			}
 		}
 	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.closed, e.told, e.final = true, nil, final
 	return nil
 }
 

@@ -592,19 +592,21 @@ func runChild(spec []string) error {
 	}
 	steps := make(chan int, 1)
 	steps <- 0
+	step := func(string) {
+		n := <-steps + 1
+		if n == crash {
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		}
+		steps <- n
+	}
 	log, err := readLines(spec[8])
 	if err != nil {
 		return err
 	}
+	log.refuse = func(e audit.Event) error { step(string(e.Kind)); return nil }
 	engine := New(Options{Node: "cp-1", Etcd: client, Encryption: none, Journal: records, Audit: log, Policy: trust.Default, Log: zerolog.Nop(),
-		Steps: func(string) {
-			n := <-steps + 1
-			if n == crash {
-				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-				select {}
-			}
-			steps <- n
-		}})
+		Steps: step})
 	var par map[string]any
 	if err := json.Unmarshal([]byte(spec[6]), &par); err != nil {
 		return err

@@ -28,13 +28,7 @@ func (e *Engine) Recover(ctx context.Context) {
 			}
 		}
 		if !e.allClosed() {
-			err := e.closeIntents(ctx)
-			e.mu.Lock()
-			if e.closed = err == nil; e.closed {
-				e.told = nil
-			}
-			e.mu.Unlock()
-			if err != nil && ctx.Err() == nil {
+			if err := e.closeIntents(ctx); err != nil && ctx.Err() == nil {
 				left++
 				e.log.Warn().Str("problem", neutral.Line(err.Error())).Msg("the evidence log could not be looked through for what was begun before this start")
 			}
@@ -143,11 +137,17 @@ func (e *Engine) settleOne(ctx context.Context, id string) error {
 	if err := a.Settle(result, problem); err != nil {
 		return err
 	}
-	// A crash here leaves the intent without an outcome; closeIntents finds it.
-	if record, err = e.journal.Read(id); err != nil {
-		return err
+	// A crash here leaves the intent without an outcome; closeIntents finds it, as it
+	// does where it has not looked yet.
+	e.mu.Lock()
+	owe := (e.closed || e.told[id]) && !e.final[id]
+	e.mu.Unlock()
+	if owe {
+		if record, err = e.journal.Read(id); err != nil {
+			return err
+		}
+		e.oweSettled(record, actorOf(record))
 	}
-	e.oweSettled(record, actorOf(record))
 	e.log.Info().Str("action", id).Str("result", result).Msg("unfinished " + record.Plan.Action + " settled")
 	return nil
 }
