@@ -208,7 +208,7 @@ func (e *Evidence) Status() *halliganv1.AuditStatus {
 // certificate.
 func (e *Evidence) Certified(host func() []gossh.Signer, witness ed25519.PublicKey, recipient string) {
 	e.known.Lock()
-	e.host, e.witness, e.recipient = host, witness, recipient
+	e.host, e.witness, e.recipient, e.certified = host, witness, recipient, nil
 	e.known.Unlock()
 	e.Identity()
 }

@@ -100,8 +100,9 @@ var methods = map[string]grpcdoor.Row{
 	grpcdoor.Reflection[1]:                           {May: anybody, Record: grpcdoor.Routine},
 }
 
-// anybody who has been let in: the server asks for that.
-func anybody(trust.Identity) bool { return true }
+// anybody who has been let in, which the server asks for, but other bastions: they
+// come to witness the log, and for nothing else.
+func anybody(who trust.Identity) bool { return who.Kind != trust.Bastion }
 
 // observes, responds and commands hold for who may take such a role.
 func observes(who trust.Identity) bool { return takes(who, trust.Observer) }

@@ -333,7 +333,7 @@ func TestMethods(t *testing.T) {
 	for method, want := range map[string]string{
 		"Status": all, "Nodes": all, "ListPlans": all, "WatchPlan": all, "ExchangeBundle": all, "ServerReflectionInfo": all,
 		"Sessions": "alice program sealed", "PostPlan": "alice program sealed", "PostApproval": "bob",
-		"ListLogs": "alice carol program sealed", "ReadLog": "alice carol program sealed", "ReadRecording": "sealed", "ReadSealed": "alice program sealed", "Witness": "",
+		"ListLogs": "alice carol program sealed", "ReadLog": "alice carol program sealed", "ReadRecording": "sealed", "ReadSealed": "alice program sealed", "Witness": "bastion",
 	} {
 		found := false
 		for name, row := range methods {
@@ -341,7 +341,7 @@ func TestMethods(t *testing.T) {
 				continue
 			}
 			found = true
-			for who, id := range map[string]trust.Identity{"alice": alice, "bob": bob, "carol": carol, "program": program, "drill": drill, "sealed": sealed, "approver": approver, "nobody": {}} {
+			for who, id := range map[string]trust.Identity{"alice": alice, "bob": bob, "carol": carol, "program": program, "drill": drill, "sealed": sealed, "approver": approver, "nobody": {}, "bastion": {Person: "b.bastion", Kind: trust.Bastion}} {
 				if row.May(id) != slices.Contains(strings.Fields(want), who) {
 					t.Errorf("%s for %s: %v", method, who, row.May(id))
 				}

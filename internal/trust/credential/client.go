@@ -18,13 +18,13 @@ import (
 // Client authenticates the holder of an X.509 client certificate, as a TLS
 // handshake has proven it: the leaf is certs[0], and what comes after it is not
 // looked at, since only the policy's authorities sign clients. They are always
-// automation. An agent also lets in a bastion that shows what it shows its own
-// clients, as trust.Bastion and without any role. Errors are as User's.
+// automation. An agent or a bastion also lets in a bastion that shows what it shows
+// its own clients, as trust.Bastion and without any role. Errors are as User's.
 func (a *Authority) Client(certs []*x509.Certificate, source net.Addr) (trust.Identity, error) {
 	if len(certs) == 0 {
 		return trust.Identity{}, refuse("no client certificate")
 	}
-	if !a.Relay && a.Cluster != "" && isBastion(certs[0]) {
+	if (a.Relay || a.Cluster != "") && isBastion(certs[0]) {
 		return a.server(certs[0], trust.Bastion, source)
 	}
 	r, now, leaf := a.rules(), a.Clock.Now(), certs[0]

@@ -115,9 +115,15 @@ func TestServersAsThemselves(t *testing.T) {
 		t.Errorf("beyond the grace: %+v", id)
 	}
 	s.clock.set(time.Now())
-	// A bastion takes no other for a client of its own.
-	if id, err := s.relays.Client(s.certificate(s.fleet, "a.bastion", now), from); err == nil {
-		t.Errorf("a bastion at a bastion: %+v", id)
+	// A bastion knows another as one, which stands for nobody, and takes no node for a
+	// client.
+	if id, err := s.relays.Client(s.certificate(s.fleet, "a.bastion", now), from); err != nil || id.Kind != trust.Bastion || id.Role != trust.None || len(id.Roles)+len(id.Clusters) > 0 {
+		t.Errorf("a bastion at a bastion: %+v, %v", id, err)
+	}
+	for _, name := range []string{"b.bastion", "cp-1.prod"} {
+		if id, err := s.relays.Client(s.certificate(s.fleet, name, now), from); err == nil {
+			t.Errorf("%s at a bastion: %+v", name, id)
+		}
 	}
 	// An agent that knows no cluster lets nobody in.
 	nowhere := credential.New(credential.Options{Bundle: s.store, Clock: s.clock})
