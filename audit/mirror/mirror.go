@@ -134,8 +134,9 @@ type Status struct {
 	// Lag is how long ago the copy was last known to be complete, 0: it is; -1: it
 	// never was.
 	Lag time.Duration
-	// Problem says in one line what is wrong, such as a fork.
-	Problem string
+	// Problem says in one line what is wrong with the log, such as a fork; Trouble,
+	// why it cannot be reached.
+	Problem, Trouble string
 }
 
 // Status tells of all copies, in the order of their names.

@@ -121,10 +121,7 @@ func (c *Copy) Status() Status {
 	if len(all) > 1 {
 		all = []string{fmt.Sprintf("%s (and %d more: see the files in %s)", all[0], len(all)-1, filepath.Join(c.dir, proofs))}
 	}
-	if c.trouble != "" {
-		all = append(all, c.trouble)
-	}
-	s.Problem = neutral.LineMax(strings.Join(all, "; "), 512)
+	s.Problem, s.Trouble = neutral.LineMax(strings.Join(all, "; "), 512), c.trouble
 	return s
 }
 
