@@ -48,6 +48,7 @@ type bastion struct {
 	// cannot take.
 	evidence *record.Evidence
 	holder   *service.Holder
+	copies   copies
 	store    *store.Store
 	relay    *relay.Relay
 	tunnels  *tunnel.Tunnels
@@ -93,6 +94,7 @@ func Run(ctx context.Context, c Config, log zerolog.Logger) error {
 	}
 	b.tunnels = tunnel.New(log)
 	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Tunnels: b.tunnels, Never: own, Loopback: loopback, Begin: b.relayed, Refused: b.evidence.Refused, Log: log, Alarm: b.evidence.Raise})
+	b.copies.folder = filepath.Join(c.StateDir, "mirror")
 	b.doors = &doors{Ways: ways.New(b.evidence.Raise, log), config: c, trusted: b.trusted, evidence: b.evidence, alarms: alarms, log: log}
 	log.Info().Str("version", version.String()).Strs("ssh", c.SSH.Listen).Msg("bastion starts")
 	err = b.serve(ctx)
@@ -123,8 +125,8 @@ func (b *bastion) serve(ctx context.Context) error {
 	b.doors.Opened("bundle")
 	bundles := b.trusted.Store()
 	server, err := rpc.New(rpc.Options{Bastion: b.config.Name, Store: b.store, Bundles: bundles, Relays: func() int64 { return b.relay.Stats().Open }, Tunnels: b.tunnels.Since,
-		Warnings: b.doors.warnings, Now: b.trusted.clock.Now, Record: b.evidence, Alarms: b.evidence, Audit: b.evidence.Status, Log: b.log,
-		Evidence: service.New(service.Options{Ledger: b.evidence, Origin: b.config.origin(), Holder: b.holder, Identity: b.evidence.Identity, Bundle: b.trusted.Current, Now: b.trusted.clock.Now, Log: b.log})})
+		Warnings: func() []string { return append(b.doors.warnings(), b.copies.warnings()...) }, Now: b.trusted.clock.Now, Record: b.evidence, Alarms: b.evidence, Audit: b.evidence.Status, Mirrors: b.copies.status, Log: b.log,
+		Evidence: service.New(service.Options{Ledger: b.evidence, Origin: b.config.origin(), Holder: b.holder, Copies: b.copies.folder, Problem: b.copies.problem, Identity: b.evidence.Identity, Bundle: b.trusted.Current, Now: b.trusted.clock.Now, Log: b.log})})
 	if err != nil {
 		return err
 	}
@@ -142,6 +144,9 @@ func (b *bastion) serve(ctx context.Context) error {
 					return b.relay.Reach(ctx, node, trust.GRPC)
 				}})
 		})
+	}
+	if b.config.GRPC != nil {
+		inside.Go(func() { b.doors.Keep(ctx, "mirrors", func() error { return b.witness(ctx) }) })
 	}
 	if b.config.Tunnel != nil {
 		inside.Go(func() { b.doors.tunnel(network, b.tunnels) })
@@ -191,7 +196,7 @@ func (b *bastion) relayed(s relay.Session) (end func(up, down int64, why string)
 
 // degraded tells what does not work, each in one line.
 func (b *bastion) degraded() []string {
-	all := b.doors.warnings()
+	all := append(b.doors.warnings(), b.copies.warnings()...)
 	if why := b.store.Degraded(); why != "" {
 		all = append(all, why)
 	}

@@ -48,6 +48,9 @@ type Config struct {
 	Metrics MetricsConfig `json:"metrics,omitempty"`
 	// Audit is the bastion's own evidence, which is in the folder audit of StateDir.
 	Audit record.Config `json:"audit,omitzero"`
+	// Mirror are the bastion's copies of others' evidence, in the folder mirror of
+	// StateDir. Without grpc there are none.
+	Mirror MirrorConfig `json:"mirror,omitzero"`
 	// Alarms are told of logins, refusals and what goes around the usual rules.
 	Alarms []alarm.Config `json:"alarms,omitempty"`
 	// LogLevel is debug, info (default), warn or error.
@@ -105,6 +108,13 @@ type StoreConfig struct {
 	KeyFile   string   `json:"keyFile,omitempty"`
 }
 
+// MirrorConfig is what becomes of copies.
+type MirrorConfig struct {
+	// MaxBytes bounds the copy of each node's and bastion's evidence on disk; default
+	// 2 GiB.
+	MaxBytes int64 `json:"maxBytes,omitempty"`
+}
+
 // MetricsConfig is an HTTP server with /metrics, /healthz and /readyz.
 type MetricsConfig struct {
 	// Listen is IP:PORT, on loopback or an address that only the management
@@ -120,6 +130,9 @@ const (
 	DefaultBundle     = "/etc/halligan/bundle"
 	DefaultMetrics    = "127.0.0.1:9644"
 )
+
+// leastMirror is what a daemon keeps of its own evidence by default.
+const leastMirror = 256 << 20
 
 // LoadConfig reads the file, by default DefaultConfigFile. Errors are
 // fault.Usage.
@@ -172,6 +185,9 @@ func (c *Config) check() error {
 	}
 	if err := c.Audit.Check(); err != nil {
 		return err
+	}
+	if m := c.Mirror.MaxBytes; m != 0 && m < leastMirror {
+		return fmt.Errorf("mirror.maxBytes: %d is less than the %d bytes that a copy takes", m, int64(leastMirror))
 	}
 	paths := map[string]string{"stateDir": c.StateDir, "trust.bundle": c.Trust.Bundle, "ssh.hostKey": c.SSH.HostKey, "ssh.hostCertificate": c.SSH.HostCertificate}
 	keys := map[string]string{"ssh.hostKey": c.SSH.HostKey}

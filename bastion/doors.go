@@ -2,6 +2,7 @@ package bastion
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/tls"
 	"fmt"
 	"net"
@@ -43,8 +44,9 @@ type doors struct {
 	log      zerolog.Logger
 	handlers sshserver.Handlers
 
-	mu   sync.Mutex          // guards all below
-	host func() []ssh.Signer // once it is loaded
+	mu      sync.Mutex          // guards all below
+	host    func() []ssh.Signer // once it is loaded
+	witness ed25519.PublicKey   // as host
 	// certificate is that of gRPC, once it is loaded.
 	certificate func() (*tls.Certificate, error)
 }
@@ -81,11 +83,27 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.evidence.Certified(host, nil, "")
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.host = host
+	d.certify()
 	return server, nil
+}
+
+// countersigns takes the key of the bastion's countersignatures.
+func (d *doors) countersigns(key ed25519.PublicKey) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.witness = key
+	d.certify()
+}
+
+// certify has the host's key vouch for those of the evidence, once both are there;
+// without mTLS nothing is countersigned. d.mu is held.
+func (d *doors) certify() {
+	if d.host != nil && (d.witness != nil || d.config.GRPC == nil) {
+		d.evidence.Certified(d.host, d.witness, "")
+	}
 }
 
 // grpc serves the API over mTLS at all of its addresses until the context ends.

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/net/netutil"
 
+	"github.com/halligan-io/halligan/audit/mirror"
 	"github.com/halligan-io/halligan/internal/admission"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/neutral"
@@ -87,7 +88,7 @@ func (b *bastion) metrics() *prometheus.Registry {
 	for _, door := range []string{"ssh", "grpc", "tunnel"} {
 		counter("connections_total", "Connections that came, whoever they were.", prometheus.Labels{"door": door}, func() uint64 { return b.doors.Came(door) })
 	}
-	for _, kind := range []alarm.Kind{alarm.Login, alarm.Refusal, alarm.Relay, alarm.Sealed, alarm.Late, alarm.Bundle, alarm.Closed, admission.Flood, sshserver.Panic} {
+	for _, kind := range []alarm.Kind{alarm.Login, alarm.Refusal, alarm.Relay, alarm.Sealed, alarm.Late, alarm.Bundle, alarm.Closed, alarm.Audit, mirror.Alarm, admission.Flood, sshserver.Panic} {
 		counter("events_total", "What happened, as alarms tell it.", prometheus.Labels{"kind": string(kind)}, func() uint64 { return b.alarms.Raised(kind) })
 	}
 	gauge("store_up", "Whether the store that bastions share answers.", func() float64 { return yes(b.store.Works()) })
@@ -124,6 +125,7 @@ func (b *bastion) metrics() *prometheus.Registry {
 	o := prometheus.GaugeOpts(name("build_info", "Always 1."))
 	o.ConstLabels = prometheus.Labels{"version": version.String()}
 	registry.MustRegister(prometheus.NewGaugeFunc(o, func() float64 { return 1 }))
+	registry.MustRegister(&b.copies)
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return registry
 }

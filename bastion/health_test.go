@@ -75,7 +75,7 @@ func TestScrape(t *testing.T) {
 		t.Error("no labels")
 	} else {
 		for _, l := range labels {
-			if !strings.Contains(" direction door kind part version ", " "+l[1]+" ") {
+			if !strings.Contains(" direction door kind node part version ", " "+l[1]+" ") {
 				t.Errorf("the label %s is none of ours", l[1])
 			}
 		}
