@@ -76,6 +76,11 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	if believed, err = newTrusted(c, clock, past, evidence.Raise, log); err != nil {
 		return err
 	}
+	images, err := openSealed(c, evidence.Dir(), believed, clock, log)
+	if err != nil {
+		return err
+	}
+	defer images.Close()
 	encryption := storage.OpenEncryption(c.EncryptionConfig)
 	defer encryption.Close()
 	if err := encryption.Usable(ctx); err != nil {
@@ -90,7 +95,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer client.Close()
 
 	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
-		Encryption: encryption, Journal: records, Audit: evidence, Past: action.PastOf(evidence.Ledger), Gone: filepath.Join(c.StateDir, "gone"), Policy: believed.Policy, Cluster: c.Cluster, Fresh: believed.Fresh, Approvals: believed, Alarm: evidence.Raise,
+		Encryption: encryption, Journal: records, Audit: evidence, Past: action.PastOf(evidence.Ledger), Sealed: images.seal(), Take: images.take(), Gone: filepath.Join(c.StateDir, "gone"), Policy: believed.Policy, Cluster: c.Cluster, Fresh: believed.Fresh, Approvals: believed, Alarm: evidence.Raise,
 		Now: clock.Now, Log: log})
 	// Ending, in this order: the doors close when every call has returned, then
 	// the settling of old actions, then what both stand on, the alarms last.
@@ -115,7 +120,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer stop()
 	log.Info().Str("version", version.String()).Str("distribution", distribution).Str("socket", c.Socket).
 		Strs("etcd", c.Etcd.Endpoints).Int("unfinished", len(records.Unfinished())).Msg("agent starts")
-	return serve(ctx, c, engine, believed, evidence, holder, alarms, log)
+	return serve(ctx, c, engine, believed, evidence, images, holder, alarms, log)
 }
 
 // mended waits until the state folder can be opened, or the context ends.

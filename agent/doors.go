@@ -38,6 +38,7 @@ type doors struct {
 	config   Config
 	trusted  *trusted
 	evidence *record.Evidence
+	images   sealing
 	alarms   *alarm.Alarms
 	log      zerolog.Logger
 	server   *door.Server
@@ -50,14 +51,14 @@ type doors struct {
 
 // serve opens the doors and serves until the context ends, then stops
 // gracefully.
-func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, evidence *record.Evidence, holder *service.Holder, alarms *alarm.Alarms, log zerolog.Logger) error {
+func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, evidence *record.Evidence, images sealing, holder *service.Holder, alarms *alarm.Alarms, log zerolog.Logger) error {
 	socket, err := console.Listen(c.Socket)
 	if err != nil {
 		return err
 	}
-	d := &doors{Ways: ways.New(evidence.Raise, log), config: c, trusted: t, evidence: evidence, alarms: alarms, log: log}
+	d := &doors{Ways: ways.New(evidence.Raise, log), config: c, trusted: t, evidence: evidence, images: images, alarms: alarms, log: log}
 	o := door.Options{Engine: engine, Cluster: c.Cluster, Warnings: d.warnings, Audit: evidence.Status, Record: evidence, Alarms: evidence, Log: log,
-		Evidence: service.New(service.Options{Ledger: evidence, Origin: c.origin(), Holder: holder, Identity: evidence.Identity, Bundle: t.Current, Now: t.clock.Now, Log: log})}
+		Evidence: service.New(service.Options{Ledger: evidence, Origin: c.origin(), Holder: holder, Identity: evidence.Identity, Sealed: images.service(), Bundle: t.Current, Now: t.clock.Now, Log: log})}
 	if c.Trust != nil {
 		o.Bundles = t
 		_ = t.Open() // so that the first call has its policy; outside tries again, and tells
@@ -194,7 +195,7 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.evidence.Certified(host, nil, "")
+	d.evidence.Certified(host, nil, d.images.recipient())
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.host = host
