@@ -47,7 +47,7 @@ var page = template.Must(template.New("page.html").Funcs(template.FuncMap{
 func (s *Story) HTML(w io.Writer) error {
 	styles, scripts := []string{pageCSS}, []string{pageJS}
 	compile := ""
-	tapes := map[int]template.HTML{}
+	tapes := map[int]template.JS{}
 	for _, one := range s.Sessions {
 		if one.Tape == nil {
 			continue
@@ -68,7 +68,7 @@ func (s *Story) HTML(w io.Writer) error {
 		*Story
 		Policy          string
 		Styles, Scripts template.HTML
-		Tapes           map[int]template.HTML
+		Tapes           map[int]template.JS
 		Strip           *strip
 	}{s, policy, elements("style", styles), elements("script", scripts), tapes, s.strip()})
 	if err != nil {
@@ -98,10 +98,10 @@ func hashes(texts []string) string {
 
 // tapeData is a recording as a block of data, whose text cannot end the block:
 // json.Marshal escapes what HTML could mean something by.
-func tapeData(t *tape) (template.HTML, error) {
+func tapeData(t *tape) (template.JS, error) {
 	header := map[string]any{"version": 2, "width": t.Columns, "height": t.Rows}
 	data, err := json.Marshal(append([]any{header}, t.Events...))
-	return template.HTML(data), err
+	return template.JS(data), err
 }
 
 // strip is a picture of the timeline: a lane for each person, a mark for each

@@ -27,7 +27,10 @@ func (s *Story) Markdown(w io.Writer) error {
 	for _, l := range s.Lead {
 		say("%s\n", md(l))
 	}
-	say("| | | |\n|---|---|---|")
+	for _, step := range s.Steps {
+		say("- %s: %s", step.At.Format("15:04:05"), md(step.Who+": ")+md(step.Title)+md(step.Rest))
+	}
+	say("\n| | | |\n|---|---|---|")
 	for _, f := range s.Facts {
 		say("| %s | **%s** | %s |", md(f.Label), md(f.Value), md(f.Note))
 	}
@@ -49,6 +52,7 @@ func (s *Story) Markdown(w io.Writer) error {
 		item("By", a.By+after(", as ", a.Role))
 		item("At", a.At+after(", through ", a.Via))
 		item("Begun", a.Asked.Format("15:04:05.000")+" UTC"+after(", took ", a.Took()))
+		item("After coming in", a.Since())
 		item("Approved by", strings.Join(a.ApprovedBy, ", "))
 		if a.Alone {
 			say("- **Alone, with nobody's approval**")

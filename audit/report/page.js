@@ -9,7 +9,7 @@
     const data = document.getElementById("cast-" + n);
     if (!data) return null;
     const p = AsciinemaPlayer.create({ data: JSON.parse(data.textContent) }, box.querySelector(".player"),
-      { fit: "width", terminalFontSize: "small", idleTimeLimit: 3, preload: true, poster: "npt:0:01", controls: true });
+      { fit: "width", terminalFontSize: "small", preload: true, poster: "npt:0:01", controls: true });
     players.set(n, p);
     return p;
   }

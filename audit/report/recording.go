@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
+	"slices"
 	"strings"
 
 	"github.com/halligan-io/halligan/audit/cast"
@@ -19,13 +21,20 @@ const (
 	maxTranscript               = 2000 // lines
 )
 
+// pause is what a longer one is shortened to, in seconds: nobody watches a prompt.
+const pause = 2.0
+
 // tape is a recording as a page plays it, and as plain text.
 type tape struct {
 	Columns, Rows int
-	// Events are [seconds, kind, text].
+	// Events are [seconds, kind, text], with pauses shortened, and at is when each
+	// was: the first is as long after the beginning as it was.
 	Events []any
-	// Seconds is how long it takes, Begun when it began, in seconds since 1970.
+	at     []float64
+	// Seconds is how long it took, Shown how long it plays, and Begun when it began,
+	// in seconds since 1970.
 	Seconds    float64
+	Shown      float64
 	Begun      int64
 	Transcript []string
 	// Cut says what was left out.
@@ -54,19 +63,17 @@ func readTape(data []byte) (tape, error) {
 			t.Cut = fmt.Sprintf("It is longer than %d MiB, and its end is not shown here: halligan audit replay has it.", maxRecording>>20)
 			break
 		}
-		at := e.At.Seconds()
-		t.Seconds = max(t.Seconds, at)
 		switch e.Kind {
 		case cast.Output:
 			if text := resizing.drop(e.Text); text != "" {
-				t.Events = append(t.Events, []any{at, "o", text})
+				t.add(e.At.Seconds(), "o", text)
 			}
 		case cast.Marker:
-			t.Events = append(t.Events, []any{at, "o", "\x1b[1m" + command(e.Text) + "\x1b[0m\r\n"})
+			t.add(e.At.Seconds(), "o", "\x1b[1m"+command(e.Text)+"\x1b[0m\r\n")
 		case cast.Resize:
 			var columns, rows int
 			if n, err := fmt.Sscanf(e.Text, "%dx%d", &columns, &rows); err == nil && n == 2 {
-				t.Events = append(t.Events, []any{at, "r", fmt.Sprintf("%dx%d", clamp(columns, 80, maxColumns), clamp(rows, 24, maxRows))})
+				t.add(e.At.Seconds(), "r", fmt.Sprintf("%dx%d", clamp(columns, 80, maxColumns), clamp(rows, 24, maxRows)))
 			}
 		}
 	}
@@ -89,6 +96,27 @@ func readTape(data []byte) (tape, error) {
 		}
 	}
 	return t, nil
+}
+
+// add adds an event. A recording whose times go back stands still meanwhile.
+func (t *tape) add(at float64, kind, text string) {
+	at = max(at, t.Seconds)
+	t.Shown += min(at-t.Seconds, pause)
+	t.Seconds = at
+	t.at = append(t.at, at)
+	t.Events = append(t.Events, []any{math.Round(t.Shown*1000) / 1000, kind, text})
+}
+
+// shown is when the player shows a moment of the recording.
+func (t *tape) shown(at float64) float64 {
+	i, exact := slices.BinarySearch(t.at, at)
+	if !exact {
+		i--
+	}
+	if i < 0 {
+		return min(at, pause)
+	}
+	return t.Events[i].([]any)[0].(float64) + min(at-t.at[i], pause)
 }
 
 // command is how a line looks that was run where no terminal shows it.

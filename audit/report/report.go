@@ -14,6 +14,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -98,6 +99,7 @@ type Story struct {
 	// Lead tells it in a few sentences, Problems are what the reader must know
 	// before believing any of it.
 	Lead, Problems []string
+	Steps          []Step
 	Facts          []Fact
 	People         []Person
 	Actions        []Action
@@ -105,6 +107,13 @@ type Story struct {
 	Sessions       []Session
 	Logs           []Log
 	Minor          int // moments that are so
+}
+
+// Step is a sentence of the story.
+type Step struct {
+	At                     time.Time
+	Who, Title, Rest, Tone string
+	Action                 int
 }
 
 // Fact is one figure.
@@ -133,7 +142,8 @@ type Action struct {
 	Objects                         []audit.Object
 	ObjectCount                     int
 	Proofs                          []Proof
-	Cast                            int // of Sessions, from 1; 0: none
+	CameIn                          time.Time // when whoever did it came in first
+	Cast                            int       // of Sessions, from 1; 0: none
 	Seconds                         float64
 }
 
@@ -143,6 +153,14 @@ func (a Action) Took() string {
 		return ""
 	}
 	return span(a.Done.Sub(a.Asked))
+}
+
+// Since is how long after coming in the effect was there, as text.
+func (a Action) Since() string {
+	if a.CameIn.IsZero() || a.Done.IsZero() || a.Done.Before(a.CameIn) {
+		return ""
+	}
+	return span(a.Done.Sub(a.CameIn))
 }
 
 // Proof proves one event.
@@ -391,22 +409,29 @@ func (s *Story) moment(e told) (int, float64) {
 		}
 		// Just before it, so that the line that was typed is seen.
 		if at := e.Time.Sub(one.Begun).Seconds(); at >= 0 && at <= one.Tape.Seconds+1 {
-			return one.N, max(0, min(at, one.Tape.Seconds)-2)
+			return one.N, max(0, one.Tape.shown(at)-lead)
 		}
 	}
 	return 0, 0
 }
 
+// lead is how much of a recording is played before a moment, in seconds.
+const lead = 1.5
+
 func (s *Story) actions(events []told) {
 	index := map[string]int{}  // of intents
 	byPlan := map[string]int{} // of actions
+	cameIn := map[string]time.Time{}
 	for _, e := range events {
+		if _, seen := cameIn[e.who()]; !seen && (e.Kind == audit.Login || e.Kind == audit.Relay) {
+			cameIn[e.who()] = e.Time
+		}
 		if e.Kind != audit.Intent {
 			continue
 		}
 		a := Action{N: len(s.Actions) + 1, ID: e.ID, PlanID: e.PlanID, PlanSHA256: e.PlanSHA256, Title: e.title(), By: e.who(), At: e.Origin, Session: e.Session,
 			Asked: e.Time, Reason: e.Reason, Alone: e.Alone, Drill: e.Drill, Undoes: e.Undoes, Objects: e.Objects, ObjectCount: max(e.ObjectCount, len(e.Objects)),
-			Via: e.Via, Note: e.note, Outcome: "outcome not recorded", Tone: Bad}
+			Via: e.Via, Note: e.note, CameIn: cameIn[e.who()], Outcome: "outcome not recorded", Tone: Bad}
 		if e.Actor != nil {
 			a.Role = e.Actor.Role
 		}
@@ -435,9 +460,14 @@ func (s *Story) actions(events []told) {
 		a.Proofs = append(a.Proofs, proof("outcome", e))
 	}
 	for i, a := range s.Actions {
-		if n := byPlan[a.Undoes]; a.Undoes != "" && n > 0 && a.Tone == Good {
-			s.Actions[n-1].UndoneBy = fmt.Sprintf("action %d", s.Actions[i].N)
+		n := byPlan[a.Undoes]
+		if a.Undoes == "" || n == 0 {
+			continue
 		}
+		if a.Tone == Good {
+			s.Actions[n-1].UndoneBy = fmt.Sprintf("action %d", a.N)
+		}
+		s.Actions[i].Undoes = fmt.Sprintf("action %d, %s", n, s.Actions[n-1].Title)
 	}
 }
 
@@ -499,11 +529,7 @@ func (s *Story) people(events []told) {
 		p.Last = e.Time
 		add(&p.Roles, e.Actor.Role)
 		add(&p.Places, e.Origin)
-		if host, _, found := strings.Cut(e.Actor.Source, ":"); found && !strings.Contains(host, "[") {
-			add(&p.Sources, host)
-		} else {
-			add(&p.Sources, e.Actor.Source)
-		}
+		add(&p.Sources, host(e.Actor.Source))
 		if e.Actor.Credential != "" || e.Actor.Fingerprint != "" {
 			text := credentials[e.Actor.Credential]
 			text = cmp.Or(text, e.Actor.Credential)
@@ -526,6 +552,14 @@ func (s *Story) people(events []told) {
 	for _, p := range list {
 		s.People = append(s.People, *p)
 	}
+}
+
+// host is an address without its port.
+func host(source string) string {
+	if ap, err := netip.ParseAddrPort(source); err == nil {
+		return ap.Addr().String()
+	}
+	return source
 }
 
 // credentials are the kinds of them, in words.
@@ -551,7 +585,7 @@ func (s *Story) timeline(events []told) {
 		}
 		switch e.Kind {
 		case audit.Login:
-			m.Text = "came in" + after(" by ", e.Actor.Door) + after(" from ", e.Actor.Source) + after(" as ", e.Actor.Role)
+			m.Text = "came in" + after(" by ", e.Actor.Door) + after(" from ", host(e.Actor.Source)) + after(" as ", e.Actor.Role)
 			if e.Actor.Late {
 				m.Text, m.Tone = m.Text+", with a credential past an edge of its validity", Warn
 			}
@@ -651,7 +685,7 @@ func (s *Story) conclude(in Evidence, events []told) {
 	unwitnessed, alone, secrets, refusals := 0, 0, 0, 0
 	for _, e := range events {
 		if in1.IsZero() && (e.Kind == audit.Login || e.Kind == audit.Relay) && e.Actor != nil {
-			in1, who, from = e.Time, e.who(), e.Actor.Source
+			in1, who, from = e.Time, e.who(), host(e.Actor.Source)
 		}
 		if change.IsZero() && e.Kind == audit.Outcome && effective(e.Outcome) {
 			change = e.Time
@@ -683,12 +717,15 @@ func (s *Story) conclude(in Evidence, events []told) {
 		s.Lead = []string{"No event of this incident is in the evidence."}
 		return
 	}
-	places := map[string]bool{}
+	places, names := map[string]bool{}, map[string]bool{}
 	for _, e := range events {
 		places[e.Origin] = true
 	}
-	s.Lead = append(s.Lead, fmt.Sprintf("On %s, between %s and %s UTC, %s acted through halligan at %s.", s.First.Format("2 January 2006"), s.First.Format("15:04:05"), s.Last.Format("15:04:05"),
-		plural(len(s.People), "person", "people"), listing(places)))
+	for _, p := range s.People {
+		names[p.Name] = true
+	}
+	s.Lead = append(s.Lead, fmt.Sprintf("On %s, between %s and %s UTC, %s used break-glass access at %s.", s.First.Format("2 January 2006"), s.First.Format("15:04:05"), s.Last.Format("15:04:05"),
+		cmp.Or(listing(names), "nobody"), listing(places)))
 	if !in1.IsZero() {
 		text := fmt.Sprintf("%s came in first, at %s", who, in1.Format("15:04:05")) + after(" from ", from)
 		if !change.IsZero() && !change.Before(in1) {
@@ -712,6 +749,9 @@ func (s *Story) conclude(in Evidence, events []told) {
 			if a.UndoneBy != "" {
 				undone++
 			}
+		}
+		for _, a := range s.Actions[:min(n, maxSteps)] {
+			s.Steps = append(s.Steps, a.step())
 		}
 		text := fmt.Sprintf("%s was begun: %s", plural(n, "action", "actions"), strings.Join(parts, ", "))
 		if n > 1 {
@@ -752,6 +792,34 @@ func (s *Story) conclude(in Evidence, events []told) {
 	default:
 		fact("Evidence", "holds", "every event signed and witnessed", Good)
 	}
+}
+
+// maxSteps bounds what is told of actions at the beginning.
+const maxSteps = 12
+
+// step tells in a sentence what was done.
+func (a Action) step() Step {
+	who := a.By + after(" (", a.Role) + closing(a.Role) + " at " + a.At
+	if a.Alone {
+		who += ", alone"
+	}
+	who += after(", approved by ", strings.Join(a.ApprovedBy, " and "))
+	rest := ""
+	if a.Reason != "" {
+		rest += ", because: “" + a.Reason + "”"
+	}
+	rest += ". Result: " + a.Outcome
+	if a.ObjectCount > 0 {
+		rest += " on " + plural(a.ObjectCount, "object", "objects")
+	}
+	rest += after(", after ", a.Took()) + after("; ", a.Error) + "."
+	if a.UndoneBy != "" {
+		rest += " Taken back by " + a.UndoneBy + "."
+	}
+	if a.Undoes != "" {
+		rest += " It took back " + a.Undoes + "."
+	}
+	return Step{a.Asked, who, a.Title, rest, a.Tone, a.N}
 }
 
 func plural(n int, one, many string) string {

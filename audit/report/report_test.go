@@ -151,7 +151,7 @@ func TestStory(t *testing.T) {
 	if revoke.Tone != Warn || !revoke.Alone || revoke.ObjectCount != 7 || revoke.Objects[3].Error == "" {
 		t.Errorf("revoke: %+v", revoke)
 	}
-	for _, part := range []string{"anna@example.com came in first, at 03:12:07 from 192.0.2.41:50122; the first change took effect 37 s later: scale ds/collector -n telemetry --to 0.",
+	for _, part := range []string{"anna@example.com came in first, at 03:12:07 from 192.0.2.41; the first change took effect 37 s later: scale ds/collector -n telemetry --to 0.",
 		"3 actions were begun: 2 applied, 1 partial; 1 undone again."} {
 		if !strings.Contains(strings.Join(s.Lead, "\n"), part) {
 			t.Errorf("%q is not in %q", part, s.Lead)
