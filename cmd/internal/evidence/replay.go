@@ -31,8 +31,8 @@ func (t *tool) replay() *cobra.Command {
 	c := uses(&cobra.Command{
 		Use: "replay [SESSION [FOLDER]]", Short: "Show what somebody saw in a session, or which sessions there are", Args: arguments(0, 2, "at most a session and a folder"),
 		Long: "Shows the recording of a session line by line, at the pace of the session on a terminal and at once elsewhere.\n" +
-			"It is fetched from the agent or bastion that the session was at, which has that you read it on record, and\n" +
-			"compared with the log before any of it is shown. A connection may have several sessions: its name, as in\n" +
+			"It is fetched from the agent or bastion that the session was at, which takes a commander there (--as commander)\n" +
+			"and has it on record, and compared with the log before any of it is shown. A connection may have several sessions: its name, as in\n" +
 			"halligan audit show, replays all of them. Without a session, lists what was recorded.\n\n" +
 			"Nothing in a recording acts on this terminal. To see one as it looked, colours and cursor included, write the\n" +
 			"verified file with --out and play that with asciinema.",
@@ -235,6 +235,9 @@ func (t *tool) bring(ctx context.Context, log *evidence.Log, name string) (strin
 	}
 	if err := failed[log.Origin]; err != nil {
 		why = err
+	}
+	if fault.Is(why, fault.Refused) {
+		why = fault.New(fault.Refused, "read it as a commander, --as commander, or ask one", "%s: %s", log.Origin, fault.Of(why).Message)
 	}
 	return filepath.Join(dir, log.Folder, file), why
 }
