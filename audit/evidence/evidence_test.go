@@ -20,7 +20,6 @@ import (
 	"time"
 
 	"filippo.io/torchwood"
-	gossh "golang.org/x/crypto/ssh"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -102,15 +101,7 @@ func (w *world) read(name string) []byte {
 }
 
 func (d *daemon) identity() []byte {
-	d.w.Helper()
-	keyFile, certFile := d.w.fleet.HostFiles(d.origin, testfleet.Now())
-	signer, err := gossh.ParsePrivateKey(d.w.read(keyFile))
-	d.w.must(err)
-	cert, _, _, _, err := gossh.ParseAuthorizedKey(d.w.read(certFile))
-	d.w.must(err)
-	data, err := logkey.Sign(logkey.Statement{Server: d.origin, Log: d.log.Public().(ed25519.PublicKey), Witness: d.witness.Public().(ed25519.PublicKey), Signed: time.Now()}, signer, cert.(*gossh.Certificate))
-	d.w.must(err)
-	return data
+	return d.w.fleet.Statement(logkey.Statement{Server: d.origin, Log: d.log.Public().(ed25519.PublicKey), Witness: d.witness.Public().(ed25519.PublicKey), Signed: time.Now()})
 }
 
 func (d *daemon) tree() string { return logkey.Tree(d.origin, d.lineage, d.generation) }

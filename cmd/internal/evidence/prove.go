@@ -1,8 +1,6 @@
 package evidence
 
 import (
-	"io"
-
 	"github.com/spf13/cobra"
 
 	"github.com/halligan-io/halligan/internal/durable"
@@ -37,7 +35,7 @@ func (t *tool) prove() *cobra.Command {
 				}
 			}
 			if into == "" || into == "-" {
-				_, err = io.WriteString(t.Out, string(proof))
+				_, err = t.Out.Write(proof)
 			} else if err = durable.Write(into, proof); err != nil {
 				err = fault.New(fault.Failed, "name another file with --out", "%w", err)
 			}

@@ -15,8 +15,8 @@ import (
 	"github.com/halligan-io/halligan/internal/neutral"
 )
 
-// again is the time between two looks of --follow.
-const again = 3 * time.Second
+// again is the time between two looks of --follow; tests shorten it.
+var again = 3 * time.Second
 
 func (t *tool) show() *cobra.Command {
 	var f filters
@@ -141,7 +141,7 @@ func (t *tool) follow(ctx context.Context, f evidence.Filter, seen next) error {
 			err := t.once(ctx, dir, d, trust, f, seen)
 			<-turn
 			if err != nil && ctx.Err() == nil {
-				t.note("%s: %s", d.Name, fault.Of(err).Message)
+				t.note("%s: %s; start it again to follow that one too", d.Name, fault.Of(err).Message)
 				return
 			}
 		}
