@@ -248,7 +248,7 @@ func (a *app) connect(ctx context.Context) (verb.Agent, error) {
 		return nil, err
 	}
 	a.host = &one.host
-	return &roamer{one}, nil
+	return &roamer{agent: one}, nil
 }
 
 // role returns the role to take.

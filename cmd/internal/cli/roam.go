@@ -5,13 +5,16 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/halligan-io/halligan/api"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/cmd/internal/evidence"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 )
@@ -21,6 +24,10 @@ import (
 // its cluster, and once it is found, the line goes on there.
 type roamer struct {
 	*agent
+
+	mu sync.Mutex // guards silent
+	// silent are the nodes that could not be asked.
+	silent []string
 }
 
 // ShowPlan finds the agent that has the plan.
@@ -28,9 +35,28 @@ func (r *roamer) ShowPlan(ctx context.Context, in *halliganv1.ShowPlanRequest, o
 	return seek(ctx, r, func(ctx context.Context, a *agent) (*halliganv1.Plan, error) { return a.ShowPlan(ctx, in, opts...) })
 }
 
-// Undo finds the agent that has the record.
+// Undo finds the agent that has the record. Where none has it, the action may be one
+// of a node that is gone: this agent gets what bastions keep of it then.
 func (r *roamer) Undo(ctx context.Context, in *halliganv1.UndoRequest, opts ...grpc.CallOption) (*halliganv1.Plan, error) {
-	return seek(ctx, r, func(ctx context.Context, a *agent) (*halliganv1.Plan, error) { return a.Undo(ctx, in, opts...) })
+	plan, err := seek(ctx, r, func(ctx context.Context, a *agent) (*halliganv1.Plan, error) { return a.Undo(ctx, in, opts...) })
+	if err == nil || api.FromStatus(err).Code != fault.NotFound {
+		return plan, err
+	}
+	lost, lerr := r.lost(ctx)
+	if lerr != nil {
+		return nil, err
+	}
+	node, proof, lerr := lost.Evidence(ctx, in.GetActionId())
+	switch {
+	case fault.Is(lerr, fault.NotFound) && node == "":
+		return nil, err
+	case lerr != nil:
+		return nil, lerr
+	}
+	r.fleet.app.note("%s did it and cannot be asked: %s gets what bastions keep of it, and verifies that", node, r.host.ID())
+	in = proto.CloneOf(in)
+	in.Evidence = proof
+	return r.agent.Undo(ctx, in, opts...)
 }
 
 // Plan is Undo where that is the action.
@@ -38,7 +64,39 @@ func (r *roamer) Plan(ctx context.Context, in *halliganv1.PlanRequest, opts ...g
 	if in.GetAction() != "undo" {
 		return r.agent.Plan(ctx, in, opts...)
 	}
-	return seek(ctx, r, func(ctx context.Context, a *agent) (*halliganv1.Plan, error) { return a.Plan(ctx, in, opts...) })
+	return r.Undo(ctx, &halliganv1.UndoRequest{ActionId: in.GetParameters().GetFields()["action"].GetStringValue(), Reason: in.GetReason(), Incident: in.GetIncident()}, opts...)
+}
+
+// lost fetches what bastions keep of the nodes that could not be asked, or, where
+// all could, of all that they know of the cluster: one may have been made anew.
+func (r *roamer) lost(ctx context.Context) (*evidence.Lost, error) {
+	a := r.fleet.app
+	r.mu.Lock()
+	silent := slices.Clone(r.silent)
+	r.mu.Unlock()
+	lost, err := evidence.FetchLost(ctx, evidence.Surroundings{Err: a.Err, Env: a.Env, Now: a.Now, Bundle: a.current, State: a.evidenceFolder, Bastions: a.eachBastion},
+		r.host.Cluster, silent)
+	if err != nil && !fault.Is(err, fault.NotFound) {
+		a.note("what bastions keep of other nodes could not be fetched: %s", fault.Of(err).Message)
+	}
+	return lost, err
+}
+
+// past returns what lost nodes did, as bastions keep it; with an ID that action only.
+func (r *roamer) past(ctx context.Context, id string) []*halliganv1.HistoryEntry {
+	lost, err := r.lost(ctx)
+	if err != nil {
+		return nil
+	}
+	entries, err := lost.History(ctx, id)
+	if err != nil {
+		r.fleet.app.note("what bastions keep of %s cannot be read: %s", strings.Join(lost.Nodes, ", "), fault.Of(err).Message)
+		return nil
+	}
+	if len(entries) > 0 {
+		r.fleet.app.note("what was done on %s is from the log that bastions keep of it", strings.Join(lost.Nodes, ", "))
+	}
+	return entries
 }
 
 // History finds the agent that has the record of an action, or gathers the
@@ -50,9 +108,20 @@ func (r *roamer) History(ctx context.Context, in *halliganv1.HistoryRequest, opt
 	var entries []*halliganv1.HistoryEntry
 	var err error
 	if in.GetActionId() != "" {
-		entries, err = seek(ctx, r, from)
+		if entries, err = seek(ctx, r, from); err != nil && api.FromStatus(err).Code == fault.NotFound {
+			switch found := r.past(ctx, in.GetActionId()); len(found) {
+			case 0:
+			case 1:
+				entries, err = found, nil
+			default:
+				err = fault.New(fault.Usage, "give more of it", "%d actions begin with %q", len(found), in.GetActionId())
+			}
+		}
 	} else if entries, err = from(ctx, r.agent); err == nil {
 		entries = append(entries, r.gather(ctx, from)...)
+		if len(r.silent) > 0 { // nobody else is at it any more
+			entries = append(entries, r.past(ctx, "")...)
+		}
 		slices.SortStableFunc(entries, func(x, y *halliganv1.HistoryEntry) int {
 			return y.GetTime().AsTime().Compare(x.GetTime().AsTime())
 		})
@@ -142,6 +211,9 @@ func (r *roamer) reach(ctx context.Context, host bundle.Host, limit time.Duratio
 	a, err := r.fleet.dial(ctx, host)
 	if err != nil {
 		r.fleet.app.note("%s was not asked: %s", host.ID(), fault.Of(err).Message)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.silent = append(r.silent, host.ID())
 		return nil
 	}
 	if keep(ctx, a) {
