@@ -30,7 +30,7 @@ etcdctl grpcurl: %: $(TOOLS)/% ## build etcdctl or grpcurl into internal/tools/b
 
 .PHONY: demo
 demo: build $(if $(filter-out 0,$(KUBE)),kube) ## stage an outage and heal it through etcd, without an API server; KUBE=1: with a real one
-	$(BIN)/halligan-lab demo $(if $(filter-out 0,$(KUBE)),--kube)
+	$(BIN)/halligan-lab demo --report $(BIN)/demo-report.html $(if $(filter-out 0,$(KUBE)),--kube)
 
 .PHONY: test
 test: build kube $(TOOLS)/etcdctl $(TOOLS)/grpcurl ## run all tests

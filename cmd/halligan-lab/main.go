@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 
@@ -116,6 +117,12 @@ func demo() *cobra.Command {
 			// inherited by the commands that the demo runs.
 			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 			ctx, out := lab.Audience(cmd.Context(), os.Stdout)
+			var err error
+			if o.Report != "" {
+				if o.Report, err = filepath.Abs(o.Report); err != nil {
+					return err
+				}
+			}
 			if kube && cmd.Flags().Changed("objects") {
 				return fault.New(fault.Usage, "leave it out", "--objects is for a demo without a real control plane")
 			}
@@ -130,6 +137,7 @@ func demo() *cobra.Command {
 	}
 	flags(c, &o.Options)
 	c.Flags().BoolVar(&kube, "kube", false, "a real control plane under a storm (build it with make kube)")
+	c.Flags().StringVar(&o.Report, "report", "", "file for the incident's report, a page for a browser (default none)")
 	c.Flags().StringVar(&o.Shape, "shape", "b", "with --kube, a: flow control on, the victim a deploy job; b: flow control off, the victim a person")
 	return c
 }

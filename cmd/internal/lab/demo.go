@@ -34,6 +34,7 @@ type demo struct {
 	lab      *Lab
 	eye      eye
 	halligan []string
+	report   string
 	rows     []score
 }
 
@@ -52,7 +53,7 @@ func Demo(ctx context.Context, o Options, out io.Writer) (err error) {
 	if o.Objects <= 0 {
 		return fault.New(fault.Usage, "give --objects a positive number", "a demo needs objects")
 	}
-	d := &demo{out: out, halligan: o.Halligan}
+	d := &demo{out: out, halligan: o.Halligan, report: o.Report}
 	if len(d.halligan) == 0 {
 		if d.halligan, err = beside("halligan"); err != nil {
 			return err
@@ -242,6 +243,7 @@ func (d *demo) story(ctx context.Context) error {
 			"Their modification revisions are new, as after any write.", len(now), len(now)-regenerated, regenerated)
 		return nil
 	})
+	d.proven(ctx, d.report)
 	return ctx.Err()
 }
 
@@ -298,7 +300,7 @@ func (d *demo) mutate(ctx context.Context, args ...string) (string, error) {
 // contain a text.
 func (d *demo) run(ctx context.Context, text string, args ...string) (string, error) {
 	argv := append(append([]string(nil), d.halligan...), args...)
-	out, _, err := d.exec(ctx, "halligan "+strings.Join(args, " "), argv, "HALLIGAN_SOCKET="+d.lab.Socket(0), "HALLIGAN_REASON="+demoReason)
+	out, _, err := d.exec(ctx, "halligan "+strings.Join(args, " "), argv, "HALLIGAN_SOCKET="+d.lab.Socket(0), "HALLIGAN_REASON="+demoReason, "HALLIGAN_INCIDENT="+demoIncident)
 	if err != nil {
 		return "", fmt.Errorf("halligan %s: %w", args[0], err)
 	}

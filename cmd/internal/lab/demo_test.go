@@ -24,7 +24,7 @@ func TestDemoHolds(t *testing.T) {
 	dir := t.TempDir()
 	var out bytes.Buffer
 	err := Demo(t.Context(), options(dir, network()), &out)
-	if err != nil || !strings.Contains(out.String(), "11 of 11 steps held") {
+	if err != nil || !strings.Contains(out.String(), "13 of 13 steps held") {
 		t.Fatalf("%v\n%s", err, out.String())
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {

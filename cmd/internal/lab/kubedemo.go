@@ -115,7 +115,7 @@ func KubeDemo(ctx context.Context, o KubeDemoOptions, out io.Writer) (err error)
 	if !ok {
 		return fault.New(fault.Usage, "give --shape a or b", "there is no shape %q", o.Shape)
 	}
-	d := &kubeDemo{demo: demo{out: out, halligan: o.Halligan}, pace: o.pace}
+	d := &kubeDemo{demo: demo{out: out, halligan: o.Halligan, report: o.Report}, pace: o.pace}
 	if d.pace == (pace{}) {
 		d.pace = unhurried
 	}
@@ -327,6 +327,7 @@ func (d *kubeDemo) story(ctx context.Context) error {
 		d.measure("undone")
 		return err
 	})
+	d.proven(ctx, d.report)
 	return ctx.Err()
 }
 

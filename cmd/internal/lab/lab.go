@@ -77,6 +77,9 @@ type Options struct {
 	// Halligan is the command line of the tool that a demo drives; default:
 	// halligan beside this process's executable.
 	Halligan []string
+	// Report is the file for the page that tells a demo's story from its evidence;
+	// empty: none is written.
+	Report string
 	// Progress takes lines for people.
 	Progress io.Writer
 }
