@@ -3,9 +3,8 @@ package evidence
 import (
 	"bytes"
 	"context"
-	"errors"
-	"fmt"
 	"io"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -18,12 +17,14 @@ import (
 
 func (t *tool) story() *cobra.Command {
 	var markdown, page string
-	c := &cobra.Command{
+	var bring bool
+	c := uses(&cobra.Command{
 		Use: "report INCIDENT [FOLDER]", Short: "Tell the story of an incident, with its proofs and recordings", Args: arguments(1, 2, "the name of an incident, and at most one folder"),
 		Long: "Writes the appendix of a post-mortem: who came in, what was done and why, what came of it, how long it took, and what\n" +
-			"proves it. The page of --html is one file that needs no network, and plays the recordings that are in the folder\n" +
-			"(halligan audit replay fetches one). Without a folder, what the daemons have now is fetched and verified first.\n" +
-			"What does not hold is said in the report, and the exit status then is 1.\n\n" +
+			"proves it. The page of --html is one file that needs no network, and plays the recordings that are in the folder.\n" +
+			"Without a folder, what the daemons have now is fetched and verified first, and with --recordings the recordings too,\n" +
+			"which takes a commander (--as commander) and is on record. What does not hold is said in the report, and the exit\n" +
+			"status then is 1.\n\n" +
 			"  halligan audit report INC-7 --html INC-7.html --markdown INC-7.md",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if markdown == "" && page == "" {
@@ -32,12 +33,15 @@ func (t *tool) story() *cobra.Command {
 			if markdown == page {
 				return usage(cmd, "--markdown and --html need a file each")
 			}
+			if bring && len(args) > 1 {
+				return usage(cmd, "--recordings fetches from the daemons, not from a folder")
+			}
 			e, r, err := t.open(cmd.Context(), argument(args, 1))
 			if err != nil {
 				return err
 			}
 			defer e.Close()
-			in, err := t.incident(cmd.Context(), e, r, args[0])
+			in, err := t.incident(cmd.Context(), e, r, args[0], bring)
 			if err != nil {
 				return err
 			}
@@ -49,9 +53,10 @@ func (t *tool) story() *cobra.Command {
 			}
 			return verdict(r)
 		},
-	}
+	}, "reason")
 	c.Flags().StringVar(&markdown, "markdown", "", "`file` to write it to as Markdown; - is standard output, which is the default")
 	c.Flags().StringVar(&page, "html", "", "`file` to write it to as one page for a browser")
+	c.Flags().BoolVar(&bring, "recordings", false, "fetch the recordings of its sessions, too, where they are not here")
 	return c
 }
 
@@ -74,7 +79,7 @@ func (t *tool) put(name string, render func(io.Writer) error) error {
 }
 
 // incident collects what belongs to one.
-func (t *tool) incident(ctx context.Context, e *evidence.Evidence, r *evidence.Report, name string) (report.Evidence, error) {
+func (t *tool) incident(ctx context.Context, e *evidence.Evidence, r *evidence.Report, name string, bring bool) (report.Evidence, error) {
 	in := report.Evidence{Incident: name, Made: t.Now()}
 	g := report.NewGatherer(name)
 	for entry, err := range e.Events(ctx, evidence.Filter{}) {
@@ -87,8 +92,8 @@ func (t *tool) incident(ctx context.Context, e *evidence.Evidence, r *evidence.R
 		return in, fault.New(fault.NotFound, "list what there is with halligan audit show", "no event names the incident %s", name)
 	}
 	logs := map[*evidence.Log]bool{}
-	recorded := map[string]string{}
-	var sessions []string
+	casts := map[string]*castOf{}
+	var order []*castOf
 	for entry, err := range e.Events(ctx, evidence.Filter{}) {
 		if err != nil {
 			return in, err
@@ -108,9 +113,12 @@ func (t *tool) incident(ctx context.Context, e *evidence.Evidence, r *evidence.R
 			}
 		}
 		in.Events = append(in.Events, one)
-		if entry.Chunk != nil && recorded[entry.Chunk.Session] == "" {
-			recorded[entry.Chunk.Session] = entry.Origin
-			sessions = append(sessions, entry.Chunk.Session)
+		if c := entry.Chunk; c != nil {
+			if casts[c.Session] == nil {
+				casts[c.Session] = &castOf{name: c.Session, log: entry.Log}
+				order = append(order, casts[c.Session])
+			}
+			casts[c.Session].whole = casts[c.Session].whole || c.Last
 		}
 	}
 	for _, l := range r.Logs {
@@ -118,44 +126,62 @@ func (t *tool) incident(ctx context.Context, e *evidence.Evidence, r *evidence.R
 			in.Logs = append(in.Logs, logOf(l))
 		}
 	}
+	if bring {
+		// What is read is read for this.
+		if err := t.cmd.Flag("incident").Value.Set(name); err != nil {
+			return in, err
+		}
+	}
 	budget := int64(maxRecordings)
-	for _, session := range sessions {
-		one, err := recording(ctx, e, session, &budget)
+	for _, c := range order {
+		one, err := t.cast(ctx, e, c, bring, &budget)
 		if err != nil {
 			return in, err
 		}
-		one.Origin = recorded[session]
 		in.Recordings = append(in.Recordings, one)
 	}
 	return in, nil
 }
 
+// castOf is a recording that a log speaks of; whole says that the session is over.
+type castOf struct {
+	name  string
+	log   *evidence.Log
+	whole bool
+}
+
 // maxRecordings bounds what is read of recordings, in bytes. A report holds less.
 const maxRecordings = 64 << 20
 
-// recording reads one as far as the budget goes.
-func recording(ctx context.Context, e *evidence.Evidence, session string, budget *int64) (report.Recording, error) {
-	one := report.Recording{Name: session}
-	file, _, err := e.Recording(ctx, session)
-	if err != nil {
-		if ctx.Err() != nil {
-			return one, err
+// cast reads a recording as far as the budget goes.
+func (t *tool) cast(ctx context.Context, e *evidence.Evidence, c *castOf, bring bool, budget *int64) (report.Recording, error) {
+	one := report.Recording{Name: c.name, Origin: c.log.Origin}
+	file, _, err := e.Recording(ctx, c.name)
+	if bring && fault.Is(err, fault.NotFound) {
+		var brought string
+		if brought, err = t.bring(ctx, c.log, c.name); err == nil {
+			if !c.whole { // it would be too short for what the log has by tomorrow
+				defer os.Remove(brought)
+			}
+			file, _, err = e.Recording(ctx, c.name)
 		}
-		f := fault.Of(err)
-		one.Problem = f.Error()
+	}
+	if ctx.Err() != nil {
+		return one, ctx.Err()
+	}
+	if err != nil {
+		one.Problem = fault.Of(err).Error()
 		return one, nil
 	}
 	defer file.Close()
 	data, err := io.ReadAll(io.LimitReader(file, *budget+1))
 	if int64(len(data)) > *budget {
-		one.Problem = "there is more of recordings than a report takes; see: halligan audit replay " + session
+		one.Problem = "there is more of recordings than a report takes; see: halligan audit replay " + c.name
 		return one, nil
 	}
 	*budget -= int64(len(data))
-	if one.Data = data; err != nil {
-		return one, errors.Join(fmt.Errorf("recording %s", session), err)
-	}
-	return one, nil
+	one.Data = data
+	return one, err
 }
 
 // witnessed reports whether somebody whose key is known has countersigned a tree
