@@ -22,6 +22,7 @@ import (
 
 	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/internal/durable"
+	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 )
 
@@ -219,13 +220,16 @@ func (r *Recorder) later(e audit.Event) {
 func (r *Recorder) append(e audit.Event) error {
 	ctx, cancel := context.WithTimeout(context.Background(), appendWithin)
 	defer cancel()
-	_, err := r.o.Log.Append(ctx, e)
-	return err
+	if _, err := r.o.Log.Append(ctx, e); err != nil {
+		return fault.New(fault.AuditUnavailable, "", "%w", err)
+	}
+	return nil
 }
 
 // pass brings the log up to date: with what is long enough, or with all there is.
-// It ends at the first thing that fails, which the next one tries again.
+// What fails the next one tries again; it ends where that is the log.
 func (r *Recorder) pass(all bool) error {
+	var failed error
 	for {
 		r.mu.Lock()
 		if len(r.waiting) == 0 {
@@ -241,11 +245,16 @@ func (r *Recorder) pass(all bool) error {
 		r.waiting = r.waiting[1:]
 		r.mu.Unlock()
 	}
-	for len(r.torn) > 0 { // only find and this touch it
-		if err := r.settle(r.torn[0]); err != nil {
-			return fmt.Errorf("%s: %w", r.torn[0], err)
+	for _, name := range slices.Clone(r.torn) { // only find and this touch it
+		err := r.settle(name)
+		switch {
+		case fault.Is(err, fault.AuditUnavailable):
+			return err
+		case err == nil || errors.Is(err, fs.ErrNotExist):
+			r.torn = slices.DeleteFunc(r.torn, func(n string) bool { return n == name })
+		default:
+			failed = errors.Join(failed, fmt.Errorf("settling %s: %w", name, err))
 		}
-		r.torn = r.torn[1:]
 	}
 	r.mu.Lock()
 	var sessions []*Session
@@ -258,12 +267,13 @@ func (r *Recorder) pass(all bool) error {
 	for _, s := range sessions {
 		for more := true; more; {
 			var err error
-			if more, err = s.vouch(all); err != nil {
+			if more, err = s.vouch(all); fault.Is(err, fault.AuditUnavailable) {
 				return err
 			}
+			failed = errors.Join(failed, err)
 		}
 	}
-	return r.prune()
+	return errors.Join(failed, r.prune())
 }
 
 // finished takes a recording over whose last digest is in the log.

@@ -328,22 +328,20 @@ func (s *Session) End(status int, why error) {
 	if why != nil {
 		e.Error, e.ErrorCode = why.Error(), string(fault.CodeOf(why))
 	}
-	kept := s.file != nil
-	s.mu.Unlock()
-	s.r.o.Log.Note(e)
-	if s.name == "" {
-		return
-	}
-	s.r.mu.Lock()
+	s.r.mu.Lock() // as long as s.mu, so that the last digest is recorded once
 	delete(s.r.live, s)
-	if kept = kept && len(s.r.ended) < maxWaiting; kept {
+	kept := s.file != nil && len(s.r.ended) < maxWaiting
+	if kept {
 		s.r.ended = append(s.r.ended, s)
 	}
 	s.r.mu.Unlock()
+	if s.file != nil && !kept {
+		s.file.Close() // the next start settles it
+	}
+	s.mu.Unlock()
+	s.r.o.Log.Note(e)
 	if kept {
 		s.r.poke()
-	} else if s.file != nil {
-		s.file.Close() // the next start settles it
 	}
 }
 
