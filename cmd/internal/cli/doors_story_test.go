@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 
 	"github.com/halligan-io/halligan/cmd/internal/lab"
 )
@@ -114,6 +115,18 @@ func TestDoorStories(t *testing.T) {
 				if len(slices.Compact(said)) != 1 {
 					ts.Fatalf("these differ:\n%s", strings.Join(said, "\n"))
 				}
+			},
+			// lose NODE kills its agent, as whoever listens at its console.
+			"lose": func(ts *testscript.TestScript, _ bool, args []string) {
+				c, err := net.Dial("unix", filepath.Join(ts.Getenv("DIR"), args[0], "console.sock"))
+				ts.Check(err)
+				defer c.Close()
+				raw, err := c.(*net.UnixConn).SyscallConn()
+				ts.Check(err)
+				var peer *unix.Ucred
+				ts.Check(raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }))
+				ts.Check(err)
+				ts.Check(unix.Kill(int(peer.Pid), unix.SIGKILL))
 			},
 			// answers SOCKET waits for it.
 			"answers": func(ts *testscript.TestScript, _ bool, args []string) {

@@ -53,6 +53,9 @@ func (r *roamer) Undo(ctx context.Context, in *halliganv1.UndoRequest, opts ...g
 	case lerr != nil:
 		return nil, lerr
 	}
+	if by := r.undoneBy(ctx, in.GetActionId()); by != "" {
+		return nil, fault.New(fault.Stale, "see: halligan history "+by, "action %s was taken back already, by %s", in.GetActionId(), by)
+	}
 	r.fleet.app.note("%s did it and cannot be asked: %s gets what bastions keep of it, and verifies that", node, r.host.ID())
 	in = proto.CloneOf(in)
 	in.Evidence = proof
@@ -80,6 +83,27 @@ func (r *roamer) lost(ctx context.Context) (*evidence.Lost, error) {
 		a.note("what bastions keep of other nodes could not be fetched: %s", fault.Of(err).Message)
 	}
 	return lost, err
+}
+
+// maxAsked is how many records an agent tells of at most.
+const maxAsked = 1000
+
+// undoneBy returns which action of the agents that can be asked took back one of
+// another node: no two of them know that of each other.
+func (r *roamer) undoneBy(ctx context.Context, id string) string {
+	from := func(ctx context.Context, a *agent) ([]*halliganv1.HistoryEntry, error) {
+		return a.records(ctx, &halliganv1.HistoryRequest{Limit: maxAsked})
+	}
+	entries, err := from(ctx, r.agent)
+	if err != nil {
+		r.fleet.app.note("%s does not tell its history: %s", r.host.ID(), api.FromStatus(err).Message)
+	}
+	for _, e := range append(entries, r.gather(ctx, from)...) {
+		if strings.HasPrefix(e.GetUndoes(), id) && e.GetResult() == "applied" {
+			return e.GetActionId()
+		}
+	}
+	return ""
 }
 
 // past returns what lost nodes did, as bastions keep it; with an ID that action only.
