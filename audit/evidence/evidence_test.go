@@ -281,7 +281,21 @@ func TestVerifySaysWhatHolds(t *testing.T) {
 			t.Errorf("%+v", l)
 		}
 	}
-	e, err := evidence.Open(w.dir)
+	// One folder alone, with the statement of a witness.
+	e, err := evidence.Open(node.dir)
+	w.must(err)
+	alone := w.trust()
+	for unwitnessed, identities := range map[uint64][][]byte{316: nil, 5: {a.identity()}} {
+		alone.Identities = identities
+		if r, err := e.Verify(t.Context(), alone); err != nil || !r.OK() || r.Logs[0].Unwitnessed != unwitnessed {
+			t.Errorf("%+v, %v", r, err)
+		}
+	}
+	alone.Identities = [][]byte{[]byte("nothing")}
+	if _, err := e.Verify(t.Context(), alone); !fault.Is(err, fault.Unauthenticated) {
+		t.Error(err)
+	}
+	e, err = evidence.Open(w.dir)
 	w.must(err)
 	if _, err := e.Verify(t.Context(), evidence.Trust{Now: time.Now()}); !fault.Is(err, fault.Usage) {
 		t.Errorf("without anybody to believe: %v", err)

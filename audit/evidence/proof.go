@@ -59,24 +59,10 @@ type Proven struct {
 // the origin that the event says. Identities are the statements of servers that
 // may vouch for it: the log's own, and those of witnesses.
 func VerifyProof(t Trust, identities [][]byte, proof, event []byte) (p Proven, err error) {
+	t.Identities = slices.Concat(t.Identities, identities)
 	keys, err := newKeyring(t)
 	if err != nil {
 		return p, err
-	}
-	for _, data := range identities {
-		if t.Bundle == nil {
-			break
-		}
-		s, err := logkey.Verify(data, t.Bundle, t.Now)
-		if err != nil {
-			return p, err
-		}
-		if keys.logs[s.Server] == nil {
-			keys.logs[s.Server] = s.Log
-		}
-		if v, err := logkey.WitnessVerifier(s.Server, s.Witness); err == nil {
-			keys.witness(v)
-		}
 	}
 	bad := func(text string, args ...any) error {
 		return fault.New(fault.Failed, "do not rely on it", text, args...)
@@ -108,6 +94,9 @@ func VerifyProof(t Trust, identities [][]byte, proof, event []byte) (p Proven, e
 		return p, bad("%w", err)
 	}
 	key := keys.logs[origin]
+	if key == nil {
+		key = keys.stated[origin].Log
+	}
 	if key == nil {
 		return p, fault.New(fault.Usage, "give its key with --key, or its identity file with --identity-file", "nothing vouches for the key of %s", origin)
 	}

@@ -38,7 +38,10 @@ type Trust struct {
 	// Keys are verifier keys (C2SP signed-note): of logs, and of witnesses whose
 	// type is cosignature/v1. That of a log holds for all its generations.
 	Keys []string
-	Now  time.Time
+	// Identities are statements of servers besides those in the folders, such as a
+	// bastion's, whose countersignatures count then.
+	Identities [][]byte
+	Now        time.Time
 }
 
 // Report is what Verify found, log by log.
@@ -141,6 +144,7 @@ type heldTree struct {
 type keyring struct {
 	trust     Trust
 	logs      map[string]ed25519.PublicKey // by origin, as the person named them
+	stated    map[string]statement         // by origin
 	witnesses []note.Verifier
 }
 
@@ -148,7 +152,7 @@ func newKeyring(t Trust) (*keyring, error) {
 	if t.Bundle == nil && len(t.Keys) == 0 {
 		return nil, fault.New(fault.Usage, "name the fleet's bundle with --bundle, or a log's key with --key", "nothing says whom to believe")
 	}
-	k := &keyring{trust: t, logs: map[string]ed25519.PublicKey{}}
+	k := &keyring{trust: t, logs: map[string]ed25519.PublicKey{}, stated: map[string]statement{}}
 	for _, vkey := range t.Keys {
 		if w, err := torchwood.NewCosignatureVerifier(vkey); err == nil {
 			k.witness(w)
@@ -160,7 +164,25 @@ func newKeyring(t Trust) (*keyring, error) {
 		}
 		k.logs[origin] = key
 	}
+	for _, data := range t.Identities {
+		if t.Bundle == nil {
+			return nil, fault.New(fault.Usage, "name the fleet's bundle with --bundle", "nothing vouches for a server's statement of its keys")
+		}
+		s, err := logkey.Verify(data, t.Bundle, t.Now)
+		if err != nil {
+			return nil, err
+		}
+		k.stated[s.Server] = statement{Statement: s}
+		k.vouch(s)
+	}
 	return k, nil
+}
+
+// vouch adds the witness that a server says it is.
+func (k *keyring) vouch(s logkey.Statement) {
+	if v, err := logkey.WitnessVerifier(s.Server, s.Witness); err == nil {
+		k.witness(v)
+	}
 }
 
 // witness adds one that is believed. Twice the same one would verify nothing.
@@ -213,8 +235,8 @@ func (e *Evidence) Verify(ctx context.Context, t Trust) (*Report, error) {
 			}
 			s.err = err
 			f.statements[lineage] = s
-			if v, err := logkey.WitnessVerifier(s.Server, s.Witness); err == nil {
-				keys.witness(v)
+			if err == nil {
+				keys.vouch(s.Statement)
 			}
 		}
 	}
@@ -305,6 +327,9 @@ func (h *held) find(name string, keys *keyring) {
 	key, by := keys.logs[origin], "key"
 	if key == nil {
 		s := f.statement(lineage)
+		if given, ok := keys.stated[origin]; ok && errors.Is(s.err, fs.ErrNotExist) {
+			s = given
+		}
 		switch {
 		case keys.trust.Bundle == nil:
 			h.problem(file, nil, "none of the keys that are trusted is of %s", origin)

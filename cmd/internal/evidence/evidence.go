@@ -22,6 +22,7 @@ import (
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
+	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
 // Surroundings are what a command is run in.
@@ -61,8 +62,9 @@ var rows = []func(*tool) *cobra.Command{
 // tool is one run of a command below audit.
 type tool struct {
 	Surroundings
-	keys []string
-	cmd  *cobra.Command // that runs
+	// keys and identities are what --key and --identity-file say.
+	keys, identities []string
+	cmd              *cobra.Command // that runs
 	// vouched are keys that the console of this machine vouches for.
 	vouched []string
 }
@@ -159,7 +161,16 @@ func (t *tool) table() bool { return t.flag("output") == "table" }
 // trust is whom to believe.
 func (t *tool) trust() (evidence.Trust, error) {
 	b, err := t.Bundle()
-	return evidence.Trust{Bundle: b, Keys: append(slices.Clone(t.keys), t.vouched...), Now: t.Now()}, err
+	out := evidence.Trust{Bundle: b, Keys: slices.Concat(t.keys, t.vouched), Now: t.Now()}
+	for _, name := range t.identities {
+		if err != nil {
+			break
+		}
+		var data []byte
+		data, err = readFile(name, logkey.MaxSize)
+		out.Identities = append(out.Identities, data)
+	}
+	return out, err
 }
 
 // open returns verified evidence: of the folder or archive, or, where none is
@@ -237,8 +248,10 @@ type filters struct {
 	since, until string
 }
 
-// add defines them. The incident and the node are flags of the root.
+// add defines them. The node is a flag of the root, and so is the incident, which
+// there is that of a change, and not offered elsewhere.
 func (f *filters) add(set *pflag.FlagSet) {
+	set.StringVar(&f.Incident, "incident", "", "only what belongs to this `incident`")
 	set.StringVar(&f.Person, "person", "", "only what this `person` did or approved")
 	set.StringVar(&f.Object, "object", "", "only what changed objects with this `text` in their keys")
 	set.StringVar(&f.Action, "action", "", "only this `action`, such as scale")
@@ -250,10 +263,6 @@ func (f *filters) add(set *pflag.FlagSet) {
 
 // filter returns what they say.
 func (t *tool) filter(f *filters) (evidence.Filter, error) {
-	f.Incident, f.Origin = "", ""
-	if t.cmd.Flags().Changed("incident") {
-		f.Incident = t.flag("incident")
-	}
 	if t.cmd.Flags().Changed("node") {
 		f.Origin = t.flag("node")
 	}

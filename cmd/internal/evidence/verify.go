@@ -14,12 +14,10 @@ import (
 	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/audit/evidence"
 	"github.com/halligan-io/halligan/internal/fault"
-	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
 func (t *tool) verify() *cobra.Command {
 	var proof, event string
-	var identities []string
 	c := &cobra.Command{
 		Use: "verify [FOLDER]", Short: "Verify evidence offline, and name the first entry that does not hold", Args: arguments(0, 1, "at most one folder, or archive"),
 		Long: "Verifies a folder of evidence, or a tar archive of one: as halligan audit fetch made it, or as it lies at a daemon.\n" +
@@ -31,7 +29,7 @@ func (t *tool) verify() *cobra.Command {
 				if proof == "" || event == "" || len(args) > 0 {
 					return usage(cmd, "a proof needs its event: --proof FILE --event FILE, and no folder")
 				}
-				return t.verifyProof(proof, event, identities)
+				return t.verifyProof(proof, event)
 			}
 			e, r, err := t.open(cmd.Context(), argument(args, 0))
 			if err != nil {
@@ -48,7 +46,7 @@ func (t *tool) verify() *cobra.Command {
 	}
 	c.Flags().StringVar(&proof, "proof", "", "`file` of a proof, as halligan audit prove writes it")
 	c.Flags().StringVar(&event, "event", "", "`file` of the event that it is a proof for")
-	c.Flags().StringArrayVar(&identities, "identity-file", nil, "`file` identity of the log's folder, for which the bundle vouches; may be repeated")
+	c.Flags().StringArrayVar(&t.identities, "identity-file", nil, "`file` identity of the folder of a log or a witness, for which the bundle vouches; may be repeated")
 	return c
 }
 
@@ -122,7 +120,7 @@ type proven struct {
 	Event     audit.Event `json:"event"`
 }
 
-func (t *tool) verifyProof(proofFile, eventFile string, identityFiles []string) error {
+func (t *tool) verifyProof(proofFile, eventFile string) error {
 	proof, err := readFile(proofFile, evidence.MaxProof)
 	if err != nil {
 		return err
@@ -131,19 +129,11 @@ func (t *tool) verifyProof(proofFile, eventFile string, identityFiles []string) 
 	if err != nil {
 		return err
 	}
-	var identities [][]byte
-	for _, name := range identityFiles {
-		data, err := readFile(name, logkey.MaxSize)
-		if err != nil {
-			return err
-		}
-		identities = append(identities, data)
-	}
 	trust, err := t.trust()
 	if err != nil {
 		return err
 	}
-	p, err := evidence.VerifyProof(trust, identities, proof, event)
+	p, err := evidence.VerifyProof(trust, nil, proof, event)
 	if err != nil {
 		return err
 	}
