@@ -58,7 +58,8 @@ func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, eviden
 	}
 	d := &doors{Ways: ways.New(evidence.Raise, log), config: c, trusted: t, evidence: evidence, images: images, alarms: alarms, log: log}
 	o := door.Options{Engine: engine, Cluster: c.Cluster, Warnings: d.warnings, Audit: evidence.Status, Record: evidence, Alarms: evidence, Log: log,
-		Evidence: service.New(service.Options{Ledger: evidence, Origin: c.origin(), Holder: holder, Identity: evidence.Identity, Sealed: images.service(), Bundle: t.Current, Now: t.clock.Now, Log: log})}
+		Evidence: service.New(service.Options{Ledger: evidence, Origin: c.origin(), Holder: holder, Identity: evidence.Identity, Sealed: images.service(), Bundle: t.Current, Now: t.clock.Now,
+			Stopping: func() context.Context { return d.server.Stopping() }, Log: log})}
 	if c.Trust != nil {
 		o.Bundles = t
 		_ = t.Open() // so that the first call has its policy; outside tries again, and tells

@@ -124,9 +124,11 @@ func (b *bastion) serve(ctx context.Context) error {
 	}
 	b.doors.Opened("bundle")
 	bundles := b.trusted.Store()
+	var server *rpc.Server
 	server, err := rpc.New(rpc.Options{Bastion: b.config.Name, Store: b.store, Bundles: bundles, Relays: func() int64 { return b.relay.Stats().Open }, Tunnels: b.tunnels.Since,
 		Warnings: func() []string { return append(b.doors.warnings(), b.copies.warnings()...) }, Now: b.trusted.clock.Now, Record: b.evidence, Alarms: b.evidence, Audit: b.evidence.Status, Mirrors: b.copies.status, Log: b.log,
-		Evidence: service.New(service.Options{Ledger: b.evidence, Origin: b.config.origin(), Holder: b.holder, Copies: b.copies.folder, Problem: b.copies.problem, Identity: b.evidence.Identity, Bundle: b.trusted.Current, Now: b.trusted.clock.Now, Log: b.log})})
+		Evidence: service.New(service.Options{Ledger: b.evidence, Origin: b.config.origin(), Holder: b.holder, Copies: b.copies.folder, Problem: b.copies.problem, Identity: b.evidence.Identity, Bundle: b.trusted.Current, Now: b.trusted.clock.Now,
+			Stopping: func() context.Context { return server.Stopping() }, Log: b.log})})
 	if err != nil {
 		return err
 	}

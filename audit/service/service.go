@@ -56,6 +56,9 @@ type Options struct {
 	// wrong with one of them; empty and nil at an agent.
 	Copies  string
 	Problem func(origin string) string
+	// Stopping returns what ends when the daemon's door is told to stop; nil: nothing
+	// does. It is asked when the door serves.
+	Stopping func() context.Context
 	// Sealed is what an agent seals for others; nil at a bastion.
 	Sealed Sealed
 	Log    zerolog.Logger
@@ -84,6 +87,9 @@ type Service struct {
 func New(o Options) *Service {
 	if o.Holder == nil {
 		o.Holder = NewHolder()
+	}
+	if o.Stopping == nil {
+		o.Stopping = context.Background
 	}
 	if o.Problem == nil {
 		o.Problem = func(string) string { return "" }

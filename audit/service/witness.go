@@ -19,6 +19,7 @@ import (
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/audit/ledger"
 	"github.com/halligan-io/halligan/audit/sealed"
+	"github.com/halligan-io/halligan/audit/tiles"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/logkey"
@@ -71,6 +72,7 @@ func (s *Service) Witness(g grpc.BidiStreamingServer[halliganv1.WitnessRequest, 
 	}
 	ctx, end := context.WithCancelCause(g.Context())
 	defer end(nil)
+	defer context.AfterFunc(s.o.Stopping(), func() { end(fault.New(fault.Unreachable, "", "%s stops", s.o.Origin)) })()
 	st := &stream{Service: s, grpc: g, server: c.Who.Person, end: end, sent: map[generationID]uint64{}, offered: map[string]bool{}}
 	if err := st.begin(ctx); err != nil {
 		return err
@@ -209,6 +211,9 @@ func (st *stream) logs(ctx context.Context, k *keeper, first bool) error {
 	for i, h := range heads {
 		id := generationID{h.Lineage, h.Generation}
 		have, known := st.sent[id]
+		if cp, err := tiles.ParseCheckpoint(h.Checkpoint); err != nil || cp.Origin != logkey.Tree(st.o.Origin, h.Lineage, h.Generation) {
+			continue // this daemon had another name then
+		}
 		if h.Size == 0 || known && have == h.Size && (!first || i+1 < len(heads)) {
 			continue
 		}
@@ -365,5 +370,5 @@ func (st *stream) cosigned(c *halliganv1.WitnessCosigned) error {
 	if err != nil {
 		return refuse(err)
 	}
-	return st.o.Ledger.Cosigned(c.GetLineage(), c.GetGeneration(), kept, st.server)
+	return st.o.Ledger.Cosigned(c.GetLineage(), c.GetGeneration(), kept, witness.Name())
 }

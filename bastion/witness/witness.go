@@ -40,6 +40,8 @@ import (
 const (
 	// soonest and latest bound the time until a stream that broke is begun again.
 	soonest, latest = 250 * time.Millisecond, 15 * time.Second
+	// well is how long a stream must have lasted for the next one to come soon.
+	well = time.Second
 	// atOnce is how many servers are being reached at a time, and reaching one may
 	// take within.
 	atOnce = 16
@@ -135,12 +137,11 @@ func (w *witness) hosts() []bundle.Host {
 func (w *witness) keep(ctx context.Context, h bundle.Host) {
 	wait := soonest
 	for {
-		began := time.Now()
-		err := w.try(ctx, h)
+		lasted, err := w.try(ctx, h)
 		if ctx.Err() != nil {
 			return
 		}
-		if time.Since(began) > latest {
+		if lasted > well {
 			wait = soonest
 		}
 		w.Log.Debug().Str("server", h.ID()).Str("why", why(err)).Msg("its log is not being witnessed")
@@ -157,11 +158,12 @@ func why(err error) string {
 	return neutral.LineMax(fault.Of(err).Error(), 256)
 }
 
-// try is stream, which fails where what a server sends makes it panic.
-func (w *witness) try(ctx context.Context, h bundle.Host) (err error) {
+// try is stream, which fails where what a server sends makes it panic. It returns how
+// long there was one.
+func (w *witness) try(ctx context.Context, h bundle.Host) (lasted time.Duration, err error) {
 	c, err := w.Mirrors.Copy(h.ID())
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer func() {
 		if r := recover(); r != nil {
@@ -178,20 +180,22 @@ func (w *witness) try(ctx context.Context, h bundle.Host) (err error) {
 }
 
 // stream witnesses one server until that ends.
-func (w *witness) stream(ctx context.Context, h bundle.Host, c *mirror.Copy) error {
+func (w *witness) stream(ctx context.Context, h bundle.Host, c *mirror.Copy) (lasted time.Duration, err error) {
 	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)
 	s, closed, err := w.reach(ctx, end, h, c)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer closed()
+	began := time.Now()
 	c.Live(true, nil)
 	var telling sync.WaitGroup
 	defer telling.Wait()
 	defer end(nil)
 	telling.Go(func() { s.tellPeers(ctx) })
-	return s.hear(ctx)
+	err = s.hear(ctx)
+	return time.Since(began), err
 }
 
 // reach opens a stream and has both sides say who they are.
