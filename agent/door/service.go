@@ -41,7 +41,9 @@ func (s *Server) Status(ctx context.Context, _ *halliganv1.StatusRequest) (*hall
 	if info.Who.Late {
 		out.Warnings = append(out.Warnings, "your credential is past an edge of its validity: you are admitted since clocks may lie; renew it (halligan ca renew)")
 	}
-	out.Audit = s.audit()
+	if out.Audit = s.audit(); out.ReadOnly == "" && out.Audit.GetRefused() != "" {
+		out.ReadOnly = "nothing can be recorded: " + out.Audit.GetRefused()
+	}
 	out.Warnings = append(out.Warnings, s.warnings()...)
 	return out, nil
 }

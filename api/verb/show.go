@@ -481,6 +481,7 @@ func (v *Verbs) showStatus(s *halliganv1.StatusResponse) {
 		showEtcd(&b, e)
 	}
 	row(&b, "records", fmt.Sprintf("%s used, %s free", size(s.GetStateUsedBytes()), size(s.GetStateFreeBytes())))
+	row(&b, "evidence", Evidence(s.GetAudit()))
 	for _, resource := range slices.Sorted(maps.Keys(s.GetEncryption())) {
 		row(&b, "encrypts", line(resource)+" with "+line(s.GetEncryption()[resource]))
 	}
@@ -529,6 +530,19 @@ func Renew(at, now time.Time) string {
 		return ""
 	}
 	return "your " + Ends(at, now) + "; have it renewed: halligan ca renew"
+}
+
+// Evidence says in one line how a log is, "" where nobody told. What is wrong with it
+// stands among the warnings.
+func Evidence(a *halliganv1.AuditStatus) string {
+	if a == nil {
+		return ""
+	}
+	text := fmt.Sprintf("%d events, %d signed", a.GetEvents(), a.GetSigned())
+	for _, witness := range slices.Sorted(maps.Keys(a.GetWitnessed())) {
+		text += fmt.Sprintf(", %d witnessed by %s", a.GetWitnessed()[witness], line(witness))
+	}
+	return text + fmt.Sprintf("; %s, and room for %d events when the disk is full", size(a.GetBytes()), a.GetReserve())
 }
 
 // showBundle shows which signed bundle is in force.

@@ -192,9 +192,31 @@ func status(ctx context.Context, a *asked, _ []string) error {
 	if s.GetStoreDegraded() == "" {
 		t.row("store", "works")
 	}
+	if text := verb.Evidence(s.GetAudit()); text != "" {
+		t.row("evidence", text)
+	}
+	for _, m := range s.GetMirrors() {
+		t.row("copy of", mirror(m))
+	}
 	t.end()
 	a.degraded(s)
 	return nil
+}
+
+// mirror says how a copy of another's evidence is.
+func mirror(m *halliganv1.MirrorStatus) string {
+	text := fmt.Sprintf("%s: %d events", m.GetOrigin(), m.GetEvents())
+	switch lag := time.Duration(m.GetLagSeconds() * float64(time.Second)).Round(time.Second); {
+	case m.GetProblem() != "":
+		text += "; " + m.GetProblem()
+	case lag < 0:
+		text += ", never known to be all"
+	case lag > 0:
+		text += fmt.Sprintf(", all of them %v ago", lag)
+	default:
+		text += ", all of them"
+	}
+	return text
 }
 
 func whoami(ctx context.Context, a *asked, _ []string) error {

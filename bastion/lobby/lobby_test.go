@@ -41,7 +41,9 @@ type bastion struct {
 
 func (b bastion) Status(context.Context, *halliganv1.BastionStatusRequest) (*halliganv1.BastionStatusResponse, error) {
 	return &halliganv1.BastionStatusResponse{Bastion: "bastion-a", Version: hostile, Time: timestamppb.New(now), Person: "ada", Clusters: []string{"prod", "staging"}, Roles: []string{"responder"},
-		CredentialExpires: timestamppb.New(now.Add(time.Hour)), StoreDegraded: "the store is " + hostile, Warnings: []string{"beware of " + hostile}, Door: "ssh"}, b.failing
+		CredentialExpires: timestamppb.New(now.Add(time.Hour)), StoreDegraded: "the store is " + hostile, Warnings: []string{"beware of " + hostile}, Door: "ssh",
+		Audit:   &halliganv1.AuditStatus{Events: 12, Signed: 11, Witnessed: map[string]uint64{hostile: 10}, Bytes: 2048, Reserve: 2048},
+		Mirrors: []*halliganv1.MirrorStatus{{Origin: "cp-1.prod", Events: 7, LagSeconds: 90}, {Origin: "cp-2.prod", Problem: "it forked: " + hostile}, {Origin: "cp-3.prod", LagSeconds: -1}}}, b.failing
 }
 
 func (b bastion) Nodes(_ context.Context, req *halliganv1.NodesRequest) (*halliganv1.NodesResponse, error) {
@@ -117,7 +119,7 @@ func TestCommands(t *testing.T) {
 		"approvals":      {"7f", "cp-1.prod", "bob", "1m0s", "halligan approve PLAN"},
 		"approvals 7f":   {"7f"},
 		"approvals none": {"PLAN"},
-		"status":         {"bastion-a", "degraded: the store is a", "warning: beware of a"},
+		"status":         {"bastion-a", "degraded: the store is a", "warning: beware of a", "12 events, 11 signed, 10 witnessed by a", "cp-1.prod: 7 events, all of them 1m30s ago", "it forked: a", "never known to be all"},
 		"whoami":         {"ada", "prod, staging", "responder", "ends in", "at 2026-06-01T13:00:00Z", "halligan ca renew"},
 		"help":           {"nodes [CLUSTER]", "ssh -J BASTION responder@NODE"},
 		"--help":         {"nodes [CLUSTER]"},
