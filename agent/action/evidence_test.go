@@ -59,16 +59,15 @@ func TestEveryActionOnRecord(t *testing.T) {
 		}
 		t.Run(r.name, func(t *testing.T) {
 			l := newLab(t, 1)
+			l.real()
 			par := prepare(l)
 			p, err := l.engine.Plan(l.ctx(), who, &halliganv1.PlanRequest{Action: r.name, Parameters: parameters(t, par), Reason: "test", Incident: "INC-1"})
 			if err != nil {
 				t.Fatal(err)
 			}
-			if n := len(l.log.of(p.Id)); n != 0 {
-				t.Errorf("%d events of a plan", n)
-			}
+			before := l.ledger.State().Events
 			at := map[string]int{}
-			l.engine.steps = func(step string) { at[step] = len(l.log.of(p.Id)) }
+			l.engine.steps = func(step string) { at[step] = int(l.ledger.State().Events - before) }
 			res := l.engine.Apply(l.ctx(), who, toApply(p), nil)
 			if res.Result != resultApplied {
 				t.Fatal(res.Error)
@@ -78,7 +77,7 @@ func TestEveryActionOnRecord(t *testing.T) {
 					t.Errorf("at %q there are %d events, want %d", step, have, n)
 				}
 			}
-			events := l.log.of(p.Id)
+			events := l.events(p.Id)
 			in, out := events[0], events[len(events)-1]
 			if in.Kind != audit.Intent || in.Actor.Person != "alice" || in.Actor.Role != "responder" || in.Actor.Fingerprint != "SHA256:alice" || in.Actor.Serial != "7" || in.Actor.CA != "SHA256:ca" ||
 				in.Actor.Source == "" || in.Session != "s-1" || in.Reason != "test" || in.Incident != "INC-1" || in.Action != r.name || in.PlanSHA256 != p.Sha256 || in.Via != "etcd" ||
@@ -111,7 +110,7 @@ func TestAuditRefuses(t *testing.T) {
 	key := l.put(collector())
 	l.put(&corev1.Secret{ObjectMeta: labelled("telemetry", "s"), Data: map[string][]byte{"p": []byte("hunter2")}})
 	before := l.value(key)
-	log := l.lines()
+	log := l.log
 	log.refuse = func(audit.Event) error { return errNoLog }
 	p, err := l.plan("scale", stopCollector)
 	if err != nil {
@@ -159,7 +158,7 @@ func TestStopOnRecord(t *testing.T) {
 		for i := range 40 {
 			l.put(&corev1.ConfigMap{ObjectMeta: labelled("a", fmt.Sprint("c", i), "x", "y")})
 		}
-		log := l.lines()
+		log := l.log
 		l.engine.pace = Pace{PerSecond: 50, Most: 2}
 		p, err := l.plan("delete", map[string]any{"target": "cm", "namespace": "a", "selector": "x=y"})
 		if err != nil {
@@ -185,7 +184,7 @@ func TestStopOnRecord(t *testing.T) {
 			t.Fatalf("%s, %v", r.Result, r.Error)
 		}
 		var stops, outcomes int
-		for _, e := range log.of(p.Id) {
+		for _, e := range l.events(p.Id) {
 			switch {
 			case e.Action == trust.ActionStop && e.Kind == audit.Intent && e.Actor.Person == "erin":
 				stops++
@@ -205,7 +204,7 @@ func TestOutcomeIsOwed(t *testing.T) {
 	for _, restart := range []bool{false, true} {
 		l := newLab(t, 1)
 		l.put(collector())
-		log := l.lines()
+		log := l.log
 		log.refuse = func(e audit.Event) error {
 			if e.Kind == audit.Outcome {
 				return errNoLog
@@ -217,17 +216,16 @@ func TestOutcomeIsOwed(t *testing.T) {
 			t.Fatal(err)
 		}
 		r := l.engine.Apply(l.ctx(), responder, toApply(p), nil)
-		if r.Result != resultApplied || r.Error.GetCode() != string(fault.AuditUnavailable) || len(log.of(p.Id)) != 1 {
+		if r.Result != resultApplied || r.Error.GetCode() != string(fault.AuditUnavailable) || len(l.events(p.Id)) != 1 {
 			t.Fatalf("%v", r)
 		}
 		log.refuse = nil
 		if restart {
 			l.engine.journal.Close()
 			l.start(nil)
-			l.lines()
 		}
 		l.recover(time.Second)
-		events := l.log.of(p.Id)
+		events := l.events(p.Id)
 		if len(events) != 2 || events[1].Kind != audit.Outcome || events[1].Of != events[0].ID || events[1].Outcome != resultApplied || events[1].Settled != restart ||
 			events[1].Objects[0].RevisionAfter != r.Objects[0].RevisionAfter || events[1].Actor.Person != "alice" {
 			t.Errorf("restart %v: %+v", restart, events)
@@ -240,7 +238,7 @@ func TestOutcomeIsOwed(t *testing.T) {
 func TestIntentsOfBefore(t *testing.T) {
 	l := newLab(t, 1)
 	l.put(collector())
-	log := l.lines()
+	log := l.log
 	old, _ := log.Append(l.ctx(), audit.Event{Kind: audit.Intent, Action: "scale", PlanID: "20260101-000000-gone"})
 	log.events[old.Seq].Time = time.Now().Add(-100 * time.Hour)
 	never, _ := log.Append(l.ctx(), audit.Event{Kind: audit.Intent, Action: "scale", PlanID: "20260102-000000-never"})
@@ -261,16 +259,15 @@ func TestIntentsOfBefore(t *testing.T) {
 		}
 		delete(want, e.Of)
 	}
-	if len(want) > 0 || len(log.of(done.Action)) != 2 {
+	if len(want) > 0 || len(l.events(done.Action)) != 2 {
 		t.Errorf("left open: %v", want)
 	}
 	// Another process finds nothing more to say.
 	before = len(log.all())
 	l.engine.journal.Close()
 	l.start(nil)
-	l.lines()
 	l.recover(time.Second)
-	if all := l.log.all(); len(all) != before {
+	if all := l.events(""); len(all) != before {
 		t.Errorf("said again: %+v", all[before:])
 	}
 }
@@ -279,6 +276,7 @@ func TestIntentsOfBefore(t *testing.T) {
 // each object is there once.
 func TestManyObjectsOnRecord(t *testing.T) {
 	l := newLab(t, 1)
+	l.real()
 	const many = 700
 	name := strings.Repeat("n", 120)
 	for i := range many {
@@ -291,7 +289,7 @@ func TestManyObjectsOnRecord(t *testing.T) {
 	if r := l.engine.Apply(l.ctx(), responder, toApply(p), nil); r.Result != resultApplied {
 		t.Fatal(r.Error)
 	}
-	events := l.log.of(p.Id)
+	events := l.events(p.Id)
 	seen := map[string]bool{}
 	for i, e := range events[1:] {
 		if last := i == len(events)-2; (e.Kind == audit.Outcome) != last || (e.Kind == audit.Objects) == last || e.Of != events[0].ID || e.ObjectCount != many {
@@ -313,6 +311,7 @@ func TestManyObjectsOnRecord(t *testing.T) {
 // hash is in the outcome.
 func TestSealedBesideTheEffect(t *testing.T) {
 	l := newLab(t, 1)
+	l.real()
 	key := l.put(collector())
 	var content []byte
 	fails, waits := error(nil), true
@@ -334,14 +333,14 @@ func TestSealedBesideTheEffect(t *testing.T) {
 	if err != nil || len(content) == 0 || !bytes.HasPrefix(record, content) || bytes.Count(content, []byte("\n")) != 2 {
 		t.Errorf("sealed are %d bytes, %v", len(content), err)
 	}
-	events := l.log.of(r.Action)
+	events := l.events(r.Action)
 	if sum := sha256.Sum256(content); len(events) != 2 || events[1].Images != hex.EncodeToString(sum[:]) {
 		t.Errorf("%+v", events)
 	}
 	// Whatever the sealing does is none of the action's business.
 	fails, waits = errors.New("no room"), false
 	r = l.do(resultApplied, "undo", map[string]any{"action": r.Action})
-	if events := l.log.of(r.Action); len(events) != 2 || events[1].Images != "" {
+	if events := l.events(r.Action); len(events) != 2 || events[1].Images != "" {
 		t.Errorf("%+v", events)
 	}
 	l.engine.sealed = func(string, io.Reader) (string, error) { panic("a bug") }
@@ -355,7 +354,7 @@ func TestSealedBesideTheEffect(t *testing.T) {
 		return "sum", err
 	}
 	r = l.do(resultApplied, "delete", map[string]any{"target": "cm", "namespace": "telemetry", "selector": "x=y"})
-	if n := bytes.Count(content, []byte(`"image":`)); n != 40 || l.log.of(r.Action)[1].Images != "sum" {
+	if n := bytes.Count(content, []byte(`"image":`)); n != 40 || l.events(r.Action)[1].Images != "sum" {
 		t.Errorf("%d images", n)
 	}
 }

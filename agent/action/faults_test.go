@@ -460,6 +460,46 @@ func TestKillBulk(t *testing.T) {
 	}
 }
 
+// TestKillOnLedger kills the agent with the ledger in force: what was acknowledged is
+// in the log, once, and what became of it is found out.
+func TestKillOnLedger(t *testing.T) {
+	l := newLab(t, 1)
+	dir := filepath.Join(t.TempDir(), "audit")
+	before := uint64(0)
+	for _, c := range []struct {
+		step, outcome string
+		settled       bool
+	}{{"read", notApplied, true}, {"write", resultFailed, true}, {"written", resultApplied, true}, {"end", resultApplied, false}} {
+		l.put(collector())
+		l.engine.journal.Close()
+		if !l.childUntil(t, "scale", `{"target":"ds/collector","namespace":"telemetry","to":0}`, c.step, dir) {
+			t.Fatalf("was not killed at %q", c.step)
+		}
+		l.start(func(o *Options) { o.SettleAfter = 100 * time.Millisecond })
+		log, err := openLedger(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.ledger, l.engine.audit, l.engine.past, l.engine.closed = log, log, PastOf(log), false
+		l.recover(100 * time.Millisecond)
+		all := l.events("")
+		paired(t, all)
+		for i, e := range all {
+			if e.Seq != uint64(i) {
+				t.Fatalf("event %d has the number %d", i, e.Seq)
+			}
+		}
+		last := all[len(all)-1]
+		if in := all[len(all)-2]; uint64(len(all)) != before+2 || in.Kind != audit.Intent || last.Of != in.ID || last.Outcome != c.outcome || last.Settled != c.settled {
+			t.Errorf("killed at %q: %d events more, the last %+v", c.step, uint64(len(all))-before, last)
+		}
+		before = uint64(len(all))
+		if err := log.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // settleAndCheck starts the next agent, lets it settle, and compares what its
 // history says with what etcd holds. It returns the result, "" when there is no
 // record because nothing was begun; afterwards all is as before.
@@ -475,7 +515,7 @@ func (l *lab) settleAndCheck(t *testing.T, before map[string]string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	paired(t, l.log.all())
+	paired(t, l.events(""))
 	changed := map[string]bool{}
 	for k, v := range before {
 		changed[k] = string(l.value(k)) != v
@@ -490,7 +530,7 @@ func (l *lab) settleAndCheck(t *testing.T, before map[string]string) string {
 				t.Errorf("%s was changed without any record", k)
 			}
 		}
-		if all := l.log.all(); len(all) > 0 && all[len(all)-1].Outcome != notApplied && all[len(all)-1].Outcome != resultApplied {
+		if all := l.events(""); len(all) > 0 && all[len(all)-1].Outcome != notApplied && all[len(all)-1].Outcome != resultApplied {
 			t.Errorf("nothing was done, and the log ends with %+v", all[len(all)-1])
 		}
 		return ""
@@ -501,7 +541,7 @@ func (l *lab) settleAndCheck(t *testing.T, before map[string]string) string {
 	if err := l.engine.History(l.ctx(), responder, &halliganv1.HistoryRequest{ActionId: entries[0].ActionId}, func(h *halliganv1.HistoryEntry) error { entries[0] = h; return nil }); err != nil {
 		t.Fatal(err)
 	}
-	for _, e := range l.log.of(entries[0].ActionId) {
+	for _, e := range l.events(entries[0].ActionId) {
 		for _, o := range e.Objects {
 			if e.Kind != audit.Intent && changed[o.Key] != (o.Outcome == journal.Applied) {
 				t.Errorf("%s: changed %v, the log says %s", o.Key, changed[o.Key], o.Outcome)
@@ -546,10 +586,15 @@ func (l *lab) settleAndCheck(t *testing.T, before map[string]string) string {
 // child runs the action in another process that kills itself before the given
 // step, counted from 1. It reports whether it was killed.
 func (l *lab) child(t *testing.T, verb, parameters string, crash int) bool {
+	return l.childUntil(t, verb, parameters, strconv.Itoa(crash), l.logFile)
+}
+
+// childUntil is child with the name of the step, and then with the ledger in a folder.
+func (l *lab) childUntil(t *testing.T, verb, parameters, crash, log string) bool {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "HALLIGAN_TEST_CHILD="+strings.Join([]string{strings.Join(l.cluster.Endpoints(), ","), l.cluster.CAFile(), l.cluster.CertFile(),
-		l.cluster.KeyFile(), l.dir, verb, parameters, strconv.Itoa(crash), l.logFile}, "|"))
+		l.cluster.KeyFile(), l.dir, verb, parameters, crash, log}, "|"))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.CombinedOutput()
 	if err == nil {
@@ -586,26 +631,31 @@ func runChild(spec []string) error {
 	if err != nil {
 		return err
 	}
-	crash, err := strconv.Atoi(spec[7])
-	if err != nil {
-		return err
-	}
+	crash, _ := strconv.Atoi(spec[7]) // else the name of a step
 	steps := make(chan int, 1)
 	steps <- 0
-	step := func(string) {
+	step := func(name string) {
 		n := <-steps + 1
-		if n == crash {
+		if n == crash || name == spec[7] {
 			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			select {}
 		}
 		steps <- n
 	}
-	log, err := readLines(spec[8])
-	if err != nil {
-		return err
+	var events audit.Log
+	if crash == 0 {
+		if events, err = openLedger(spec[8]); err != nil {
+			return err
+		}
+	} else {
+		log, err := readLines(spec[8])
+		if err != nil {
+			return err
+		}
+		log.refuse = func(e audit.Event) error { step(string(e.Kind)); return nil }
+		events = log
 	}
-	log.refuse = func(e audit.Event) error { step(string(e.Kind)); return nil }
-	engine := New(Options{Node: "cp-1", Etcd: client, Encryption: none, Journal: records, Audit: log, Policy: trust.Default, Log: zerolog.Nop(),
+	engine := New(Options{Node: "cp-1", Etcd: client, Encryption: none, Journal: records, Audit: events, Policy: trust.Default, Log: zerolog.Nop(),
 		Steps: step})
 	var par map[string]any
 	if err := json.Unmarshal([]byte(spec[6]), &par); err != nil {

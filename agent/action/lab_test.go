@@ -2,9 +2,11 @@ package action
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -25,6 +27,8 @@ import (
 	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/agent/storage"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/audit"
+	"github.com/halligan-io/halligan/audit/ledger"
 	"github.com/halligan-io/halligan/internal/etcdcluster"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
@@ -49,6 +53,7 @@ type lab struct {
 	engine  *Engine
 	options Options
 	log     *lines
+	ledger  *ledger.Ledger // instead, after real
 	dir     string
 	logFile string
 	// spaces are the namespaces that exist.
@@ -85,12 +90,49 @@ func (l *lab) start(change func(*Options)) {
 	if err != nil {
 		l.t.Fatal(err)
 	}
+	l.options = Options{Node: "cp-1", Version: "test", Etcd: client, Encryption: none, Journal: records, Policy: trust.Default, Log: zerolog.Nop()}
 	l.log = openLines(l.t, l.logFile)
-	l.options = Options{Node: "cp-1", Version: "test", Etcd: client, Encryption: none, Journal: records, Audit: l.log, Past: l.log.past(), Policy: trust.Default, Log: zerolog.Nop()}
+	l.options.Audit, l.options.Past = l.log, l.log.past()
 	if change != nil {
 		change(&l.options)
 	}
 	l.engine = New(l.options)
+}
+
+// real puts the ledger in force, instead of the log that tests look into and break.
+func (l *lab) real() *ledger.Ledger {
+	l.t.Helper()
+	log, err := openLedger(filepath.Join(l.t.TempDir(), "audit"))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.t.Cleanup(func() { log.Close() })
+	l.ledger, l.engine.audit, l.engine.past = log, log, PastOf(log)
+	return log
+}
+
+func openLedger(dir string) (*ledger.Ledger, error) {
+	return ledger.Open(ledger.Options{Dir: dir, Origin: "cp-1", SpoolBytes: 512 << 10})
+}
+
+// events returns the evidence of an action, "" for all.
+func (l *lab) events(plan string) (all []audit.Event) {
+	l.t.Helper()
+	if l.ledger == nil {
+		all = l.log.all()
+	} else {
+		for raw, err := range PastOf(l.ledger)(l.ctx()) {
+			var e audit.Event
+			if err == nil {
+				err = json.Unmarshal(raw, &e)
+			}
+			if err != nil {
+				l.t.Fatal(err)
+			}
+			all = append(all, e)
+		}
+	}
+	return slices.DeleteFunc(all, func(e audit.Event) bool { return plan != "" && e.PlanID != plan })
 }
 
 func (l *lab) ctx() context.Context {

@@ -116,6 +116,3 @@ func (l *lines) of(plan string) (all []audit.Event) {
 	}
 	return all
 }
-
-// lines puts a log in force that can be made to fail.
-func (l *lab) lines() *lines { return l.log }
