@@ -39,6 +39,11 @@ func (r *Record) Server() string { return r.Plan.GetNode() + "." + r.Plan.GetClu
 type line struct {
 	Intent json.RawMessage `json:"intent"`
 	Image  json.RawMessage `json:"image"`
+	// Access stands beside the intent.
+	Access struct {
+		// Intent is the event of the log that the action stands on.
+		Intent string `json:"intent"`
+	} `json:"access"`
 }
 
 // write writes a file. The compression is the fastest, with the least state: images
@@ -56,6 +61,37 @@ func write(w io.Writer, record io.Reader, to []age.Recipient) error {
 		return err
 	}
 	return errors.Join(packed.Close(), crypt.Close())
+}
+
+// encrypt writes a file of what is compressed already.
+func encrypt(w io.Writer, packed []byte, to []age.Recipient) error {
+	crypt, err := age.Encrypt(w, to...)
+	if err == nil {
+		_, err = crypt.Write(packed)
+	}
+	if err != nil {
+		return err
+	}
+	return crypt.Close()
+}
+
+// unpack opens a file, and returns what is compressed in it and the event that the
+// action stands on.
+func unpack(file io.Reader, key age.Identity) (packed []byte, intent string, err error) {
+	plain, err := age.Decrypt(file, key)
+	if err != nil {
+		return nil, "", err
+	}
+	if packed, err = io.ReadAll(plain); err != nil {
+		return nil, "", err
+	}
+	text, err := gzip.NewReader(bytes.NewReader(packed))
+	if err != nil {
+		return nil, "", err
+	}
+	var first line
+	err = json.NewDecoder(io.LimitReader(text, maxTaken)).Decode(&first)
+	return packed, first.Access.Intent, err
 }
 
 // Read opens a file with one of the keys.

@@ -80,6 +80,9 @@ type Options struct {
 	Bundle func() *bundle.Bundle
 	// MaxBytes bounds the files, default 256 MiB; the oldest go first.
 	MaxBytes int64
+	// Again records that an action, which stands on an intent, is sealed once more,
+	// and returns when that is durable; nil: files stay as they are.
+	Again func(action, intent, sum string) error
 	// Now defaults to time.Now.
 	Now func() time.Time
 	Log zerolog.Logger
@@ -87,11 +90,12 @@ type Options struct {
 
 // Store is what an agent has sealed. Its methods may be called concurrently.
 type Store struct {
-	o      Options
-	dir    string
-	key    *age.X25519Identity
-	expiry sync.WaitGroup
-	stop   chan struct{}
+	o       Options
+	dir     string
+	key     *age.X25519Identity
+	keeping sync.WaitGroup
+	work    chan struct{} // for keeps
+	stop    chan struct{}
 
 	mu sync.Mutex // guards all below
 	// peers are the other agents of the cluster, by name.
@@ -111,6 +115,8 @@ type peer struct {
 type sent struct {
 	SHA256 string   `json:"sha256"`
 	To     []string `json:"to"`
+	// For are the recipients that can open it.
+	For []string `json:"for"`
 }
 
 // Open opens the folder and the agent's own key in it, which is made where there is
@@ -122,7 +128,7 @@ func Open(o Options) (*Store, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	s := &Store{o: o, dir: filepath.Join(o.Dir, folder), peers: map[string]peer{}, sent: map[string]sent{}, watchers: map[chan struct{}]bool{}, stop: make(chan struct{})}
+	s := &Store{o: o, dir: filepath.Join(o.Dir, folder), peers: map[string]peer{}, sent: map[string]sent{}, watchers: map[chan struct{}]bool{}, work: make(chan struct{}, 1), stop: make(chan struct{})}
 	for _, d := range []string{o.Dir, s.dir} {
 		if err := durable.Dir(d); err != nil {
 			return nil, fmt.Errorf("opening the folder of sealed before-images: %w", err)
@@ -134,23 +140,39 @@ func Open(o Options) (*Store, error) {
 	}
 	s.recall()
 	s.expire()
-	s.expiry.Go(func() {
-		for {
-			select {
-			case <-s.stop:
-				return
-			case <-time.After(expireEvery):
-				s.expire()
-			}
-		}
-	})
+	s.keeping.Go(s.keeps)
 	return s, nil
 }
 
-// Close ends what removes files that are too old.
+// keeps removes what is too old, and seals once more what others must be able to
+// open, until the store is closed.
+func (s *Store) keeps() {
+	for {
+		select {
+		case <-s.stop:
+			return
+		case <-s.work:
+		case <-time.After(expireEvery):
+			s.expire()
+		}
+		if err := s.again(); err != nil {
+			s.o.Log.Warn().Str("problem", neutral.Line(err.Error())).Msg("before-images could not be sealed once more for those who joined")
+		}
+	}
+}
+
+// soon has keeps look.
+func (s *Store) soon() {
+	select {
+	case s.work <- struct{}{}:
+	default:
+	}
+}
+
+// Close ends what keeps the files.
 func (s *Store) Close() {
 	close(s.stop)
-	s.expiry.Wait()
+	s.keeping.Wait()
 }
 
 func openKey(path string) (*age.X25519Identity, error) {
@@ -222,6 +244,7 @@ func (s *Store) Meet(statements [][]byte) int {
 		}
 	}
 	if changed {
+		s.soon()
 		var all [][]byte
 		for _, server := range slices.Sorted(maps.Keys(s.peers)) {
 			all = append(all, s.peers[server].statement)
@@ -269,15 +292,13 @@ func (s *Store) remember(name string, value any) {
 
 // recipients are all that a file is sealed to: this agent, the others, and the
 // policy's offline keys.
-func (s *Store) recipients() []age.Recipient {
-	all := []age.Recipient{s.key.Recipient()}
-	seen := map[string]bool{s.Recipient(): true}
+func (s *Store) recipients() (all []age.Recipient, names []string) {
 	add := func(r *age.X25519Recipient) {
-		if !seen[r.String()] {
-			seen[r.String()] = true
-			all = append(all, r)
+		if !slices.Contains(names, r.String()) {
+			all, names = append(all, r), append(names, r.String())
 		}
 	}
+	add(s.key.Recipient())
 	b := s.o.Bundle()
 	s.mu.Lock()
 	forgotten := len(s.peers) == 0 && b != nil
@@ -295,7 +316,7 @@ func (s *Store) recipients() []age.Recipient {
 			add(r.X25519Recipient)
 		}
 	}
-	return all
+	return all, names
 }
 
 // keep is how long before-images are kept.
@@ -309,7 +330,11 @@ func (s *Store) keep() time.Duration {
 // Seal seals the record of an action, up to its last before-image, and returns the
 // SHA-256 of the file in hex when it is durable. Sealing again replaces the file.
 func (s *Store) Seal(action string, record io.Reader) (sum string, err error) {
-	sum, err = s.seal(action, record)
+	to, names := s.recipients()
+	tmp, sum, err := s.create(action, func(w io.Writer) error { return write(w, record, to) })
+	if err == nil {
+		err = s.store(tmp, action, sent{SHA256: sum, For: names})
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.problem = ""
@@ -318,42 +343,113 @@ func (s *Store) Seal(action string, record io.Reader) (sum string, err error) {
 		s.problem = neutral.Line(err.Error())
 		return "", err
 	}
-	s.sent[action] = sent{SHA256: sum}
-	s.bound()
-	s.wake()
 	return sum, nil
 }
 
-func (s *Store) seal(action string, record io.Reader) (sum string, err error) {
-	name, err := Name(action)
-	if err != nil {
-		return "", err
+// create writes a file beside its name, and returns its hash when it is durable.
+func (s *Store) create(action string, fill func(io.Writer) error) (name, sum string, err error) {
+	if _, err := Name(action); err != nil {
+		return "", "", err
 	}
 	tmp, err := os.CreateTemp(s.dir, "."+action+".*.tmp")
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
-	defer func() {
-		if err != nil {
-			tmp.Close()
-			os.Remove(tmp.Name())
-		}
-	}()
 	hash := sha256.New()
 	buffered := bufio.NewWriterSize(io.MultiWriter(tmp, hash), 64<<10)
-	if err = write(buffered, record, s.recipients()); err != nil {
-		return "", err
+	if err = fill(buffered); err == nil {
+		err = errors.Join(buffered.Flush(), tmp.Sync())
 	}
-	if err = errors.Join(buffered.Flush(), tmp.Sync()); err != nil {
-		return "", err
+	if err = errors.Join(err, tmp.Close()); err != nil {
+		os.Remove(tmp.Name())
 	}
-	if err = tmp.Close(); err != nil {
-		return "", err
+	return tmp.Name(), hex.EncodeToString(hash.Sum(nil)), err
+}
+
+// store gives a file its name, and tells those who carry it to others.
+func (s *Store) store(tmp, action string, of sent) error {
+	err := os.Rename(tmp, filepath.Join(s.dir, action+suffix))
+	if err == nil {
+		err = durable.SyncDir(s.dir)
 	}
-	if err = os.Rename(tmp.Name(), filepath.Join(s.o.Dir, filepath.FromSlash(name))); err != nil {
-		return "", err
+	if err != nil {
+		os.Remove(tmp)
+		return err
 	}
-	return hex.EncodeToString(hash.Sum(nil)), durable.SyncDir(s.dir)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sent[action] = of
+	s.bound()
+	s.wake()
+	return nil
+}
+
+// recent is how old what was sealed may be to be sealed once more.
+const recent = 48 * time.Hour
+
+// again seals once more what somebody could not open who now should: an agent that
+// joined or has another key, a new offline key. The log has the new hash before the
+// new file takes the place of the old one.
+func (s *Store) again() error {
+	if s.o.Again == nil || s.o.Bundle() == nil {
+		return nil
+	}
+	files, err := list(s.dir)
+	if err != nil {
+		return err
+	}
+	changed := false
+	for _, f := range files {
+		action := strings.TrimSuffix(f.Name(), suffix)
+		to, names := s.recipients()
+		s.mu.Lock()
+		was := s.sent[action].For
+		s.mu.Unlock()
+		missing := slices.ContainsFunc(names, func(name string) bool { return !slices.Contains(was, name) })
+		select {
+		case <-s.stop:
+			return nil
+		default:
+		}
+		if !missing || s.o.Now().Sub(f.ModTime()) > recent {
+			continue
+		}
+		changed = true
+		if err := s.resealed(f, action, to, names); err != nil {
+			return err
+		}
+	}
+	if changed {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.remember(sentName, s.sent)
+	}
+	return nil
+}
+
+func (s *Store) resealed(file fs.FileInfo, action string, to []age.Recipient, names []string) error {
+	f, err := os.Open(filepath.Join(s.dir, action+suffix))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	packed, intent, err := unpack(f, s.key)
+	if err != nil {
+		return err
+	}
+	tmp, sum, err := s.create(action, func(w io.Writer) error { return encrypt(w, packed, to) })
+	if err != nil {
+		return err
+	}
+	// It expires when it would have.
+	if err = os.Chtimes(tmp, time.Time{}, file.ModTime()); err == nil {
+		err = s.o.Again(action, intent, sum)
+	}
+	if err != nil {
+		os.Remove(tmp)
+		return err
+	}
+	return s.store(tmp, action, sent{SHA256: sum, For: names})
 }
 
 // Problem says why the last file could not be stored; empty: it was.

@@ -72,6 +72,7 @@ func (w *world) use(data []byte) {
 // agent is a node's keys, its store and its log.
 type agent struct {
 	*world
+	again    func(action, intent, sum string) error
 	server   string
 	dir      string
 	store    *sealed.Store
@@ -86,7 +87,7 @@ type agent struct {
 
 func (w *world) agent(server string) *agent {
 	w.Helper()
-	a := &agent{world: w, server: server, dir: filepath.Join(w.TempDir(), "audit"), lineage: "0a1b2c3d"}
+	a := &agent{world: w, server: server, dir: filepath.Join(w.TempDir(), "audit"), lineage: "0a1b2c3d", again: func(string, string, string) error { return errors.New("not now") }}
 	a.open()
 	_, a.key, _ = ed25519.GenerateKey(nil)
 	keyFile, certFile := w.HostFiles(server, testfleet.Now())
@@ -106,7 +107,8 @@ func (w *world) agent(server string) *agent {
 func (a *agent) open() {
 	a.Helper()
 	var err error
-	a.store, err = sealed.Open(sealed.Options{Dir: a.dir, Server: a.server, Bundle: func() *bundle.Bundle { return a.bundle }, Now: func() time.Time { return a.now }})
+	a.store, err = sealed.Open(sealed.Options{Dir: a.dir, Server: a.server, Bundle: func() *bundle.Bundle { return a.bundle }, Now: func() time.Time { return a.now },
+		Again: func(action, intent, sum string) error { return a.again(action, intent, sum) }})
 	a.must(err)
 	a.Cleanup(a.store.Close)
 }
@@ -189,7 +191,7 @@ func recordOf(p *halliganv1.Plan, values ...string) io.Reader {
 	if err != nil {
 		panic(err)
 	}
-	fmt.Fprintf(&b, `{"sum":"00000000","intent":%s,"access":{"door":"ssh"}}`+"\n", intent)
+	fmt.Fprintf(&b, `{"sum":"00000000","intent":%s,"access":{"door":"ssh","intent":"intent"}}`+"\n", intent)
 	for i, v := range values {
 		img, _ := json.Marshal(image{i, "/registry/deployments/telemetry/collector", []byte(v)})
 		fmt.Fprintf(&b, `{"sum":"00000000","image":%s}`+"\n"+`{"sum":"00000000","note":{"index":0}}`+"\n", img)
@@ -326,6 +328,49 @@ func TestTake(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestAgain: who joins can open what was sealed before, once the log has the new
+// file's hash.
+func TestAgain(t *testing.T) {
+	w := newWorld(t)
+	one, two := w.agent("cp-1.prod"), w.agent("cp-2.prod")
+	evidence := one.apply(one.plan(nil))
+	if _, err := two.store.Take(evidence); err == nil {
+		t.Fatal("it is opened by an agent that it was not sealed to")
+	}
+	name := filepath.Join(one.dir, "sealed", action+".age")
+	at := w.now.Add(-47 * time.Hour)
+	w.must(os.Chtimes(name, at, at))
+	changed, end := one.store.Changed()
+	defer end()
+	var more int
+	one.again = func(id, intent, sum string) error {
+		if id != action || intent != "intent" {
+			t.Errorf("%s stands on %s", id, intent)
+		}
+		more = one.log(audit.Event{Kind: audit.Objects, Of: intent, PlanID: id, Images: sum})
+		return nil
+	}
+	one.store.Meet([][]byte{two.identity})
+	select {
+	case <-changed:
+	case <-time.After(20 * time.Second):
+		t.Fatal("it was not sealed once more")
+	}
+	var err error
+	evidence.Sealed, err = os.ReadFile(name)
+	w.must(err)
+	if _, err := two.store.Take(evidence); err == nil {
+		t.Error("the log was not asked for the new hash")
+	}
+	evidence.Events = append(evidence.Events, one.prove(more))
+	if taken, err := two.store.Take(evidence); err != nil || len(taken.Images) != 1 || len(taken.Objects) != 1 {
+		t.Error(taken, err)
+	}
+	if st, err := os.Stat(name); err != nil || st.ModTime().After(at.Add(time.Second)) {
+		t.Error("it lives longer for it")
+	}
 }
 
 // TestMeet: who is sealed to.

@@ -268,10 +268,10 @@ func (st *stream) images(k *keeper) error {
 		return nil
 	}
 	for _, f := range st.o.Sealed.Unsent(st.server) {
-		if st.offered[f.Action] {
+		if st.offered[f.SHA256] {
 			continue
 		}
-		st.offered[f.Action] = true
+		st.offered[f.SHA256] = true
 		if err := st.image(k, f); err != nil {
 			return err
 		}

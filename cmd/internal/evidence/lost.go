@@ -1,6 +1,7 @@
 package evidence
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -201,8 +202,9 @@ func (l *Lost) deedsOf(ctx context.Context, node string, wanted func(audit.Event
 		}
 	}
 	for _, d := range byIntent {
-		// What was found out later comes with all its objects again.
-		d.more = slices.DeleteFunc(d.more, func(e evidence.Entry) bool { return e.Settled != d.outcome.Settled })
+		// What was found out later comes with all its objects again; that it was
+		// sealed once more has none.
+		d.more = slices.DeleteFunc(d.more, func(e evidence.Entry) bool { return e.Settled != d.outcome.Settled && e.Images == "" })
 		if err := do(e, d); err != nil {
 			return err
 		}
@@ -252,7 +254,9 @@ func (l *Lost) Evidence(ctx context.Context, id string) (node string, out *halli
 		if out.Identity, err = l.identity(node, d.intent.Log.Lineage); err != nil {
 			return err
 		}
-		for _, entry := range append([]evidence.Entry{d.intent, d.outcome}, d.more...) {
+		all := append([]evidence.Entry{d.intent, d.outcome}, d.more...)
+		slices.SortFunc(all, func(x, y evidence.Entry) int { return cmp.Compare(x.Seq, y.Seq) })
+		for _, entry := range all {
 			proof, err := e.Prove(entry)
 			if err != nil {
 				return err
@@ -286,14 +290,16 @@ func (l *Lost) identity(node, lineage string) (data []byte, err error) {
 	return nil, fault.New(fault.Unauthenticated, "do not believe what this log says", "nothing vouches for the key of the log of %s: %w", node, err)
 }
 
-// sealed fetches the sealed file that has one of the hashes.
+// sealed fetches the sealed file that has the last of the hashes that one has.
 func (l *Lost) sealed(ctx context.Context, node, action string, hashes []string) (file []byte, err error) {
-	var mu sync.Mutex // guards file and last
+	var mu sync.Mutex // guards file, best and last
 	var last error
+	best := -1
 	_, err = l.t.Bastions(ctx, func(ctx context.Context, d Daemon) {
 		got, err := readSealed(ctx, d, node, action)
 		sum := sha256.Sum256(got)
-		if err == nil && !slices.Contains(hashes, hex.EncodeToString(sum[:])) {
+		i := slices.Index(hashes, hex.EncodeToString(sum[:]))
+		if err == nil && i < 0 {
 			err = fault.New(fault.Failed, "do not rely on that bastion", "%s has a file for %s that is not the one that the log tells of", d.Name, action)
 			l.t.note("%s", fault.Of(err).Message)
 		}
@@ -301,8 +307,8 @@ func (l *Lost) sealed(ctx context.Context, node, action string, hashes []string)
 		defer mu.Unlock()
 		if err != nil {
 			last = err
-		} else {
-			file = got
+		} else if i > best {
+			file, best = got, i
 		}
 	})
 	if file == nil && err == nil {
