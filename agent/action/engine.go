@@ -550,6 +550,7 @@ func (e *Engine) Status(ctx context.Context, who trust.Identity) (*halliganv1.St
 		}
 	}
 	out.StateFreeBytes, out.StateUsedBytes = e.journal.Space()
+	out.StateSlots = int32(e.journal.Slots())
 	switch err := e.journal.Check(0); {
 	case err != nil && e.journal.CheckFor(journal.Access{BreakGlass: true}, 0) == nil:
 		out.ReadOnly = fmt.Sprintf("all but %d small actions of responders and commanders: %s", e.journal.Slots(), fault.Of(err).Error())

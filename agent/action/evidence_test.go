@@ -397,7 +397,7 @@ func TestRescueOnFullDisk(t *testing.T) {
 	if !bytes.Contains(l.value(key), []byte("halligan")) || l.engine.journal.Slots() != 15 {
 		t.Errorf("%d slots", l.engine.journal.Slots())
 	}
-	if st, err := l.engine.Status(l.ctx(), responder); err != nil || !strings.HasPrefix(st.ReadOnly, "all but 15 small actions of responders and commanders") {
+	if st, err := l.engine.Status(l.ctx(), responder); err != nil || st.StateSlots != 15 || !strings.HasPrefix(st.ReadOnly, "all but 15 small actions of responders and commanders") {
 		t.Errorf("status: %v, %v", st, err)
 	}
 }

@@ -480,7 +480,11 @@ func (v *Verbs) showStatus(s *halliganv1.StatusResponse) {
 	} else {
 		showEtcd(&b, e)
 	}
-	row(&b, "records", fmt.Sprintf("%s used, %s free", size(s.GetStateUsedBytes()), size(s.GetStateFreeBytes())))
+	records := fmt.Sprintf("%s used, %s free", size(s.GetStateUsedBytes()), size(s.GetStateFreeBytes()))
+	if n := s.GetStateSlots(); n > 0 {
+		records += fmt.Sprintf(", room for %d more on a full disk", n)
+	}
+	row(&b, "records", records)
 	row(&b, "evidence", Evidence(s.GetAudit()))
 	for _, resource := range slices.Sorted(maps.Keys(s.GetEncryption())) {
 		row(&b, "encrypts", line(resource)+" with "+line(s.GetEncryption()[resource]))

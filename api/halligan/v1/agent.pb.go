@@ -397,7 +397,10 @@ type StatusResponse struct {
 	// The door of this call: console, ssh or grpc.
 	Door string `protobuf:"bytes,16,opt,name=door,proto3" json:"door,omitempty"`
 	// How the daemon's own evidence log is.
-	Audit         *AuditStatus `protobuf:"bytes,17,opt,name=audit,proto3" json:"audit,omitempty"`
+	Audit *AuditStatus `protobuf:"bytes,17,opt,name=audit,proto3" json:"audit,omitempty"`
+	// How many small actions of people in a role that can act can still be recorded
+	// when the disk of the state folder takes nothing.
+	StateSlots    int32 `protobuf:"varint,18,opt,name=state_slots,json=stateSlots,proto3" json:"state_slots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -549,6 +552,13 @@ func (x *StatusResponse) GetAudit() *AuditStatus {
 		return x.Audit
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetStateSlots() int32 {
+	if x != nil {
+		return x.StateSlots
+	}
+	return 0
 }
 
 // AuditStatus is how a transparency log is.
@@ -2954,7 +2964,7 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"positional\x12\x1c\n" +
 	"\tshorthand\x18\x06 \x01(\tR\tshorthand\x12 \n" +
 	"\vplaceholder\x18\a \x01(\tR\vplaceholder\"\x0f\n" +
-	"\rStatusRequest\"\xde\x05\n" +
+	"\rStatusRequest\"\xff\x05\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12.\n" +
@@ -2975,7 +2985,9 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\x12credential_expires\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\x11credentialExpires\x12\x1a\n" +
 	"\bwarnings\x18\x0f \x03(\tR\bwarnings\x12\x12\n" +
 	"\x04door\x18\x10 \x01(\tR\x04door\x12.\n" +
-	"\x05audit\x18\x11 \x01(\v2\x18.halligan.v1.AuditStatusR\x05audit\x1a=\n" +
+	"\x05audit\x18\x11 \x01(\v2\x18.halligan.v1.AuditStatusR\x05audit\x12\x1f\n" +
+	"\vstate_slots\x18\x12 \x01(\x05R\n" +
+	"stateSlots\x1a=\n" +
 	"\x0fEncryptionEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xee\x02\n" +
