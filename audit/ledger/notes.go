@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,11 +20,14 @@ const (
 	maxBursts = 1024
 )
 
-// burstKey is what makes two events equal: who did what, and with which result.
+// burstKey is what makes two events equal: who did what to what, and with which
+// result. Else somebody could hide one question behind twenty others.
 type burstKey struct {
 	kind                                                     audit.Kind
 	action, person, fingerprint, door, target, outcome, code string
 	drill                                                    bool
+	// asked is the SHA-256 of the parameters and the plan.
+	asked [sha256.Size]byte
 }
 
 type burst struct {
@@ -38,7 +42,7 @@ type burst struct {
 func (l *Ledger) Note(e audit.Event) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	key := burstKey{kind: e.Kind, action: e.Action, target: e.Target, outcome: e.Outcome, code: e.ErrorCode, drill: e.Drill}
+	key := burstKey{kind: e.Kind, action: e.Action, target: e.Target, outcome: e.Outcome, code: e.ErrorCode, drill: e.Drill, asked: sha256.Sum256(append([]byte(e.PlanID+"\x00"), e.Parameters...))}
 	if e.Actor != nil {
 		key.person, key.fingerprint, key.door = e.Actor.Person, e.Actor.Fingerprint, e.Actor.Door
 	}
