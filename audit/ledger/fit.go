@@ -10,8 +10,9 @@ import (
 	"github.com/halligan-io/halligan/audit"
 )
 
-// Bounds of what callers put into an event, in bytes. What is longer is shortened
-// even where it would fit: people read it, and the room is everybody's.
+// Bounds of what callers put into an event, in bytes as they are encoded. What is
+// longer is shortened even where it would fit: people read it, and the room is
+// everybody's.
 const (
 	maxText      = 4 << 10
 	maxName      = 512
@@ -19,40 +20,24 @@ const (
 	maxApprovals = 16
 )
 
-// fit encodes an event in at most limit bytes. It shortens what tells least first,
-// and names in Cut what it shortened.
+// fit encodes an event in at most limit bytes, of which 2 KiB are always enough for
+// one without a payload. It shortens what tells least first, and names in Cut what
+// it shortened.
 func fit(e audit.Event, limit int) ([]byte, error) {
 	c := cutter{cut: slices.Clone(e.Cut)}
 	if e.Actor != nil {
 		a := *e.Actor
 		e.Actor = &a
-		for _, f := range []text{{"person", &a.Person}, {"role", &a.Role}, {"credential", &a.Credential}, {"fingerprint", &a.Fingerprint}, {"serial", &a.Serial}, {"ca", &a.CA}, {"door", &a.Door}, {"source", &a.Source}} {
-			c.shorten("actor."+f.name, f.s, maxName)
-		}
-	}
-	for _, f := range []text{
-		{"incident", &e.Incident}, {"session", &e.Session}, {"of", &e.Of}, {"action", &e.Action}, {"planId", &e.PlanID}, {"planSha256", &e.PlanSHA256}, {"undoes", &e.Undoes},
-		{"imagesSha256", &e.Images}, {"via", &e.Via}, {"outcome", &e.Outcome}, {"errorCode", &e.ErrorCode}, {"target", &e.Target},
-	} {
-		c.shorten(f.name, f.s, maxName)
-	}
-	if len(e.ApprovedBy) > maxApprovals {
-		e.ApprovedBy = e.ApprovedBy[:maxApprovals]
-		c.note("approvedBy")
 	}
 	if len(e.Parameters) > 0 && (len(e.Parameters) > maxParameter || !json.Valid(e.Parameters)) {
 		e.Parameters = nil
 		c.note("parameters")
 	}
-	e.Objects = slices.Clone(e.Objects)
+	e.ApprovedBy, e.Objects = slices.Clone(e.ApprovedBy), slices.Clone(e.Objects)
 	for i := range e.Objects {
-		o := &e.Objects[i]
-		o.Changes = slices.Clone(o.Changes)
-		for _, f := range []text{{"uid", &o.UID}, {"operation", &o.Operation}, {"outcome", &o.Outcome}} {
-			c.shorten("objects."+f.name, f.s, maxName)
-		}
-		c.shorten("objects.key", &o.Key, maxText)
+		e.Objects[i].Changes = slices.Clone(e.Objects[i].Changes)
 	}
+	c.names(&e, maxName, maxApprovals)
 	for step := 0; ; step++ {
 		switch {
 		case step < 4:
@@ -71,10 +56,17 @@ func fit(e audit.Event, limit int) ([]byte, error) {
 			e.ObjectCount = max(e.ObjectCount, len(e.Objects))
 			e.Objects = e.Objects[:len(e.Objects)/2]
 			c.note("objects")
+		case step > 5 && !c.least:
+			c.names(&e, 32, 1)
+			c.texts(&e, 32)
+			c.least = true
 		case step > 5:
 			return nil, fmt.Errorf("an event of kind %q does not fit into %d bytes", e.Kind, limit)
 		}
 		e.Cut = c.cut
+		if c.least {
+			e.Cut = []string{"*"}
+		}
 		if data, err := encode(e); err != nil || len(data) <= limit {
 			return data, err
 		}
@@ -86,7 +78,11 @@ type text struct {
 	s    *string
 }
 
-type cutter struct{ cut []string }
+type cutter struct {
+	cut []string
+	// least says that nearly everything was.
+	least bool
+}
 
 func (c *cutter) note(field string) {
 	if !slices.Contains(c.cut, field) {
@@ -95,14 +91,56 @@ func (c *cutter) note(field string) {
 }
 
 func (c *cutter) shorten(field string, s *string, max int) {
-	if len(*s) <= max {
-		return
+	for i, r := range *s {
+		switch {
+		case r == '"' || r == '\\':
+			max -= 2
+		case r < ' ' || r == '<' || r == '>' || r == '&' || r == utf8.RuneError || r == '\u2028' || r == '\u2029':
+			max -= 6
+		default:
+			max -= utf8.RuneLen(r)
+		}
+		if max < 0 {
+			*s = (*s)[:i]
+			c.note(field)
+			return
+		}
 	}
-	for max > 0 && !utf8.RuneStart((*s)[max]) {
-		max--
+}
+
+// names bounds what is not meant to be prose.
+func (c *cutter) names(e *audit.Event, max, approvals int) {
+	kind := string(e.Kind)
+	all := []text{
+		{"id", &e.ID}, {"kind", &kind}, {"incident", &e.Incident}, {"session", &e.Session}, {"of", &e.Of}, {"action", &e.Action}, {"planId", &e.PlanID}, {"planSha256", &e.PlanSHA256},
+		{"undoes", &e.Undoes}, {"imagesSha256", &e.Images}, {"via", &e.Via}, {"outcome", &e.Outcome}, {"errorCode", &e.ErrorCode}, {"target", &e.Target},
 	}
-	*s = (*s)[:max]
-	c.note(field)
+	if a := e.Actor; a != nil {
+		all = append(all, text{"actor.person", &a.Person}, text{"actor.role", &a.Role}, text{"actor.credential", &a.Credential}, text{"actor.fingerprint", &a.Fingerprint},
+			text{"actor.serial", &a.Serial}, text{"actor.ca", &a.CA}, text{"actor.door", &a.Door}, text{"actor.source", &a.Source})
+	}
+	if len(e.ApprovedBy) > approvals {
+		e.ApprovedBy = e.ApprovedBy[:approvals]
+		c.note("approvedBy")
+	}
+	for i := range e.ApprovedBy {
+		a := &e.ApprovedBy[i]
+		all = append(all, text{"approvedBy", &a.Person}, text{"approvedBy", &a.Fingerprint}, text{"approvedBy", &a.Serial})
+	}
+	for i := range e.Objects {
+		o := &e.Objects[i]
+		all = append(all, text{"objects", &o.UID}, text{"objects", &o.Operation}, text{"objects", &o.Outcome})
+		c.shorten("objects", &o.Key, maxText)
+	}
+	if e.Chunk != nil {
+		chunk := *e.Chunk
+		e.Chunk = &chunk
+		all = append(all, text{"chunk", &chunk.Session}, text{"chunk", &chunk.SHA256})
+	}
+	for _, f := range all {
+		c.shorten(f.name, f.s, max)
+	}
+	e.Kind = audit.Kind(kind)
 }
 
 func (c *cutter) texts(e *audit.Event, max int) {

@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -42,7 +43,8 @@ func folder(lineage string, number uint64) string { return fmt.Sprintf("%s.%08d"
 func (l *Ledger) path(name string) string { return filepath.Join(l.o.Dir, name) }
 
 // load reads what is in the folder. What comes out of it is what the log goes on
-// from; nothing is changed but what is missing in a new log.
+// from; nothing is changed but what is missing in a new log. What can be read is
+// known afterwards, even where nothing can be recorded.
 func (l *Ledger) load() error {
 	l.trees.Lock()
 	defer l.trees.Unlock()
@@ -56,22 +58,30 @@ func (l *Ledger) load() error {
 			return err
 		}
 	}
-	s, err := openSpool(l.path(spoolFile), l.o.Steps)
-	fresh := errors.Is(err, fs.ErrNotExist)
-	if err != nil && !fresh {
+	_, err := os.Lstat(l.path(spoolFile))
+	begun := err == nil
+	if err := l.loadKeys(begun); err != nil {
 		return err
 	}
-	if err := l.loadKeys(!fresh); err != nil {
-		return errors.Join(err, s.close())
+	var s *spool
+	if begun {
+		s, err = openSpool(l.path(spoolFile), l.o.Steps)
+	} else {
+		s, err = l.begin()
 	}
-	if fresh {
-		if s, err = l.begin(); err != nil {
-			return err
+	if err != nil {
+		if _, _, failed := l.survey(lineageOf(l.path(spoolFile))); failed != nil {
+			err = errors.Join(err, failed)
 		}
+		return err
 	}
 	if err := l.resume(s); err != nil {
 		return errors.Join(err, s.close())
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.refused, l.problem, l.damaged = "", "", false
+	l.broadcast()
 	return nil
 }
 
@@ -161,40 +171,36 @@ func (l *Ledger) alarm(format string, args ...any) {
 	l.o.Raise(alarm.Event{Kind: alarm.Audit, Text: text})
 }
 
-// resume takes up the log that a spool belongs to.
-func (l *Ledger) resume(s *spool) error {
+// survey reads the generations, of which those of a lineage come last. It returns
+// how many events its tree has and the time of the newest; the error is about its
+// newest generation. Damage to an older one is told, and does not end the log.
+func (l *Ledger) survey(lineage string) (inTree uint64, last time.Time, err error) {
 	dir := l.path(logs)
-	l.sweep(dir)
 	gens, err := readGenerations(dir)
 	if err != nil {
-		return err
+		return 0, last, err
 	}
-	order(gens, s.lineage)
-	origin, err := originOf(gens, s.lineage, l.o.Origin)
+	order(gens, lineage)
+	origin, err := originOf(gens, lineage, l.o.Origin)
 	if err != nil {
-		return err
+		return 0, last, err
 	}
-	l.mu.Lock()
-	l.lineage, l.origin, l.witnessed = s.lineage, origin, map[string]uint64{}
-	l.mu.Unlock()
-	inTree, last := uint64(0), time.Time{}
+	witnessed := map[string]uint64{}
 	for i, g := range gens {
-		newest := g.lineage == s.lineage && i == len(gens)-1
-		err := g.read(l.ctx, l.verifier(g))
+		ours := g.lineage == lineage
 		var names []string
-		if err == nil {
-			names, err = g.readCosigned(l.verifier(g))
+		failed := g.read(l.ctx, l.verifier(g))
+		if failed == nil {
+			names, failed = g.readCosigned(l.verifier(g))
 		}
 		switch {
-		case err != nil && newest:
-			return err
-		case err != nil:
-			l.alarm("an older part of the log cannot be read: %v", err)
-			g.checkpoint = nil
-		case g.lineage != s.lineage:
-		default:
+		case failed != nil && ours && i == len(gens)-1:
+			err = failed
+		case failed != nil:
+			l.alarm("an older part of the log cannot be read: %v", failed)
+		case ours:
 			for _, name := range names {
-				l.witnessed[name] = max(l.witnessed[name], g.first+g.witnessed)
+				witnessed[name] = max(witnessed[name], g.first+g.witnessed)
 			}
 			if g.size == 0 { // a new one that got nothing yet
 				g.first = inTree
@@ -202,9 +208,47 @@ func (l *Ledger) resume(s *spool) error {
 			if inTree > 0 && g.first != inTree {
 				l.alarm("events %d to %d of the log are gone", inTree, g.first)
 			}
-			inTree, last = g.first+g.size, g.last
+			if inTree = g.first + g.size; g.size > 0 {
+				last = g.last
+			}
+		}
+		if failed != nil {
+			g.checkpoint = nil
 		}
 	}
+	l.gens = gens
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lineage, l.origin, l.witnessed = lineage, origin, witnessed
+	if last.After(l.last) {
+		l.last = last
+	}
+	l.tell()
+	return inTree, last, err
+}
+
+// lineageOf reads the name of a log from a spool that cannot be written.
+func lineageOf(path string) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	s, err := readSpool(f, nil)
+	if err != nil {
+		return ""
+	}
+	return s.lineage
+}
+
+// resume takes up the log that a spool belongs to. trees is held.
+func (l *Ledger) resume(s *spool) error {
+	l.sweep(l.path(logs))
+	inTree, last, err := l.survey(s.lineage)
+	if err != nil {
+		return err
+	}
+	origin, gens := l.origin, l.gens
 	found, err := s.scan(inTree)
 	if err != nil {
 		return err
@@ -226,7 +270,6 @@ func (l *Ledger) resume(s *spool) error {
 		}
 	}
 	seamed := slices.ContainsFunc(found.pending, func(r record) bool { return r.seam })
-	l.gens = gens
 	l.mu.Lock()
 	l.spool, l.origin, l.found = s, origin, found
 	l.next, l.acknowledged, l.pending = found.next, found.next, found.pending
@@ -237,7 +280,6 @@ func (l *Ledger) resume(s *spool) error {
 	if last.After(l.last) {
 		l.last = last
 	}
-	l.refused, l.problem, l.damaged = "", "", false
 	l.tell()
 	l.mu.Unlock()
 	if err := s.mark(found.next); err != nil {
@@ -265,11 +307,10 @@ func (l *Ledger) renew() error {
 	if !other && (left || s.ring == uint64(l.o.SpoolBytes)) {
 		return nil
 	}
-	for other {
-		if left, err := l.round(); err != nil {
+	for left = true; other && left; {
+		var err error
+		if left, err = l.round(); err != nil {
 			return l.unload(err)
-		} else if !left {
-			break
 		}
 	}
 	if other {
@@ -281,7 +322,8 @@ func (l *Ledger) renew() error {
 		return l.resume(next)
 	}
 	if err := newSpool(l.path(spoolFile), s.lineage, l.o.SpoolBytes, l.next, l.o.Steps); err != nil {
-		return nil // the one that is there goes on
+		l.o.Log.Warn().Err(err).Msg("the spool of the log keeps its size")
+		return nil
 	}
 	next, err := openSpool(l.path(spoolFile), l.o.Steps)
 	if err != nil {
@@ -291,17 +333,23 @@ func (l *Ledger) renew() error {
 	return l.resume(next)
 }
 
+// temporary are the names of files that were being written when a process ended:
+// the driver's are a name with a number behind it.
+var temporary = regexp.MustCompile(`^(checkpoint|treeState|version)[0-9]+$|^[0-9]{4,}$|^\..*\.tmp$`)
+
 // sweep removes what an earlier process did not get to.
 func (l *Ledger) sweep(dir string) {
-	names, err := os.ReadDir(dir)
-	if err != nil {
-		return
-	}
-	for _, n := range names {
-		if strings.HasPrefix(n.Name(), removed) {
-			_ = os.RemoveAll(filepath.Join(dir, n.Name()))
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+		case d.IsDir() && strings.HasPrefix(d.Name(), removed):
+			_ = os.RemoveAll(path)
+			return fs.SkipDir
+		case d.Type().IsRegular() && temporary.MatchString(d.Name()):
+			_ = os.Remove(path)
 		}
-	}
+		return nil
+	})
 }
 
 // order sorts generations by age: of other lineages the folders tell.
@@ -404,6 +452,13 @@ func (l *Ledger) keep() {
 
 // end moves what is left into the tree.
 func (l *Ledger) end() {
+	<-l.committed
+	l.mu.Lock()
+	idle := l.spool == nil || l.damaged
+	l.mu.Unlock()
+	if idle {
+		return
+	}
 	for end := time.Now().Add(publishing); time.Now().Before(end); {
 		l.trees.Lock()
 		left, err := l.round()
@@ -474,11 +529,10 @@ func (l *Ledger) tend() time.Duration {
 	}
 	l.problem = ""
 	l.catchUp()
-	l.roundAt = now.Add(pace)
-	if left {
-		l.roundAt = time.Now()
+	if l.roundAt = now.Add(l.pace); len(l.pending) > maxRoundEvents/4 || left && l.pending[0].seam {
+		l.roundAt = now
 	}
-	if left || len(l.pending) > 0 {
+	if len(l.pending) > 0 {
 		soonest(l.roundAt)
 	}
 	return next
@@ -535,7 +589,7 @@ func (l *Ledger) catchUp() {
 }
 
 // round moves one batch of events from the spool into the tree, and returns whether
-// that leaves many. trees is held.
+// any are left. trees is held.
 func (l *Ledger) round() (left bool, err error) {
 	l.mu.Lock()
 	s, number := l.spool, 0
@@ -596,7 +650,7 @@ func (l *Ledger) round() (left bool, err error) {
 		}
 	}
 	l.tell()
-	return len(l.pending) >= maxRoundEvents || number < len(l.pending) && l.pending[0].seam, err
+	return len(l.pending) > 0, err
 }
 
 // into returns the generation that the next event goes into, which a Seam begins.

@@ -82,9 +82,9 @@ const (
 	again = 5 * time.Second
 	// patience is how long an event waits for room or for the disk.
 	patience = 5 * time.Second
-	// pace is the least between two checkpoints under load: what comes between
-	// them is signed at once.
-	pace = 200 * time.Millisecond
+	// unhurried is the least between two checkpoints: what comes between them is
+	// signed with the next.
+	unhurried = 200 * time.Millisecond
 	// gather is how long an event that nobody waits for may lie in memory.
 	gather = 200 * time.Millisecond
 	// A round moves at most this much at a time into the tree.
@@ -99,13 +99,15 @@ type Ledger struct {
 	boot    string
 	key     ed25519.PrivateKey
 	hashKey []byte
-	retry   time.Duration
+	// retry is again, and pace unhurried, but in tests.
+	retry, pace time.Duration
 
 	ctx        context.Context
 	cancel     context.CancelFunc
 	goroutines sync.WaitGroup
-	// commitWake and keepWake have room for one.
-	commitWake, keepWake chan struct{}
+	// commitWake and keepWake have room for one; committed is closed when nothing
+	// more is written to the spool.
+	commitWake, keepWake, committed chan struct{}
 
 	// trees guards the generations and their folders, and the loading of the log. It
 	// is taken before mu.
@@ -177,9 +179,9 @@ type Head struct {
 // Open opens the log of a folder, or begins one, and starts to keep it. A disk that
 // takes nothing is no error: State says so, and it is tried again every 5 s. What
 // is owned by somebody else, open to others or held by another process is one.
-func Open(o Options) (*Ledger, error) { return open(o, again) }
+func Open(o Options) (*Ledger, error) { return open(o, again, unhurried) }
 
-func open(o Options, retry time.Duration) (*Ledger, error) {
+func open(o Options, retry, pace time.Duration) (*Ledger, error) {
 	o.MaxBytes, o.GenerationBytes = cmp.Or(o.MaxBytes, 256<<20), cmp.Or(o.GenerationBytes, 32<<20)
 	o.SpoolBytes = max(cmp.Or(o.SpoolBytes, 8<<20), minSpool) / unit * unit
 	if o.Now == nil {
@@ -199,7 +201,7 @@ func open(o Options, retry time.Duration) (*Ledger, error) {
 		o.Log.Warn().Err(err).Msg("events will not say which boot they are of")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &Ledger{o: o, retry: retry, boot: strings.TrimSpace(string(boot)), ctx: ctx, cancel: cancel, commitWake: make(chan struct{}, 1), keepWake: make(chan struct{}, 1),
+	l := &Ledger{o: o, retry: retry, pace: pace, boot: strings.TrimSpace(string(boot)), ctx: ctx, cancel: cancel, commitWake: make(chan struct{}, 1), keepWake: make(chan struct{}, 1), committed: make(chan struct{}),
 		witnessed: map[string]uint64{}, bursts: map[burstKey]*burst{}, changed: make(chan struct{}), subscribers: map[chan struct{}]struct{}{}, origin: o.Origin}
 	if err := l.load(); err != nil && !l.ails(err) {
 		cancel()
@@ -281,17 +283,20 @@ func classOf(e audit.Event) class {
 // limit is how many bytes of the ring a class may fill. What people do in an
 // emergency may use all of it; once the tree takes nothing, others leave it half.
 func (l *Ledger) limit(c class) uint64 {
-	switch {
-	case c >= emergency:
-		return l.spool.ring
-	case c == usual && l.problem == "":
-		return l.spool.ring
-	case c == usual || l.problem == "":
-		return l.spool.ring / 2
+	switch ring := l.spool.ring; {
+	case c == outcome:
+		return ring
+	case c == emergency, c == usual && l.problem == "":
+		return ring - slack
+	case c == usual, l.problem == "":
+		return ring/2 - slack
 	default:
-		return l.spool.ring / 4
+		return ring / 4
 	}
 }
+
+// slack is what may stay unused at the end of the ring.
+var slack = recordSize(audit.MaxEvent)
 
 // errFull is that there is no room; while the tree takes events there soon is.
 var errFull = errors.New("its spool is full")
@@ -479,7 +484,8 @@ func (l *Ledger) State() audit.State {
 	}
 	if l.spool != nil && l.refused == "" {
 		// The other half may be taken by anybody's events before these come.
-		s.Reserve = int(min(l.spool.ring/2, l.spool.ring-min(l.spool.ring, l.head-l.tail+l.reserved)) / unit)
+		taken := l.head - l.tail + l.reserved + slack
+		s.Reserve = int(min(l.spool.ring/2, l.spool.ring-min(l.spool.ring, taken)) / unit)
 	}
 	return s
 }
@@ -579,6 +585,7 @@ func wake(c chan struct{}) {
 
 // commit makes batches durable, one after the other.
 func (l *Ledger) commit() {
+	defer close(l.committed)
 	for stopping := false; ; {
 		select {
 		case <-l.commitWake:

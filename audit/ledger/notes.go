@@ -46,6 +46,11 @@ func (l *Ledger) Note(e audit.Event) {
 	if e.Actor != nil {
 		key.person, key.fingerprint, key.door = e.Actor.Person, e.Actor.Fingerprint, e.Actor.Door
 	}
+	switch e.Kind {
+	case audit.Start, audit.Stop, audit.Intent, audit.Objects, audit.Outcome, audit.Secret, audit.Recording, audit.Held:
+		l.jot(e) // no two are alike
+		return
+	}
 	now := time.Now()
 	b := l.bursts[key]
 	if b == nil || now.After(b.until) {

@@ -266,6 +266,7 @@ func (s *signer) retire() uint64 {
 // work, and coming back after a crash is what always happens. It collects as many
 // entries as there are and no more, since its timer could change their order.
 func (g *generation) extend(ctx context.Context, key ed25519.PrivateKey, v note.Verifier, entries [][]byte, steps func(string)) (err error) {
+	steps("tree add")
 	if err := g.ready(); err != nil {
 		return err
 	}
@@ -305,7 +306,6 @@ func (g *generation) extend(ctx context.Context, key ed25519.PrivateKey, v note.
 	if at, err := reader.IntegratedSize(ctx); err != nil || at != g.size {
 		return &damage{fmt.Sprintf("generation %d has %d entries where %d were: something else writes to it", g.number, at, g.size)}
 	}
-	steps("tree add")
 	futures := make([]tessera.IndexFuture, len(entries))
 	for i, entry := range entries {
 		futures[i] = appender.Add(ctx, tessera.NewEntry(entry))
