@@ -25,7 +25,7 @@ func (s *Story) Markdown(w io.Writer) error {
 	}
 	say("## In short\n")
 	for _, l := range s.Lead {
-		say("%s\n", md(l))
+		say("%s\n", beginning(l))
 	}
 	for _, step := range s.Steps {
 		say("- %s: %s", step.At.Format("15:04:05"), md(step.Who+": ")+md(step.Title)+md(step.Rest))
@@ -39,8 +39,11 @@ func (s *Story) Markdown(w io.Writer) error {
 	}
 	for _, a := range s.Actions {
 		say("\n### %d. %s\n", a.N, md(a.Title))
+		if a.About != "" {
+			say("%s\n", beginning(a.About))
+		}
 		if a.Reason != "" {
-			say("> %s\n", md(a.Reason))
+			say("> %s\n", beginning(a.Reason))
 		}
 		item := func(name, text string) {
 			if text != "" {
@@ -91,10 +94,10 @@ func (s *Story) Markdown(w io.Writer) error {
 		if m.Count > 1 {
 			text += fmt.Sprintf(" (%d times)", m.Count)
 		}
-		say("| %s | %s | %s | %s | **%s** %s |", m.At.Format("15:04:05.000"), md(m.Since), md(m.Who), md(m.Origin), md(m.What), text)
+		say("| %s | %s | %s | %s | **%s** %s |", m.At.Format("15:04:05.000"), m.Since, md(m.Who), md(m.Origin), md(m.What), text)
 	}
 	if s.Minor > 0 {
-		say("\n%s of what people only looked at, and of how sessions ended, are not listed.", plural(s.Minor, "further event", "further events"))
+		say("\nNot listed: %s, of further logins, of what people only looked at, and of how sessions ended.", plural(s.Minor, "event", "events"))
 	}
 	if len(s.People) > 0 {
 		say("\n## Who took part\n\n| who | as | seen | actions | refusals | from | with |\n|---|---|---|---|---|---|---|")
@@ -125,11 +128,10 @@ func (s *Story) Markdown(w io.Writer) error {
 }
 
 // md escapes everything that Markdown, HTML in it, tables, or automatic links could
-// mean something by, and no more, since people read the source too. Text was made one
-// visible line before.
+// mean something by in the middle of a line, and no more, since people read the source
+// too. Text was made one visible line before.
 func md(s string) string {
 	var b strings.Builder
-	digits := true // so far
 	for i, r := range s {
 		rest := s[i:]
 		switch {
@@ -142,15 +144,24 @@ func md(s string) string {
 		case len(rest) >= 4 && strings.EqualFold(rest[:4], "www."):
 			// GitHub's Markdown makes links of these; an entity means only its character.
 			fmt.Fprintf(&b, "&#%d;", r)
-		case strings.ContainsRune("\\`*_[]|~", r), strings.HasPrefix(rest, "://"), i == 0 && strings.ContainsRune("#+-=", r), i > 0 && digits && (r == '.' || r == ')'):
+		case strings.ContainsRune("\\`*_[]|~", r), strings.HasPrefix(rest, "://"):
 			b.WriteByte('\\')
 			b.WriteRune(r)
 		default:
 			b.WriteRune(r)
 		}
-		digits = digits && r >= '0' && r <= '9'
 	}
 	return b.String()
+}
+
+// beginning is md for the beginning of a line, where more is a sign: of a heading, a
+// list, a rule.
+func beginning(s string) string {
+	n := len(s) - len(strings.TrimLeft(s, "0123456789"))
+	if n < len(s) && (n == 0 && strings.IndexByte("#+-=", s[0]) >= 0 || n > 0 && (s[n] == '.' || s[n] == ')')) {
+		return s[:n] + "\\" + s[n:n+1] + md(s[n+1:])
+	}
+	return md(s)
 }
 
 // code is text as code, for a place outside of tables.

@@ -130,21 +130,21 @@ type Person struct {
 
 // Action is what somebody tried to change, and what became of it.
 type Action struct {
-	N                               int
-	ID, PlanID, PlanSHA256, Title   string
-	By, Role, At, Session           string
-	Asked, Done                     time.Time
-	Outcome, Tone, Via, Error, Note string
-	Reason                          string
-	ApprovedBy                      []string
-	Alone, Drill, Settled           bool
-	Undoes, UndoneBy                string
-	Objects                         []audit.Object
-	ObjectCount                     int
-	Proofs                          []Proof
-	CameIn                          time.Time // when whoever did it came in first
-	Cast                            int       // of Sessions, from 1; 0: none
-	Seconds                         float64
+	N                                    int
+	ID, PlanID, PlanSHA256, Title, About string
+	By, Role, At, Session                string
+	Asked, Done                          time.Time
+	Outcome, Tone, Via, Error, Note      string
+	Reason                               string
+	ApprovedBy                           []string
+	Alone, Drill, Settled                bool
+	Undoes, UndoneBy                     string
+	Objects                              []audit.Object
+	ObjectCount                          int
+	Proofs                               []Proof
+	CameIn                               time.Time // when whoever did it came in first
+	Cast                                 int       // of Sessions, from 1; 0: none
+	Seconds                              float64
 }
 
 // Took is how long it took, as text.
@@ -300,6 +300,10 @@ func arguments(raw json.RawMessage) string {
 		return string(raw)
 	}
 	var words, flags []string
+	inner, nested := set["parameters"].(map[string]any)
+	if nested { // a call of the API
+		delete(set, "parameters")
+	}
 	for _, name := range slices.Sorted(func(yield func(string) bool) {
 		for name := range set {
 			if !yield(name) {
@@ -313,10 +317,12 @@ func arguments(raw json.RawMessage) string {
 			text = string(data)
 		}
 		switch {
-		case name == "target" || name == "subject" || name == "action":
+		case name == "target" || name == "subject" || name == "action" || name == "actionId":
 			words = append(words, text)
 		case name == "namespace":
 			words = append(words, "-n "+text)
+		case name == "allNamespaces" && text == "true":
+			words = append(words, "-A")
 		case text == "true":
 			flags = append(flags, "--"+name)
 		case text == "false" || text == "" || text == "null":
@@ -326,9 +332,13 @@ func arguments(raw json.RawMessage) string {
 	}
 	// The target before its namespace.
 	slices.SortStableFunc(words, func(a, b string) int {
-		return cmp.Compare(boolInt(strings.HasPrefix(a, "-n ")), boolInt(strings.HasPrefix(b, "-n ")))
+		return cmp.Compare(boolInt(strings.HasPrefix(a, "-")), boolInt(strings.HasPrefix(b, "-")))
 	})
-	return strings.Join(append(words, flags...), " ")
+	if nested {
+		data, _ := json.Marshal(inner)
+		flags = append(flags, arguments(data))
+	}
+	return strings.TrimSpace(strings.Join(append(words, flags...), " "))
 }
 
 func boolInt(b bool) int {
@@ -345,7 +355,10 @@ func (e told) who() string {
 	return e.Actor.Person
 }
 
-func (e told) title() string { return strings.TrimSpace(e.Action + " " + e.parameters) }
+// title is what was asked as on the command line: methods of the API are in capitals.
+func (e told) title() string {
+	return strings.TrimSpace(strings.ToLower(e.Action) + " " + e.parameters)
+}
 
 // sessions are the recordings, by when they began.
 func (s *Story) sessions(in Evidence, events []told) {
@@ -429,7 +442,7 @@ func (s *Story) actions(events []told) {
 		if e.Kind != audit.Intent {
 			continue
 		}
-		a := Action{N: len(s.Actions) + 1, ID: e.ID, PlanID: e.PlanID, PlanSHA256: e.PlanSHA256, Title: e.title(), By: e.who(), At: e.Origin, Session: e.Session,
+		a := Action{N: len(s.Actions) + 1, ID: e.ID, PlanID: e.PlanID, PlanSHA256: e.PlanSHA256, Title: e.title(), About: e.Text, By: e.who(), At: e.Origin, Session: e.Session,
 			Asked: e.Time, Reason: e.Reason, Alone: e.Alone, Drill: e.Drill, Undoes: e.Undoes, Objects: e.Objects, ObjectCount: max(e.ObjectCount, len(e.Objects)),
 			Via: e.Via, Note: e.note, CameIn: cameIn[e.who()], Outcome: "outcome not recorded", Tone: Bad}
 		if e.Actor != nil {
@@ -577,6 +590,16 @@ func (s *Story) timeline(events []told) {
 		index[a.ID] = a.N
 	}
 	pieces := map[string]int{} // of a recording: the moment
+	seen := map[string]bool{}  // who came in where: each command of halligan does
+	again := func(e told) bool {
+		key := string(e.Kind) + e.who()
+		if e.Kind == audit.Login {
+			key += " " + e.Origin
+		}
+		was := seen[key]
+		seen[key] = true
+		return was
+	}
 	for _, e := range events {
 		m := Moment{ID: e.ID, At: e.Time, Since: "+" + span(e.Time.Sub(s.First)), Origin: e.Origin, Who: e.who(), What: cmp.Or(labels[e.Kind], string(e.Kind)), Tone: Plain, Count: e.Count}
 		a := (*Action)(nil)
@@ -585,8 +608,10 @@ func (s *Story) timeline(events []told) {
 		}
 		switch e.Kind {
 		case audit.Login:
+			m.Minor = again(e)
 			m.Text = "came in" + after(" by ", e.Actor.Door) + after(" from ", host(e.Actor.Source)) + after(" as ", e.Actor.Role)
 			if e.Actor.Late {
+				m.Minor = false
 				m.Text, m.Tone = m.Text+", with a credential past an edge of its validity", Warn
 			}
 		case audit.Session:
@@ -594,7 +619,7 @@ func (s *Story) timeline(events []told) {
 		case audit.SessionEnd:
 			m.Text, m.Minor = "closed the "+cmp.Or(e.Action, "session")+after(": ", e.Text), true
 		case audit.Relay:
-			m.Text = "was let through to " + e.Target
+			m.Text, m.Minor = "was let through to "+e.Target, again(e)
 		case audit.Logout, audit.RelayEnd:
 			m.Text, m.Minor = "left"+after(": ", e.Text), true
 		case audit.Read:
@@ -628,7 +653,7 @@ func (s *Story) timeline(events []told) {
 				m.Text, m.Tone = "the recording "+e.Target+" "+e.Outcome+after(": ", e.Error), Warn
 				break
 			}
-			if i, seen := pieces[e.Chunk.Session]; seen {
+			if i, begun := pieces[e.Chunk.Session]; begun {
 				s.Timeline[i].Count++
 				continue
 			}
@@ -710,7 +735,7 @@ func (s *Story) conclude(in Evidence, events []told) {
 			what = a.Title
 		}
 		if a.Done.IsZero() {
-			s.Problems = append(s.Problems, fmt.Sprintf("Action %d (%s) was begun, and no outcome of it is recorded here.", a.N, a.Title))
+			s.Problems = append(s.Problems, fmt.Sprintf("Action %d (%s) was begun, and no outcome of it is in the evidence.", a.N, a.Title))
 		}
 	}
 	if len(events) == 0 {

@@ -168,7 +168,7 @@ func TestStory(t *testing.T) {
 	// Nothing of what is not known is passed over.
 	in.Events = in.Events[:8]
 	in.Problems = []string{"the log of cp-3.prod was forked"}
-	if s := New(in); len(s.Problems) != 2 || !strings.Contains(s.Problems[0]+s.Problems[1], "no outcome of it is recorded") {
+	if s := New(in); len(s.Problems) != 2 || !strings.Contains(s.Problems[0]+s.Problems[1], "no outcome of it is in the evidence") {
 		t.Errorf("problems: %q", s.Problems)
 	}
 	if s := New(Evidence{Incident: "INC-0", Made: begin}); len(s.Lead) != 1 || !strings.Contains(s.Lead[0], "No event") {
@@ -333,6 +333,18 @@ func TestTape(t *testing.T) {
 	}
 	if _, err := readTape([]byte("{}\n")); err == nil {
 		t.Error("no recording, and no error")
+	}
+}
+
+func TestMarkdown(t *testing.T) {
+	for in, want := range map[string]string{"1. one": `1\. one`, "# x": `\# x`, "- x": `\- x`, "=== ": `\=== `, "12) x": `12\) x`, "2026 was": "2026 was", "a_b*c": `a\_b\*c`, "https://x": `https\://x`, "": "", "7": "7",
+		"WWW.x": "&#87;WW.x", "<b>&": "&lt;b&gt;&amp;", "10.0.0.1": `10\.0.0.1`} {
+		if got := beginning(in); got != want {
+			t.Errorf("%q: %q, want %q", in, got, want)
+		}
+	}
+	if got := md("10.0.0.1 - #"); got != "10.0.0.1 - #" {
+		t.Error(got)
 	}
 }
 

@@ -5,6 +5,8 @@ import (
 	"context"
 	"io"
 	"os"
+	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -36,16 +38,10 @@ func (t *tool) story() *cobra.Command {
 			if bring && len(args) > 1 {
 				return usage(cmd, "--recordings fetches from the daemons, not from a folder")
 			}
-			e, r, err := t.open(cmd.Context(), argument(args, 1))
+			story, r, err := t.tell(cmd.Context(), args, bring)
 			if err != nil {
 				return err
 			}
-			defer e.Close()
-			in, err := t.incident(cmd.Context(), e, r, args[0], bring)
-			if err != nil {
-				return err
-			}
-			story := report.New(in)
 			for name, render := range map[string]func(io.Writer) error{markdown: story.Markdown, page: story.HTML} {
 				if err := t.put(name, render); err != nil {
 					return err
@@ -58,6 +54,30 @@ func (t *tool) story() *cobra.Command {
 	c.Flags().StringVar(&page, "html", "", "`file` to write it to as one page for a browser")
 	c.Flags().BoolVar(&bring, "recordings", false, "fetch the recordings of its sessions, too, where they are not here")
 	return c
+}
+
+// settling is how long after an action it is to be found under a signed checkpoint.
+const settling = 2 * time.Second
+
+// tell makes the story. Where an action has only just been done, it looks again
+// when its outcome has been signed.
+func (t *tool) tell(ctx context.Context, args []string, bring bool) (*report.Story, *evidence.Report, error) {
+	for again := len(args) == 1; ; again = false {
+		e, r, err := t.open(ctx, argument(args, 1))
+		if err != nil {
+			return nil, nil, err
+		}
+		in, err := t.incident(ctx, e, r, args[0], bring)
+		e.Close()
+		if err != nil {
+			return nil, nil, err
+		}
+		story := report.New(in)
+		fresh := slices.ContainsFunc(story.Actions, func(a report.Action) bool { return a.Done.IsZero() && t.Now().Sub(a.Asked).Abs() < settling })
+		if !again || !fresh || !pause(ctx, settling) {
+			return story, r, nil
+		}
+	}
 }
 
 func (t *tool) put(name string, render func(io.Writer) error) error {

@@ -62,7 +62,7 @@ func TestReport(t *testing.T) {
 	data, err = os.ReadFile(bundles[0])
 	must(t, err)
 	must(t, os.WriteFile(bundles[0], []byte(strings.Replace(string(data), `"applied"`, `"failed!"`, 1)), 0o600))
-	w.want(1, []string{"## Before you rely on this", "cp-1.prod", "the evidence does not hold", "no outcome of it is recorded here"}, "report", "INC-7", kept)
+	w.want(1, []string{"## Before you rely on this", "cp-1.prod", "the evidence does not hold", "no outcome of it is in the evidence"}, "report", "INC-7", kept)
 }
 
 // TestExport hands events to a file and to a receiver, each once.
