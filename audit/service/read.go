@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"time"
 
 	"filippo.io/torchwood"
 	"golang.org/x/mod/sumdb/tlog"
@@ -92,7 +93,11 @@ func (s *Service) ReadLog(req *halliganv1.ReadLogRequest, stream grpc.ServerStre
 		return err
 	}
 	defer root.Close()
-	if own := s.o.Identity(); own != nil && (req.GetOrigin() == "" || req.GetOrigin() == s.o.Origin) {
+	mine := req.GetOrigin() == "" || req.GetOrigin() == s.o.Origin
+	if mine {
+		s.settle(stream.Context())
+	}
+	if own := s.o.Identity(); own != nil && mine {
 		if err := send(stream, "identity", own); err != nil {
 			return err
 		}
@@ -108,6 +113,22 @@ func (s *Service) ReadLog(req *halliganv1.ReadLogRequest, stream grpc.ServerStre
 		}
 	}
 	return eachFile(root, "problems", func(name string) error { return sendSmall(stream, root, name) })
+}
+
+// settled is how long to wait for a checkpoint over what was acknowledged: twice what
+// one takes at most.
+const settled = 2 * time.Second
+
+// settle waits until what is in the log is signed, so that whoever has done something
+// and asks next is told of it. A log that is in trouble hands out what it has.
+func (s *Service) settle(ctx context.Context) {
+	state := s.o.Ledger.State()
+	if state.Events == state.Signed || state.Refused != "" || state.Problem != "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, settled)
+	defer cancel()
+	_ = s.o.Ledger.SignedWithin(ctx, state.Events-1) // as above
 }
 
 // sendGeneration streams the tiles of a generation that hold more than the entries

@@ -32,6 +32,8 @@ import (
 // Ledger is the daemon's own log: a *ledger.Ledger, whose comments hold.
 type Ledger interface {
 	Append(ctx context.Context, e audit.Event) (audit.Receipt, error)
+	State() audit.State
+	SignedWithin(ctx context.Context, seq uint64) error
 	Dir() string
 	Heads() []ledger.Head
 	Entries(ctx context.Context, lineage string, generation, from, to uint64) iter.Seq2[[]byte, error]
