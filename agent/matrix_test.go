@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -38,6 +40,9 @@ import (
 	"github.com/halligan-io/halligan/api"
 	"github.com/halligan-io/halligan/api/grpcdoor"
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
+	"github.com/halligan-io/halligan/audit"
+	"github.com/halligan-io/halligan/audit/record"
+	"github.com/halligan-io/halligan/audit/tiles"
 	"github.com/halligan-io/halligan/internal/etcdcluster"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/neutral"
@@ -83,6 +88,10 @@ type ask struct {
 	line string
 	call func(c caller, id string) error
 	want string
+	// leaves says what stands in the evidence log after it and what prepares it, by a
+	// letter of want or by a column: an answer as the method's name, one that failed
+	// behind a !, a refusal behind a -, and intent, outcome and secret.
+	leaves map[string]string
 }
 
 // caller is a client, whatever the door.
@@ -90,6 +99,8 @@ type caller struct {
 	halliganv1.AgentClient
 	conn grpc.ClientConnInterface
 }
+
+func (c caller) evidence() halliganv1.EvidenceClient { return halliganv1.NewEvidenceClient(c.conn) }
 
 // way is one door, or a form of one, for one column.
 type way struct {
@@ -142,70 +153,95 @@ func (s *stage) asks() []ask {
 			return become(w.caller, p)
 		}
 	}
+	did := map[string]string{"y": "Plan intent outcome", "r": "-Plan"}
+	answered := func(method string) map[string]string { return map[string]string{"y": method, "r": "-" + method} }
 	return []ask{
-		{"get", "get", nil, "get deploy -n shop", getting(map[string]any{"target": "deploy", "namespace": "shop"}), "yyyryrry"},
-		{"get", "get one", nil, "get deploy/web -n shop", getting(map[string]any{"target": "deploy/web", "namespace": "shop"}), "yyyryrry"},
-		{"get", "get a Secret", nil, "get secret/token -n shop", getting(map[string]any{"target": "secret/token", "namespace": "shop"}), "yyyryrry"},
-		{"get", "reveal", nil, "get secret/token -n shop --reveal --reason because", getting(map[string]any{"target": "secret/token", "namespace": "shop", "reveal": true}), "rryryrry"},
-		{"history", "history", nil, "history", remembering, "yyyryyyr"},
-		{"history", "what another did", func(way) string { return s.deed }, "history $ID", remembering, "yyyryrrr"},
-		{"scale", "scale", scaled("shop", "web"), "scale deploy/web -n shop --to 1 -y --reason because", doing("scale", map[string]any{"target": "deploy/web", "namespace": "shop", "to": 1}), "ryyryrrr"},
+		{"get", "get", nil, "get deploy -n shop", getting(map[string]any{"target": "deploy", "namespace": "shop"}), "yyyryrry", answered("Get")},
+		{"get", "get one", nil, "get deploy/web -n shop", getting(map[string]any{"target": "deploy/web", "namespace": "shop"}), "yyyryrry", answered("Get")},
+		{"get", "get a Secret", nil, "get secret/token -n shop", getting(map[string]any{"target": "secret/token", "namespace": "shop"}), "yyyryrry", answered("Get")},
+		{"get", "reveal", nil, "get secret/token -n shop --reveal --reason because", getting(map[string]any{"target": "secret/token", "namespace": "shop", "reveal": true}), "rryryrry", map[string]string{"y": "secret Get", "r": "-Get"}},
+		{"history", "history", nil, "history", remembering, "yyyryyyr", answered("History")},
+		{"history", "what another did", func(way) string { return s.deed }, "history $ID", remembering, "yyyryrrr", answered("History")},
+		{"scale", "scale", scaled("shop", "web"), "scale deploy/web -n shop --to 1 -y --reason because", doing("scale", map[string]any{"target": "deploy/web", "namespace": "shop", "to": 1}), "ryyryrrr", did},
 		{"scale", "scale a canary", scaled(trust.DrillNamespace, "canary-1"), "scale deploy/canary-1 -n halligan-drill --to 1 -y --reason because",
-			doing("scale", map[string]any{"target": "deploy/canary-1", "namespace": trust.DrillNamespace, "to": 1}), "ryyryyrr"},
+			doing("scale", map[string]any{"target": "deploy/canary-1", "namespace": trust.DrillNamespace, "to": 1}), "ryyryyrr", did},
 		{"scale", "scale what is protected", nil, "scale deploy/coredns -n kube-system --to 0 -y --reason because",
-			doing("scale", map[string]any{"target": "deploy/coredns", "namespace": "kube-system", "to": 0}), "rrrrrrrr"},
+			doing("scale", map[string]any{"target": "deploy/coredns", "namespace": "kube-system", "to": 0}), "rrrrrrrr", did},
 		{"scale", "scale what is not there", nil, "scale deploy/nothing -n shop --to 0 -y --reason because",
-			doing("scale", map[string]any{"target": "deploy/nothing", "namespace": "shop", "to": 0}), "rnnrnrrr"},
+			doing("scale", map[string]any{"target": "deploy/nothing", "namespace": "shop", "to": 0}), "rnnrnrrr", map[string]string{"n": "!Plan", "r": "-Plan"}},
 		{"delete", "delete", func(way) string {
 			s.put(someMap, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "c", UID: "u1"}})
 			return ""
-		}, "delete cm/c -n shop -y --reason because", doing("delete", map[string]any{"target": "cm/c", "namespace": "shop"}), "ryyryrrr"},
+		}, "delete cm/c -n shop -y --reason because", doing("delete", map[string]any{"target": "cm/c", "namespace": "shop"}), "ryyryrrr", did},
 		{"revoke", "revoke", func(way) string {
 			s.put(roleBinding, &rbacv1.RoleBinding{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "readers", UID: "u1"},
 				RoleRef:  rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: "reader"},
 				Subjects: []rbacv1.Subject{{Kind: rbacv1.UserKind, APIGroup: rbacv1.GroupName, Name: "mallory"}}})
 			return ""
-		}, "revoke mallory -y --reason because", doing("revoke", map[string]any{"subject": "mallory"}), "ryyryrrr"},
-		{"revoke", "revoke what is protected", nil, "revoke group:system:masters -y --reason because", doing("revoke", map[string]any{"subject": "group:system:masters"}), "rrrrrrrr"},
+		}, "revoke mallory -y --reason because", doing("revoke", map[string]any{"subject": "mallory"}), "ryyryrrr", did},
+		{"revoke", "revoke what is protected", nil, "revoke group:system:masters -y --reason because", doing("revoke", map[string]any{"subject": "group:system:masters"}), "rrrrrrrr", did},
 		{"undo", "undo one's own", own(s.deed, func(c caller, p *halliganv1.Plan) string {
 			if err := applyAs(c, p); err != nil {
 				s.t.Error(err)
 			}
 			return p.GetId()
-		}), "undo $ID -y --reason because", undoing(""), "ryyryyrr"},
-		{"undo", "undo another's", nil, "undo " + s.deed + " -y --reason because", undoing(s.deed), "rrararrr"},
+		}), "undo $ID -y --reason because", undoing(""), "ryyryyrr", map[string]string{"y": "Plan intent outcome Plan intent outcome", "r": "-Plan -Plan"}},
+		{"undo", "undo another's", nil, "undo " + s.deed + " -y --reason because", undoing(s.deed), "rrararrr", map[string]string{"a": "Plan", "r": "-Plan"}},
 		{"undo", "undo another's by its own call", nil, "", func(c caller, _ string) error {
 			p, err := c.Undo(context.Background(), &halliganv1.UndoRequest{ActionId: s.deed, Reason: "because"})
 			if err != nil {
 				return err
 			}
 			return applyAs(c, p)
-		}, "rrararrr"},
+		}, "rrararrr", map[string]string{"a": "Undo", "r": "-Undo"}},
 		{"", "status", nil, "status", func(c caller, _ string) error {
 			_, err := c.Status(context.Background(), &halliganv1.StatusRequest{})
 			return err
-		}, "yyyyyyyy"},
+		}, "yyyyyyyy", nil},
 		{"", "describe", nil, "", func(c caller, _ string) error {
 			_, err := c.Describe(context.Background(), &halliganv1.DescribeRequest{})
 			return err
-		}, "yyyyyyyy"},
-		{"", "the plan of another", nil, "plan " + s.plan.GetId(), showing(s.plan.GetId()), "nnnynnnn"},
-		{"", "one's own plan", own(s.plan.GetId(), func(_ caller, p *halliganv1.Plan) string { return p.GetId() }), "plan $ID", showing(""), "nyyyyynn"},
+		}, "yyyyyyyy", nil},
+		{"", "the plan of another", nil, "plan " + s.plan.GetId(), showing(s.plan.GetId()), "nnnynnnn", map[string]string{"y": "ShowPlan", "n": "!ShowPlan"}},
+		{"", "one's own plan", own(s.plan.GetId(), func(_ caller, p *halliganv1.Plan) string { return p.GetId() }), "plan $ID", showing(""), "nyyyyynn", map[string]string{"y": "Plan ShowPlan", "n": "-Plan !ShowPlan", "approver": "-Plan ShowPlan"}},
 		{"", "apply the plan of another, after a look", nil, "apply " + s.plan.GetId() + " -y", func(c caller, _ string) error {
 			if err := showing(s.plan.GetId())(c, ""); err != nil {
 				return err
 			}
 			return applyAs(c, s.plan)
-		}, "nnnrnnnn"},
-		{"", "apply the plan of another", nil, "", func(c caller, _ string) error { return applyAs(c, s.plan) }, "rrrrrrrr"},
+		}, "nnnrnnnn", map[string]string{"n": "!ShowPlan", "r": "ShowPlan -Apply"}},
+		{"", "apply the plan of another", nil, "", func(c caller, _ string) error { return applyAs(c, s.plan) }, "rrrrrrrr", map[string]string{"r": "-Apply"}},
 		{"", "stop", nil, "", func(c caller, _ string) error {
 			_, err := c.Stop(context.Background(), &halliganv1.StopRequest{ActionId: s.deed})
 			return err
-		}, "rnnrnnnr"},
+		}, "rnnrnnnr", map[string]string{"r": "-Stop"}},
 		{"", "exchange bundles", nil, "", func(c caller, _ string) error {
 			_, err := c.ExchangeBundle(context.Background(), &halliganv1.ExchangeBundleRequest{})
 			return err
-		}, "yyyyyyyy"},
+		}, "yyyyyyyy", nil},
+		{"", "list logs", nil, "", func(c caller, _ string) error {
+			_, err := c.evidence().ListLogs(context.Background(), &halliganv1.ListLogsRequest{})
+			return err
+		}, "yyyryyyy", map[string]string{"r": "-ListLogs"}},
+		{"", "read the log", nil, "", func(c caller, _ string) error {
+			stream, err := c.evidence().ReadLog(context.Background(), &halliganv1.ReadLogRequest{})
+			return drain(stream, err)
+		}, "yyyryrrr", map[string]string{"r": "-ReadLog"}},
+		{"", "read a recording", func(way) string { return s.recording() }, "", func(c caller, session string) error {
+			stream, err := c.evidence().ReadRecording(context.Background(), &halliganv1.ReadRecordingRequest{Session: session, Reason: "because"})
+			return drain(stream, err)
+		}, "rryryrrr", map[string]string{"y": "secret", "r": "-ReadRecording"}},
+		{"", "read sealed images", nil, "", func(c caller, _ string) error {
+			stream, err := c.evidence().ReadSealed(context.Background(), &halliganv1.ReadSealedRequest{ActionId: "20300101-000000-aaaaaaaa"})
+			return drain(stream, err)
+		}, "rnnrnrrr", map[string]string{"n": "!ReadSealed", "r": "-ReadSealed"}},
+		{"", "witness", nil, "", func(c caller, _ string) error {
+			stream, err := c.evidence().Witness(context.Background())
+			if err == nil {
+				_, err = stream.Recv()
+			}
+			return err
+		}, "rrrrrrrr", map[string]string{"r": "-Witness"}},
 		{"", "reflection", nil, "", func(c caller, _ string) error {
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
@@ -218,7 +254,7 @@ func (s *stage) asks() []ask {
 			}
 			_, err = stream.Recv()
 			return err
-		}, "yyyyyyyy"},
+		}, "yyyyyyyy", nil},
 	}
 }
 
@@ -320,6 +356,7 @@ func TestEveryActionRoleAndDoor(t *testing.T) {
 		}
 	}
 	called := map[string]bool{}
+	var left []trail
 	rounds := 0
 	for i, column := range columns {
 		t.Run(column.name, func(t *testing.T) {
@@ -342,6 +379,7 @@ func TestEveryActionRoleAndDoor(t *testing.T) {
 						id = a.prepare(w)
 					}
 					rounds++
+					left = append(left, trail{column.name, a.name, w, strings.Fields(cmp.Or(a.leaves[column.name], a.leaves[a.want[i:i+1]]))})
 					exit, text := 0, ""
 					if w.say != nil {
 						exit, text = w.say(strings.ReplaceAll(a.line, "$ID", id))
@@ -376,19 +414,158 @@ func TestEveryActionRoleAndDoor(t *testing.T) {
 			}
 		})
 	}
-	for _, m := range halliganv1.Agent_ServiceDesc.Methods {
-		if !called["/"+halliganv1.Agent_ServiceDesc.ServiceName+"/"+m.MethodName] {
-			t.Errorf("no expectation for the method %s", m.MethodName)
+	for _, service := range []grpc.ServiceDesc{halliganv1.Agent_ServiceDesc, halliganv1.Evidence_ServiceDesc} {
+		var names []string
+		for _, m := range service.Methods {
+			names = append(names, m.MethodName)
 		}
-	}
-	for _, m := range halliganv1.Agent_ServiceDesc.Streams {
-		if !called["/"+halliganv1.Agent_ServiceDesc.ServiceName+"/"+m.StreamName] {
-			t.Errorf("no expectation for the method %s", m.StreamName)
+		for _, m := range service.Streams {
+			names = append(names, m.StreamName)
+		}
+		for _, name := range names {
+			if !called["/"+service.ServiceName+"/"+name] {
+				t.Errorf("no expectation for the method %s", name)
+			}
 		}
 	}
 	t.Logf("%d answers", rounds)
+	t.Run("evidence", func(t *testing.T) { s.recorded(t, left) })
 
-	t.Run("nobody", func(t *testing.T) { s.nobody(t) })
+	t.Run("nobody", func(t *testing.T) {
+		s.nobody(t)
+		doors := map[string]int{}
+		for _, e := range s.log(t) {
+			if e.Kind == audit.Refusal && e.Actor.Person == "" {
+				doors[e.Actor.Door]++
+			}
+		}
+		if doors["ssh"] == 0 || doors["grpc"] == 0 {
+			t.Errorf("strangers who were refused, in the log: %v", doors)
+		}
+	})
+}
+
+// trail is what one thing that was asked for has to leave in the evidence log.
+type trail struct {
+	column, ask string
+	by          way
+	want        []string
+}
+
+// recorded holds the log against what was asked: all of it is there, once, in its
+// order, and as whoever asked.
+func (s *stage) recorded(t *testing.T, left []trail) {
+	t.Helper()
+	var asked []audit.Event
+	opened, ended, sessions := map[string]audit.Event{}, 0, map[string]bool{}
+	for _, e := range s.log(t) {
+		switch e.Kind {
+		case audit.Login:
+			sessions[e.Session] = true
+		case audit.Session:
+			opened[e.Session+e.Target] = e
+		case audit.SessionEnd:
+			ended++
+		case audit.Read, audit.Refusal, audit.Secret, audit.Intent, audit.Outcome:
+			if e.Actor.Person != "felix" {
+				asked = append(asked, e)
+			}
+		}
+		if a := e.Actor; a != nil && (a.Role == "" || a.Credential == "" || a.Door == "" || a.Door != "console" && (a.Fingerprint == "" || a.Serial == "" || a.CA == "" || a.Source == "") || !sessions[e.Session]) {
+			t.Errorf("%s %s by %+v in session %q, which nobody began", e.Kind, e.Action, *a, e.Session)
+		}
+	}
+	if len(opened) == 0 || ended != len(opened) {
+		t.Errorf("%d sessions began, and %d ended", len(opened), ended)
+	}
+	var intent audit.Event
+	for _, l := range left {
+		column := columns[slices.IndexFunc(columns, func(c struct {
+			name string
+			issuer.Holder
+		}) bool {
+			return c.name == l.column
+		})]
+		for i, want := range l.want {
+			if len(asked) == 0 {
+				t.Fatalf("%s of %s by %s: the log ends before %s", l.ask, l.column, l.by.name, want)
+			}
+			e := asked[0]
+			got := e.Action
+			switch {
+			case e.Kind == audit.Refusal && e.Outcome == "refused" && e.ErrorCode == string(fault.Refused):
+				got = "-" + got
+			case e.Kind == audit.Read && e.Outcome == "failed" && e.ErrorCode != "":
+				got = "!" + got
+			case e.Kind == audit.Intent:
+				got, intent = "intent", e
+			case e.Kind == audit.Outcome && e.Of == intent.ID && e.PlanID == intent.PlanID && e.Outcome == "applied":
+				got = "outcome"
+			case e.Kind == audit.Secret:
+				got = "secret"
+			case e.Kind != audit.Read || e.Outcome != "ok":
+				got = fmt.Sprintf("%s %s %s", e.Kind, e.Action, e.Outcome)
+			}
+			if l.by.say != nil { // words have the call made that is for it
+				got = strings.Replace(got, "Undo", "Plan", 1)
+			}
+			role := column.Roles[0].String()
+			if l.by.person != "alice" {
+				role = "responder" // which everybody is at the console
+			}
+			if got != want || e.Actor.Person != l.by.person || e.Actor.Role != role || e.Drill != column.Scope.Drill {
+				t.Fatalf("%s of %s by %s: %s by %+v (%s), want %q of %q", l.ask, l.column, l.by.name, got, *e.Actor, e.Error, want, l.want[i:])
+			}
+			asked = asked[1:]
+		}
+	}
+	if len(asked) > 0 {
+		t.Errorf("%d events that nobody asked for: %s %s", len(asked), asked[0].Kind, asked[0].Action)
+	}
+}
+
+// recording names one of a session.
+func (s *stage) recording() string {
+	files, err := filepath.Glob(filepath.Join(record.Folder(s.config.StateDir), "recordings", "*.cast"))
+	if err != nil || len(files) == 0 {
+		s.t.Fatalf("no recordings: %v", err)
+	}
+	return strings.TrimSuffix(filepath.Base(files[0]), ".cast")
+}
+
+// log returns the agent's whole evidence log, verified, once all of it is signed.
+func (s *stage) log(t *testing.T) (events []audit.Event) {
+	t.Helper()
+	within(t, "the log is signed", func() bool {
+		st, err := s.felix.Status(t.Context(), &halliganv1.StatusRequest{})
+		if err != nil || st.GetAudit().GetRefused() != "" {
+			t.Fatalf("%v, %v", st.GetAudit(), err)
+		}
+		return st.GetAudit().GetEvents() > 0 && st.GetAudit().GetSigned() == st.GetAudit().GetEvents()
+	})
+	folders, err := filepath.Glob(filepath.Join(record.Folder(s.config.StateDir), "logs", "*"))
+	if err != nil || len(folders) != 1 {
+		t.Fatalf("%q, %v", folders, err)
+	}
+	tree, err := tiles.Open(folders[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, head, err := tree.Checkpoint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for data, err := range tree.Entries(t.Context(), 0, head.N) {
+		var e audit.Event
+		if err == nil {
+			err = json.Unmarshal(data, &e)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		events = append(events, e)
+	}
+	return events
 }
 
 // newStage runs the agent, with what is asked about in its etcd.

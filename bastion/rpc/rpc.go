@@ -92,9 +92,9 @@ var methods = map[string]grpcdoor.Row{
 	halliganv1.Bastion_ExchangeBundle_FullMethodName: {May: anybody, Record: grpcdoor.Routine},
 
 	halliganv1.Evidence_ListLogs_FullMethodName:      {May: observes, Record: grpcdoor.Routine},
-	halliganv1.Evidence_ReadLog_FullMethodName:       {May: observes, Record: grpcdoor.Routine},
-	halliganv1.Evidence_ReadRecording_FullMethodName: {May: commands, Record: grpcdoor.Deed},
-	halliganv1.Evidence_ReadSealed_FullMethodName:    {May: responds, Record: grpcdoor.Noted},
+	halliganv1.Evidence_ReadLog_FullMethodName:       {May: whole(observes), Record: grpcdoor.Routine},
+	halliganv1.Evidence_ReadRecording_FullMethodName: {May: whole(commands), Record: grpcdoor.Deed},
+	halliganv1.Evidence_ReadSealed_FullMethodName:    {May: whole(responds), Record: grpcdoor.Noted},
 	halliganv1.Evidence_Witness_FullMethodName:       {May: witnesses, Record: grpcdoor.Routine},
 	grpcdoor.Reflection[0]:                           {May: anybody, Record: grpcdoor.Routine},
 	grpcdoor.Reflection[1]:                           {May: anybody, Record: grpcdoor.Routine},
@@ -111,6 +111,14 @@ func commands(who trust.Identity) bool { return takes(who, trust.Commander) }
 
 func takes(who trust.Identity, least trust.Role) bool {
 	return slices.ContainsFunc(who.Roles, func(r trust.Role) bool { return r.Has(least) })
+}
+
+// whole leaves out credentials that are narrowed to some objects, actions or drills:
+// what they ask for shows what others did.
+func whole(may func(trust.Identity) bool) func(trust.Identity) bool {
+	return func(who trust.Identity) bool {
+		return may(who) && !who.Scope.Drill && len(who.Scope.Actions)+len(who.Scope.Namespaces) == 0
+	}
 }
 
 // witnesses holds for other bastions.

@@ -325,15 +325,16 @@ func TestMethods(t *testing.T) {
 	program.Kind = trust.Automation
 	drill := bob
 	drill.Scope.Drill = true
-	sealed := person("dave", trust.Commander)
+	sealed, narrow := person("dave", trust.Commander), person("dora", trust.Commander)
+	narrow.Scope.Namespaces = []string{"shop"}
 	sealed.Kind = trust.Sealed
 	approver := bob
 	approver.Kind = trust.Automation
-	all := "alice bob carol program drill sealed approver nobody"
+	all := "alice bob carol program drill sealed approver narrow nobody"
 	for method, want := range map[string]string{
 		"Status": all, "Nodes": all, "ListPlans": all, "WatchPlan": all, "ExchangeBundle": all, "ServerReflectionInfo": all,
-		"Sessions": "alice program sealed", "PostPlan": "alice program sealed", "PostApproval": "bob",
-		"ListLogs": "alice carol program sealed", "ReadLog": "alice carol program sealed", "ReadRecording": "sealed", "ReadSealed": "alice program sealed", "Witness": "bastion",
+		"Sessions": "alice program sealed narrow", "PostPlan": "alice program sealed narrow", "PostApproval": "bob",
+		"ListLogs": "alice carol program sealed narrow", "ReadLog": "alice carol program sealed", "ReadRecording": "sealed", "ReadSealed": "alice program sealed", "Witness": "bastion",
 	} {
 		found := false
 		for name, row := range methods {
@@ -341,7 +342,7 @@ func TestMethods(t *testing.T) {
 				continue
 			}
 			found = true
-			for who, id := range map[string]trust.Identity{"alice": alice, "bob": bob, "carol": carol, "program": program, "drill": drill, "sealed": sealed, "approver": approver, "nobody": {}, "bastion": {Person: "b.bastion", Kind: trust.Bastion}} {
+			for who, id := range map[string]trust.Identity{"alice": alice, "bob": bob, "carol": carol, "program": program, "drill": drill, "sealed": sealed, "approver": approver, "narrow": narrow, "nobody": {}, "bastion": {Person: "b.bastion", Kind: trust.Bastion}} {
 				if row.May(id) != slices.Contains(strings.Fields(want), who) {
 					t.Errorf("%s for %s: %v", method, who, row.May(id))
 				}
