@@ -76,7 +76,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	if believed, err = newTrusted(c, clock, past, evidence.Raise, log); err != nil {
 		return err
 	}
-	images, err := openSealed(c, evidence.Dir(), believed, clock, log)
+	images, err := openSealed(c, evidence, believed, clock, log)
 	if err != nil {
 		return err
 	}
@@ -105,6 +105,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer background.Wait()
 	background.Go(func() { engine.Recover(ctx) })
 	background.Go(func() { engine.WatchGone(ctx) })
+	background.Go(func() { expire(ctx, records, believed, clock.Now, log) })
 	if err := records.Ready(); err != nil {
 		log.Error().Msg("nothing can be changed: " + neutral.Line(fault.Of(err).Error()))
 		background.Go(func() {

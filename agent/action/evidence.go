@@ -214,9 +214,29 @@ func (e *Engine) oweSettled(r *journal.Record, actor *audit.Actor) {
 	if r.Intent == "" {
 		return
 	}
-	for _, ev := range settledOutcome(r, actor) {
+	events := settledOutcome(r, actor)
+	events[len(events)-1].Images = e.sealSettled(r)
+	for _, ev := range events {
 		e.owe(ev)
 	}
+}
+
+// sealSettled keeps the record of an action that was settled afterwards elsewhere:
+// if that was done before, nobody knows the hash. It returns "" where it cannot.
+func (e *Engine) sealSettled(r *journal.Record) string {
+	if e.sealed == nil || r.Applied == 0 {
+		return ""
+	}
+	record, err := e.journal.Settled(r.Plan.Id)
+	if err == nil {
+		defer record.Close()
+		var sum string
+		if sum, err = e.sealed(r.Plan.Id, record); err == nil {
+			return sum
+		}
+	}
+	e.log.Error().Str("action", r.Plan.Id).Err(err).Msg("before-images could not be kept elsewhere")
+	return ""
 }
 
 // settledOutcome are the events of an outcome that was found out afterwards.

@@ -230,3 +230,31 @@ func TestStrangeEvidence(t *testing.T) {
 	p.two.opens = nil
 	p.refused(fault.Refused, "takes back no action of another node", responder, id)
 }
+
+// TestSealedWhenSettled: an action whose outcome is found out by a later process can
+// be taken back elsewhere, too.
+func TestSealedWhenSettled(t *testing.T) {
+	p := newPair(t)
+	key := p.put(collector())
+	seal := p.one.sealed
+	p.one.sealed = nil // as if it was killed before the outcome
+	id := p.on(p.one).do(resultApplied, "scale", stopCollector).Action
+	p.refused(fault.Failed, "no such file", responder, id)
+	p.one.sealed = seal
+	record, err := p.one.journal.Read(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.one.oweSettled(record, audit.ActorOf(responder))
+	if err := p.one.pay(p.ctx()); err != nil {
+		t.Fatal(err)
+	}
+	plan, err := p.undo(responder, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.apply(responder, plan)
+	if selector := typedAt[appsv1.DaemonSet](p.lab, key).Spec.Template.Spec.NodeSelector; len(selector) != 1 {
+		t.Errorf("it was not put back: %v", selector)
+	}
+}

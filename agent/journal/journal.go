@@ -706,20 +706,84 @@ func (j *Journal) makeRoom(reserve int64) error {
 			i++
 			continue
 		}
-		if err := os.Remove(j.path(e.ID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return unavailable("removing the oldest record", err)
+		if err := j.drop(i); err != nil {
+			return err
 		}
 		used -= e.Bytes
-		if j.undone[e.Undoes] == e.ID {
-			delete(j.undone, e.Undoes)
-		}
-		j.entries = slices.Delete(j.entries, i, i+1)
 	}
 	if used > most {
 		return fault.New(fault.AuditUnavailable, "choose fewer objects, or raise journalMaxBytes in the agent's configuration",
 			"records of actions may take %d MiB and none is old enough to be removed", j.opts.MaxBytes>>20)
 	}
 	return nil
+}
+
+// drop removes a settled record; j.mu is held.
+func (j *Journal) drop(i int) error {
+	e := j.entries[i]
+	if err := os.Remove(j.path(e.ID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return unavailable("removing the oldest record", err)
+	}
+	if j.undone[e.Undoes] == e.ID {
+		delete(j.undone, e.Undoes)
+	}
+	j.entries = slices.Delete(j.entries, i, i+1)
+	return nil
+}
+
+// Expire removes the settled records of actions before a time, whose before-images
+// are kept no longer, and returns how many. What was done is in the evidence log.
+func (j *Journal) Expire(before time.Time) (removed int, err error) {
+	if before = earlier(before, time.Now().Add(-j.opts.Keep)); j.Ready() != nil {
+		return 0, nil
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for i := 0; i < len(j.entries) && j.entries[i].Time.Before(before); {
+		if e := j.entries[i]; e.Result == "" || e.Result == Damaged {
+			i++
+			continue
+		}
+		if err := j.drop(i); err != nil {
+			return removed, err
+		}
+		removed++
+	}
+	return removed, nil
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// Settled opens the whole record of a settled action.
+func (j *Journal) Settled(id string) (io.ReadCloser, error) {
+	j.mu.Lock()
+	i := slices.IndexFunc(j.entries, func(e *Entry) bool { return e.ID == id })
+	settled, size := false, int64(0)
+	if i >= 0 {
+		settled, size = j.entries[i].Result != "" && j.entries[i].Result != Damaged, j.entries[i].Bytes
+	}
+	j.mu.Unlock()
+	if !settled {
+		return nil, fmt.Errorf("action %s is not settled", id)
+	}
+	return j.upTo(id, size)
+}
+
+// upTo opens the beginning of a record.
+func (j *Journal) upTo(id string, n int64) (io.ReadCloser, error) {
+	f, err := os.Open(j.path(id))
+	if err != nil {
+		return nil, unavailable("reading a record", err)
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.LimitReader(f, n), f}, nil
 }
 
 // Entries returns the index, newest first.
@@ -848,14 +912,7 @@ func (a *Action) Durable() (io.ReadCloser, error) {
 	a.mu.Lock()
 	n := a.synced
 	a.mu.Unlock()
-	f, err := os.Open(a.j.path(a.entry.ID))
-	if err != nil {
-		return nil, unavailable("reading a record", err)
-	}
-	return struct {
-		io.Reader
-		io.Closer
-	}{io.LimitReader(f, n), f}, nil
+	return a.j.upTo(a.entry.ID, n)
 }
 
 // Keeps is how long a settled record is kept at least.

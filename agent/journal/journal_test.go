@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -1059,5 +1060,39 @@ func TestAccess(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer j.Close()
+	}
+}
+
+// TestExpire: what policy keeps no longer goes, and nothing that is unsettled, or
+// that can still be taken back.
+func TestExpire(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	j := open(t, dir, Options{})
+	settled(t, j, "20260101-000000-old", 72*time.Hour, 10)
+	settled(t, j, "20260102-000000-mid", 60*time.Hour, 10)
+	a, err := j.Begin(Access{}, planOf("20260101-000001-open", 1, 71*time.Hour), 10)
+	check(t, err)
+	check(t, a.Images(imageOf(0, []byte("x"))))
+	settled(t, j, "20260103-000000-new", time.Hour, 10)
+	if n, err := j.Expire(time.Now().Add(-65 * time.Hour)); n != 1 || err != nil {
+		t.Error(n, err)
+	}
+	if n, err := j.Expire(time.Now()); n != 1 || err != nil {
+		t.Error(n, err)
+	}
+	if left := strings.Join(ids(j.Entries()), " "); left != "20260103-000000-new 20260101-000001-open" {
+		t.Error(left)
+	}
+	r, err := j.Settled("20260103-000000-new")
+	check(t, err)
+	whole, err := io.ReadAll(r)
+	check(t, errors.Join(err, r.Close()))
+	if file, err := os.ReadFile(filepath.Join(dir, "actions", "20260103-000000-new.jsonl")); err != nil || !bytes.Equal(file, whole) {
+		t.Errorf("%d bytes, %v", len(whole), err)
+	}
+	for _, id := range []string{"20260101-000001-open", "20260101-000000-old"} {
+		if _, err := j.Settled(id); err == nil {
+			t.Errorf("%s is settled", id)
+		}
 	}
 }

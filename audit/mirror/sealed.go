@@ -97,8 +97,8 @@ func (i *Images) Part(p *halliganv1.WitnessSealed) (*halliganv1.WitnessStored, e
 func (c *Copy) arrive(action, dir string) (*arriving, error) {
 	c.work.Lock()
 	defer c.work.Unlock()
-	if b := c.m.o.Bundle(); b != nil {
-		if _, err := sealed.Expire(c.dir, c.m.o.Now().Add(-time.Duration(b.Policy.KeepImages))); err != nil {
+	if at, ok := sealed.Before(c.m.o.Bundle(), c.m.o.Now()); ok {
+		if _, err := sealed.Expire(c.dir, at); err != nil {
 			return nil, err
 		}
 	}

@@ -138,6 +138,10 @@ func Open(o Options) (*Store, error) {
 	if s.key, err = openKey(filepath.Join(o.Dir, keyName)); err != nil {
 		return nil, fmt.Errorf("the key that opens sealed before-images: %w", err)
 	}
+	left, _ := filepath.Glob(filepath.Join(s.dir, ".*.tmp")) // of a process that was killed
+	for _, name := range left {
+		os.Remove(name)
+	}
 	s.recall()
 	s.expire()
 	s.keeping.Go(s.keeps)
@@ -317,14 +321,6 @@ func (s *Store) recipients() (all []age.Recipient, names []string) {
 		}
 	}
 	return all, names
-}
-
-// keep is how long before-images are kept.
-func (s *Store) keep() time.Duration {
-	if b := s.o.Bundle(); b != nil {
-		return time.Duration(b.Policy.KeepImages)
-	}
-	return bundle.DefaultKeepImages
 }
 
 // Seal seals the record of an action, up to its last before-image, and returns the
@@ -511,11 +507,24 @@ func (s *Store) wake() {
 	}
 }
 
-// expire removes what is too old, and what a crash left half written.
+// Before is when what is too old by now was made. There is no such time, and ok is
+// false, while the bundle is not fresh: then it is the clock that may be wrong, and
+// before-images that are gone do not come back.
+func Before(b *bundle.Bundle, now time.Time) (at time.Time, ok bool) {
+	if b == nil || !b.Fresh(now) {
+		return time.Time{}, false
+	}
+	return now.Add(-time.Duration(b.Policy.KeepImages)), true
+}
+
+// expire removes what is too old, or more than there is room for.
 func (s *Store) expire() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_, err := Expire(s.o.Dir, s.o.Now().Add(-s.keep()))
+	var err error
+	if at, ok := Before(s.o.Bundle(), s.o.Now()); ok {
+		_, err = Expire(s.o.Dir, at)
+	}
 	if err != nil {
 		s.o.Log.Warn().Str("problem", neutral.Line(err.Error())).Msg("before-images that are too old could not be removed")
 	}

@@ -490,6 +490,17 @@ func TestExpire(t *testing.T) {
 	write("c", time.Hour)
 	one.open()
 	there("b", "c")
+	// A clock that is far ahead makes the bundle stale, and ends nothing.
+	now := w.now
+	w.now = now.Add(30 * 24 * time.Hour)
+	one.open()
+	there("b", "c")
+	w.now = now
+	w.must(os.WriteFile(filepath.Join(one.dir, "sealed", ".x.1.tmp"), nil, 0o600))
+	one.open()
+	if _, err := os.Stat(filepath.Join(one.dir, "sealed", ".x.1.tmp")); err == nil {
+		t.Error("what a killed process left is there")
+	}
 	w.must(os.WriteFile(filepath.Join(one.dir, "sealed", "notes.txt"), nil, 0o600))
 	if n, err := sealed.Expire(one.dir, w.now.Add(-2*time.Hour)); n != 1 || err != nil {
 		t.Error(n, err)
