@@ -21,6 +21,9 @@ func (e *Engine) Recover(ctx context.Context) {
 	wait := 200 * time.Millisecond
 	for {
 		left := 0
+		if err := e.journal.Refill(); err != nil {
+			e.log.Warn().Str("problem", neutral.Line(err.Error())).Msg("records cannot be set aside for when the disk is full")
+		}
 		for _, id := range e.journal.Unfinished() {
 			if err := e.settleOne(ctx, id); err != nil {
 				left++
@@ -32,9 +35,6 @@ func (e *Engine) Recover(ctx context.Context) {
 				left++
 				e.log.Warn().Str("problem", neutral.Line(err.Error())).Msg("the evidence log could not be looked through for what was begun before this start")
 			}
-		}
-		if err := e.journal.Refill(); err != nil {
-			e.log.Warn().Str("problem", neutral.Line(err.Error())).Msg("records cannot be set aside for when the disk is full")
 		}
 		if err := e.pay(ctx); err != nil && ctx.Err() == nil {
 			left++
