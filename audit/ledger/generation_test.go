@@ -170,7 +170,7 @@ func TestCosigned(t *testing.T) {
 			}
 		}
 	}
-	if l.Heads()[0].Generation == 1 || h.of("nobody else") {
+	if l.Heads()[0].Generation == 1 || h.now("nobody else") {
 		t.Errorf("%d, %q", l.Heads()[0].Generation, h.texts)
 	}
 	read(t, l)

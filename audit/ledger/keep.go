@@ -165,6 +165,7 @@ func (l *Ledger) begin() (*spool, error) {
 	return openSpool(l.path(spoolFile), l.o.Steps)
 }
 
+// alarm tells people of something; mu is not held.
 func (l *Ledger) alarm(format string, args ...any) {
 	text := fmt.Sprintf(format, args...)
 	l.o.Log.Warn().Str("dir", l.o.Dir).Msg(text)
@@ -271,7 +272,7 @@ func (l *Ledger) resume(s *spool) error {
 	}
 	seamed := slices.ContainsFunc(found.pending, func(r record) bool { return r.seam })
 	l.mu.Lock()
-	l.spool, l.origin, l.found = s, origin, found
+	l.spool, l.origin, l.taken, l.torn = s, origin, int64(len(found.pending)), found.torn
 	l.next, l.acknowledged, l.pending = found.next, found.next, found.pending
 	l.head, l.tail, l.epoch, l.seamed = found.head, found.head, found.epoch+1, seamed
 	if len(found.pending) > 0 {
@@ -520,7 +521,7 @@ func (l *Ledger) tend() time.Duration {
 		text := fmt.Sprintf("events cannot be moved from the spool into the log: %v", err)
 		if l.problem == "" {
 			l.o.Log.Error().Str("dir", l.o.Dir).Msg(text)
-			l.o.Raise(alarm.Event{Kind: alarm.Audit, Text: text})
+			l.raise(text)
 		}
 		l.problem, l.roundAt = text, now.Add(l.retry)
 		l.broadcast()

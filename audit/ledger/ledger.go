@@ -134,16 +134,18 @@ type Ledger struct {
 	reserved           uint64
 	epoch              uint32
 	unwritten          *batch // not being written yet
-	seamed             bool   // a seam is on its way
-	last               time.Time
-	heads              []Head
-	signed             uint64
-	witnessed          map[string]uint64
-	bytes              int64
-	lost, lostSaid     uint64
-	held               []held
-	bursts             map[burstKey]*burst
-	found              found
+	// writing is since when a batch is being written; zero: none is.
+	writing        time.Time
+	seamed         bool // a seam is on its way
+	last           time.Time
+	heads          []Head
+	signed         uint64
+	witnessed      map[string]uint64
+	bytes          int64
+	lost, lostSaid uint64
+	held           []held
+	bursts         map[burstKey]*burst
+	taken, torn    int64 // over from the process before
 	// changed is closed, and made anew, when there is room or something was signed.
 	changed     chan struct{}
 	subscribers map[chan struct{}]struct{}
@@ -250,10 +252,10 @@ func (l *Ledger) LastTime() time.Time {
 
 // Found tells what was there at the start: events that were taken over from the
 // spool, and bytes of it that were being written when the last process ended.
-func (l *Ledger) Found() (events int, torn int64) {
+func (l *Ledger) Found() (events, torn int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.found.pending), l.found.torn
+	return l.taken, l.torn
 }
 
 // Hash returns a keyed hash of a secret value: hmac-sha256:HEX.
@@ -301,6 +303,11 @@ var slack = recordSize(audit.MaxEvent)
 // errFull is that there is no room; while the tree takes events there soon is.
 var errFull = errors.New("its spool is full")
 
+// errStuck is that a write does not end.
+var errStuck = errors.New("the disk does not answer")
+
+func (l *Ledger) stuck() bool { return !l.writing.IsZero() && time.Since(l.writing) > patience }
+
 func (l *Ledger) refusal(cause error) error {
 	next := "make room on the disk of " + l.o.Dir + "; what reads still works"
 	if l.damaged {
@@ -335,6 +342,8 @@ func (l *Ledger) put(e *audit.Event, c class) (*batch, error) {
 		return nil, errors.New("the daemon is stopping")
 	case l.refused != "":
 		return nil, errors.New(l.refused)
+	case l.stuck():
+		return nil, errStuck
 	}
 	l.stamp(e)
 	data, err := fit(*e, audit.MaxEvent)
@@ -400,7 +409,7 @@ func (l *Ledger) append(ctx context.Context, e audit.Event, put func(*audit.Even
 		case <-ctx.Done():
 			return audit.Receipt{}, l.refusal(ctx.Err())
 		case <-late.C:
-			return l.elsewhere(ctx, e, cmp.Or(err, errors.New("the disk does not answer")))
+			return l.elsewhere(ctx, e, cmp.Or(err, errStuck))
 		}
 		switch {
 		case err != nil:
@@ -479,10 +488,13 @@ func (l *Ledger) State() audit.State {
 			s.Generation = int(h.Generation)
 		}
 	}
+	if l.refused == "" && l.stuck() {
+		s.Refused = errStuck.Error()
+	}
 	if l.lineage != "" {
 		s.VKey, _ = note.NewEd25519VerifierKey(Name(l.origin, l.lineage, uint64(s.Generation)), l.Key())
 	}
-	if l.spool != nil && l.refused == "" {
+	if l.spool != nil && s.Refused == "" {
 		// The other half may be taken by anybody's events before these come.
 		taken := l.head - l.tail + l.reserved + slack
 		s.Reserve = int(min(l.spool.ring/2, l.spool.ring-min(l.spool.ring, taken)) / unit)
@@ -501,7 +513,11 @@ func (l *Ledger) Heads() []Head {
 // without it, the one with index to, all of which its checkpoint covers. It ends
 // with the first error.
 func (l *Ledger) Entries(ctx context.Context, lineage string, generation, from, to uint64) iter.Seq2[[]byte, error] {
-	t, err := tiles.Open(filepath.Join(l.o.Dir, logs, folder(lineage, generation)))
+	name := folder(lineage, generation)
+	t, err := tiles.Open(filepath.Join(l.o.Dir, logs, name))
+	if !generationDir.MatchString(name) {
+		err = fmt.Errorf("no name of a log: %q", lineage)
+	}
 	if err != nil {
 		return func(yield func([]byte, error) bool) { yield(nil, err) }
 	}
@@ -594,7 +610,9 @@ func (l *Ledger) commit() {
 		}
 		l.mu.Lock()
 		b, s := l.unwritten, l.spool
-		l.unwritten = nil
+		if l.unwritten = nil; b != nil {
+			l.writing = time.Now()
+		}
 		l.mu.Unlock()
 		if b != nil {
 			err := s.write(b.pieces)
@@ -602,6 +620,7 @@ func (l *Ledger) commit() {
 				err = s.mark(b.records[len(b.records)-1].seq + 1)
 			}
 			l.mu.Lock()
+			l.writing = time.Time{}
 			l.settle(b, err)
 			l.mu.Unlock()
 			wake(l.keepWake)
@@ -640,11 +659,17 @@ func (l *Ledger) settle(b *batch, err error) {
 func (l *Ledger) refuse(why string, damaged bool) {
 	if l.refused != why {
 		l.o.Log.Error().Str("dir", l.o.Dir).Msg("what is done cannot be recorded: " + why)
-		l.o.Raise(alarm.Event{Kind: alarm.Audit, Text: "what is done cannot be recorded, so nothing may be changed: " + why})
+		l.raise("what is done cannot be recorded, so nothing may be changed: " + why)
 	}
 	l.refused, l.damaged, l.tryAt = why, l.damaged || damaged, time.Now().Add(l.retry)
 	l.broadcast()
 	wake(l.keepWake)
+}
+
+// raise tells people of what happened while mu is held: whoever listens may want to
+// note it here.
+func (l *Ledger) raise(text string) {
+	l.goroutines.Go(func() { l.o.Raise(alarm.Event{Kind: alarm.Audit, Text: text}) })
 }
 
 // ails reports whether an error is one that the disk may get over; damage is told

@@ -194,7 +194,18 @@ func (h *heard) raise(e alarm.Event) {
 	h.texts = append(h.texts, string(e.Kind)+": "+e.Text)
 }
 
+// of reports whether something was said, or is within a moment.
 func (h *heard) of(text string) bool {
+	for range 100 {
+		if h.now(text) {
+			return true
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return false
+}
+
+func (h *heard) now(text string) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.ContainsFunc(h.texts, func(s string) bool { return strings.HasPrefix(s, "audit: ") && strings.Contains(s, text) })

@@ -1,7 +1,6 @@
 package ledger
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/binary"
 	"encoding/hex"
@@ -14,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/internal/durable"
 )
 
@@ -184,21 +184,22 @@ func (s *spool) encode(b []byte, r record, data []byte) []byte {
 	return b
 }
 
-// decode returns the record that begins here, and its event.
-func (s *spool) decode(b []byte) (r record, data []byte, ok bool) {
+// parse returns the record that begins here, as far as its head can be believed.
+func (s *spool) parse(b []byte) (record, bool) {
 	if len(b) < recordHead || [8]byte(b) != recordMagic {
+		return record{}, false
+	}
+	return record{seq: binary.LittleEndian.Uint64(b[16:]), at: binary.LittleEndian.Uint64(b[24:]), n: int(binary.LittleEndian.Uint32(b[12:])),
+		durable: binary.LittleEndian.Uint64(b[32:]), epoch: binary.LittleEndian.Uint32(b[40:]), seam: b[44] == 1}, true
+}
+
+// decode returns the record that begins here, and its event, if they are whole.
+func (s *spool) decode(b []byte) (r record, data []byte, ok bool) {
+	if r, ok = s.parse(b); !ok || r.n > len(b)-recordHead {
 		return r, nil, false
 	}
-	n := binary.LittleEndian.Uint32(b[12:])
-	if uint64(n) > uint64(len(b)-recordHead) {
-		return r, nil, false
-	}
-	data = b[recordHead : recordHead+n]
-	if binary.LittleEndian.Uint32(b[8:]) != s.sum(b[12:recordHead], data) {
-		return r, nil, false
-	}
-	return record{seq: binary.LittleEndian.Uint64(b[16:]), at: binary.LittleEndian.Uint64(b[24:]), n: int(n),
-		durable: binary.LittleEndian.Uint64(b[32:]), epoch: binary.LittleEndian.Uint32(b[40:]), seam: b[44] == 1}, data, true
+	data = b[recordHead : recordHead+r.n]
+	return r, data, binary.LittleEndian.Uint32(b[8:]) == s.sum(b[12:recordHead], data)
 }
 
 // place says where a record goes that begins at head or behind it: it never lies
@@ -278,10 +279,6 @@ type found struct {
 // acknowledged event is missing. A tree that has more than ever went through the
 // spool is not its tree.
 func (s *spool) scan(inTree uint64) (found, error) {
-	ring := make([]byte, s.ring)
-	if _, err := s.f.ReadAt(ring, spoolHeader); err != nil {
-		return found{}, err
-	}
 	acknowledged := s.base
 	var b [16]byte
 	if _, err := s.f.ReadAt(b[:], markAt); err != nil {
@@ -290,12 +287,9 @@ func (s *spool) scan(inTree uint64) (found, error) {
 	if binary.LittleEndian.Uint32(b[8:]) == s.sum(nil, b[:8]) {
 		acknowledged = max(acknowledged, binary.LittleEndian.Uint64(b[:]))
 	}
-	var all []record
-	for off := uint64(0); off < s.ring; off += block {
-		r, _, ok := s.decode(ring[off:])
-		if ok && r.at%s.ring == off {
-			all = append(all, r)
-		}
+	all, broken, err := s.records()
+	if err != nil {
+		return found{}, err
 	}
 	// Of records that were given up after a failed write, those that came later
 	// take the place.
@@ -334,22 +328,34 @@ func (s *spool) scan(inTree uint64) (found, error) {
 			f.head = all[len(all)-1].end()
 		}
 	}
-	f.torn = s.torn(ring, f.head)
+	for _, r := range slices.Concat(all, broken) {
+		if r.at >= f.head {
+			f.torn += int64(recordSize(r.n))
+		}
+	}
 	return f, nil
 }
 
-// torn counts the bytes of the blocks from head on that begin like a record, or go
-// on with one, and belong to none that counts.
-func (s *spool) torn(ring []byte, head uint64) (n int64) {
-	for at := head; at < head+s.ring; at += block {
-		b := ring[at%s.ring:]
-		if r, _, ok := s.decode(b); ok && r.at < head || bytes.Equal(b[:8], make([]byte, 8)) {
-			return n
+// records returns all that are whole, and those of which only a part can be what it
+// was. It reads piece by piece, since at rest a daemon has little memory.
+func (s *spool) records() (all, broken []record, err error) {
+	const window = 256 << 10
+	buf := make([]byte, window+recordSize(audit.MaxEvent))
+	for from := uint64(0); from < s.ring; from += window {
+		b := buf[:min(uint64(len(buf)), s.ring-from)]
+		if _, err := s.f.ReadAt(b, int64(spoolHeader+from)); err != nil {
+			return nil, nil, err
 		}
-		if [8]byte(b) != recordMagic && n == 0 {
-			return 0
+		for off := uint64(0); off < window && off < uint64(len(b)); off += block {
+			r, ok := s.parse(b[off:])
+			switch _, _, whole := s.decode(b[off:]); {
+			case !ok || r.at%s.ring != from+off:
+			case whole:
+				all = append(all, r)
+			case r.n <= audit.MaxEvent:
+				broken = append(broken, r)
+			}
 		}
-		n += block
 	}
-	return n
+	return all, broken, nil
 }

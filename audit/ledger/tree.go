@@ -385,12 +385,16 @@ func (g *generation) reread(v note.Verifier) error {
 	return g.readCheckpoint(v)
 }
 
-// tidyEvery is after how many bytes of entries partial tiles are removed: the
-// driver writes a bundle anew with each entry, of up to 256 times its length.
-const tidyEvery = 256 << 10
+// tidyEvery is after how many bytes on disk partial tiles are removed: the driver
+// writes a bundle anew with each entry, so of up to 256 times its length.
+const tidyEvery = 1 << 20
 
 func (g *generation) tidyAfter(before uint64) {
-	if g.grown < tidyEvery && g.signed/64 == before/64 {
+	index, p := g.size/layout.EntryBundleWidth, layout.PartialTileSize(0, g.size/layout.EntryBundleWidth, g.size)
+	if st, err := os.Stat(filepath.Join(g.dir, layout.EntriesPath(index, p))); err == nil {
+		g.grown += st.Size()
+	}
+	if g.grown < tidyEvery {
 		return
 	}
 	g.tidy(before)
