@@ -13,6 +13,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"github.com/halligan-io/halligan/audit/mirror"
 	"github.com/halligan-io/halligan/audit/record"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/daemonlog"
@@ -113,6 +114,8 @@ type MirrorConfig struct {
 	// MaxBytes bounds the copy of each node's and bastion's evidence on disk; default
 	// 2 GiB.
 	MaxBytes int64 `json:"maxBytes,omitempty"`
+	// Witnesses are run by others, and countersign what this bastion has.
+	Witnesses []mirror.Outside `json:"witnesses,omitempty"`
 }
 
 // MetricsConfig is an HTTP server with /metrics, /healthz and /readyz.
@@ -185,6 +188,11 @@ func (c *Config) check() error {
 	}
 	if err := c.Audit.Check(); err != nil {
 		return err
+	}
+	for i, w := range c.Mirror.Witnesses {
+		if err := w.Check(); err != nil {
+			return fmt.Errorf("mirror.witnesses[%d].%w", i, err)
+		}
 	}
 	if m := c.Mirror.MaxBytes; m != 0 && m < leastMirror {
 		return fmt.Errorf("mirror.maxBytes: %d is less than the %d bytes that a copy takes", m, int64(leastMirror))

@@ -3,8 +3,11 @@ package bastion
 import (
 	"context"
 	"crypto/ed25519"
+	"maps"
 	"net"
 	"path/filepath"
+	"slices"
+	"sync"
 	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -21,6 +24,9 @@ import (
 type copies struct {
 	folder string
 	opened atomic.Pointer[mirror.Mirrors]
+
+	mu      sync.Mutex        // guards outside
+	outside map[string]string // why a witness of somebody else does not sign, by its URL
 }
 
 // witness copies and countersigns the logs of all nodes and other bastions until the
@@ -38,6 +44,15 @@ func (b *bastion) witness(ctx context.Context) error {
 	b.copies.opened.Store(mirrors)
 	b.doors.countersigns(key.Public().(ed25519.PublicKey))
 	b.doors.Opened("mirrors")
+	var outside sync.WaitGroup
+	defer outside.Wait()
+	for _, to := range b.config.Mirror.Witnesses {
+		outside.Go(func() {
+			b.doors.Keep(ctx, "witness "+to.URL, func() error {
+				return mirrors.Submit(ctx, b.evidence, to, func(problem string) { b.copies.told(to.URL, problem) })
+			})
+		})
+	}
 	witness.Run(ctx, witness.Options{Origin: b.config.origin(), Bundles: b.trusted.Store(), Connect: b.reach, Servers: b.trusted.Servers(), Certificate: b.doors.shows,
 		Mirrors: mirrors, Identity: b.evidence.Identity, Held: b.evidence, Log: b.log})
 	return nil
@@ -51,6 +66,16 @@ func (b *bastion) reach(ctx context.Context, to bundle.Host) (net.Conn, error) {
 	}
 	at, _ := to.GRPC()
 	return (&net.Dialer{}).DialContext(ctx, "tcp", at.String())
+}
+
+// told notes why a witness of somebody else does not sign, empty: it does.
+func (c *copies) told(by, problem string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.outside == nil {
+		c.outside = map[string]string{}
+	}
+	c.outside[by] = problem
 }
 
 // problem says what is wrong with the copy of a log, "" for nothing.
@@ -85,6 +110,13 @@ func (c *copies) warnings() (all []string) {
 	for _, s := range c.list() {
 		if s.Problem != "" {
 			all = append(all, "the copy of the log of "+s.Origin+": "+s.Problem)
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, by := range slices.Sorted(maps.Keys(c.outside)) {
+		if why := c.outside[by]; why != "" {
+			all = append(all, why)
 		}
 	}
 	return all
