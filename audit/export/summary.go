@@ -111,6 +111,14 @@ func Parameters(raw json.RawMessage) string {
 	if len(raw) == 0 || json.Unmarshal(raw, &set) != nil {
 		return string(raw)
 	}
+	if inner, nested := set["parameters"].(map[string]any); nested { // a call of the API
+		delete(set, "parameters")
+		for name, value := range inner {
+			if _, taken := set[name]; !taken {
+				set[name] = value
+			}
+		}
+	}
 	var words []string
 	for name, value := range set {
 		text, isText := value.(string)

@@ -35,7 +35,7 @@ func (g *Gatherer) names(e audit.Event) bool { return strings.EqualFold(e.Incide
 // Look takes note of an event. An error of its payload makes it one of its own.
 func (g *Gatherer) Look(e audit.Event) {
 	e, _ = unwrap(e)
-	if !g.names(e) {
+	if !g.names(e) || reviews(e) {
 		return
 	}
 	for set, key := range map[*map[string]bool]string{&g.sessions: e.Session, &g.intents: e.ID, &g.origins: e.Origin} {
@@ -91,6 +91,10 @@ func (g *Gatherer) Wants(e audit.Event) bool {
 
 // Found reports whether any event names the incident.
 func (g *Gatherer) Found() bool { return !g.first.IsZero() }
+
+// reviews reports whether somebody only read the recording of a session, as whoever
+// makes a report does: that is no part of what happened.
+func reviews(e audit.Event) bool { return e.Kind == audit.Secret && e.Action == "ReadRecording" }
 
 func within(t, from, until time.Time) bool {
 	return !t.Before(from.Add(-around)) && !t.After(until.Add(around))

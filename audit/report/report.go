@@ -246,8 +246,11 @@ func (s *Story) take(in Evidence) []told {
 	slices.SortStableFunc(list, func(a, b told) int {
 		return cmp.Or(a.Time.Compare(b.Time), strings.Compare(a.Origin, b.Origin), cmp.Compare(a.Seq, b.Seq))
 	})
-	for i, e := range list {
-		if i == 0 {
+	for _, e := range list {
+		if reviews(e.Event.Event) {
+			continue
+		}
+		if s.First.IsZero() {
 			s.First = e.Time
 		}
 		s.Last = e.Time
@@ -530,7 +533,7 @@ func (s *Story) people(events []told) {
 		}
 	}
 	for _, e := range events {
-		if e.who() == "" {
+		if e.who() == "" || reviews(e.Event.Event) {
 			continue
 		}
 		p := byName[e.who()]
@@ -625,6 +628,10 @@ func (s *Story) timeline(events []told) {
 		case audit.Read:
 			m.Text, m.Minor = "looked: "+e.title(), true
 		case audit.Secret:
+			if reviews(e.Event.Event) {
+				m.What, m.Text, m.Minor = "review", "read a recording"+after(" of ", e.Target)+after("; reason: ", e.Reason), true
+				break
+			}
 			m.Text, m.Tone = "was shown secrets: "+e.title()+after(" of ", e.Target)+after("; reason: ", e.Reason), Warn
 		case audit.Intent:
 			m.Text = e.title() + after(", because: ", e.Reason)
@@ -720,7 +727,9 @@ func (s *Story) conclude(in Evidence, events []told) {
 		}
 		switch e.Kind {
 		case audit.Secret:
-			secrets++
+			if !reviews(e.Event.Event) {
+				secrets++
+			}
 		case audit.Refusal:
 			refusals += max(e.Count, 1)
 		}
@@ -742,15 +751,18 @@ func (s *Story) conclude(in Evidence, events []told) {
 		s.Lead = []string{"No event of this incident is in the evidence."}
 		return
 	}
-	places, names := map[string]bool{}, map[string]bool{}
-	for _, e := range events {
-		places[e.Origin] = true
-	}
+	var places, names []string
 	for _, p := range s.People {
-		names[p.Name] = true
+		names = append(names, p.Name)
+		for _, place := range p.Places {
+			if !slices.Contains(places, place) {
+				places = append(places, place)
+			}
+		}
 	}
+	slices.Sort(places)
 	s.Lead = append(s.Lead, fmt.Sprintf("On %s, between %s and %s UTC, %s used break-glass access at %s.", s.First.Format("2 January 2006"), s.First.Format("15:04:05"), s.Last.Format("15:04:05"),
-		cmp.Or(listing(names), "nobody"), listing(places)))
+		cmp.Or(listing(names), "nobody"), cmp.Or(listing(places), "no place")))
 	if !in1.IsZero() {
 		text := fmt.Sprintf("%s came in first, at %s", who, in1.Format("15:04:05")) + after(" from ", from)
 		if !change.IsZero() && !change.Before(in1) {
@@ -854,14 +866,9 @@ func plural(n int, one, many string) string {
 	return fmt.Sprintf("%d %s", n, many)
 }
 
-func listing(set map[string]bool) string {
-	var list []string
-	for name := range set {
-		list = append(list, name)
-	}
-	slices.Sort(list)
+func listing(list []string) string {
 	if len(list) > 5 {
-		list = append(list[:5], fmt.Sprintf("%d more", len(list)-5))
+		list = append(slices.Clone(list[:5]), fmt.Sprintf("%d more", len(list)-5))
 	}
 	if n := len(list); n > 1 {
 		return strings.Join(list[:n-1], ", ") + " and " + list[n-1]

@@ -200,6 +200,15 @@ func TestGather(t *testing.T) {
 			got = append(got, e)
 		}
 	}
+	// Whoever reads a recording later has no part in it.
+	late := audit.Event{Kind: audit.Secret, Action: "ReadRecording", Incident: "INC-2041", Session: "late", Origin: cp1, Time: begin.Add(time.Hour), Actor: &audit.Actor{Person: "auditor"}}
+	g.Look(late)
+	if g.Wants(audit.Event{Kind: audit.Login, Session: "late"}) || !g.Wants(late) {
+		t.Error("a review is taken for what happened")
+	}
+	if s := New(Evidence{Incident: "INC-2041", Made: begin, Events: append(in.Events, Event{Event: late})}); len(s.People) != 3 || !s.Last.Equal(New(in).Last) {
+		t.Errorf("a review is taken for what happened: %v", s.People)
+	}
 	// bo's login at cp-2 is of a session that names the incident.
 	if len(got) != len(in.Events)+1 || got[0].Kind != audit.Held {
 		t.Errorf("%d events of %d", len(got), len(all))
