@@ -50,7 +50,7 @@ func TestScrape(t *testing.T) {
 	for _, line := range []string{
 		"relays 1", "relays_total 1", "relays_refused_total 1", "relays_failed_total 1", `connections_total{door="ssh"} 2`, `connections_total{door="grpc"} 0`,
 		`events_total{kind="login"} 1`, `events_total{kind="refusal"} 1`, `events_total{kind="relay"} 1`, `events_total{kind="flood"} 0`, `events_total{kind="sealed"} 0`,
-		"ready 1", "store_up 1", "alarms_dropped_total 0", `bundle_version{part="inventory"} 2`, `bundle_version{part="policy"} 1`,
+		"ready 1", "store_up 1", "audit_up 1", "audit_lost_total 0", "alarms_dropped_total 0", `bundle_version{part="inventory"} 2`, `bundle_version{part="policy"} 1`,
 	} {
 		eventually(t, line, at(line))
 	}
