@@ -28,35 +28,28 @@ type Entry struct {
 // Filter says which events are wanted: those for which all holds that is set.
 type Filter struct {
 	// Person, Incident, Action and Session are compared whole, without regard to
-	// case; Object is part of a key, and Origin NODE, NODE.CLUSTER or NAME.bastion.
+	// case; Object is part of a key, and Origin NODE, NODE.CLUSTER or NAME.bastion:
+	// also what others keep of that daemon.
 	Person, Incident, Action, Session, Object, Origin string
 	Kinds                                             []audit.Kind
 	// Since is the earliest time, Until the first that is too late.
 	Since, Until time.Time
 }
 
-// narrow reports whether the filter asks for what belongs to certain intents.
-func (f Filter) narrow() bool { return f.Person+f.Incident+f.Action+f.Session+f.Object != "" }
-
-// origins reports whether a log's events can match.
+// origins reports whether the filter wants what is of a daemon.
 func (f Filter) origins(origin string) bool {
-	node, _, _ := strings.Cut(origin, ".")
-	return f.Origin == "" || f.Origin == origin || f.Origin == node
+	i := strings.LastIndexByte(origin, '.')
+	return f.Origin == "" || f.Origin == origin || i > 0 && f.Origin == origin[:i]
 }
 
-// Match reports whether the filter wants the event, looking at nothing else.
-func (f Filter) Match(e *audit.Event) bool {
-	if !f.Since.IsZero() && e.Time.Before(f.Since) || !f.Until.IsZero() && !e.Time.Before(f.Until) {
-		return false
-	}
-	if len(f.Kinds) > 0 && !slices.Contains(f.Kinds, e.Kind) {
-		return false
-	}
-	return f.about(e)
-}
-
-// about is Match without when and which kind.
+// about is what the filter asks of an event itself. An event that another log keeps
+// for a daemon is asked in its place.
 func (f Filter) about(e *audit.Event) bool {
+	if e.Kind == audit.Held || e.Kind == audit.Adopted {
+		if inner, err := Decode([]byte(e.Payload)); err == nil && inner.Payload == "" {
+			return f.about(&inner)
+		}
+	}
 	person := ""
 	if e.Actor != nil {
 		person = e.Actor.Person
@@ -64,8 +57,31 @@ func (f Filter) about(e *audit.Event) bool {
 	same := func(want, is string) bool { return want == "" || strings.EqualFold(want, is) }
 	session := same(f.Session, e.Session) || e.Chunk != nil && same(f.Session, e.Chunk.Session)
 	approved := slices.ContainsFunc(e.ApprovedBy, func(a audit.Approval) bool { return same(f.Person, a.Person) })
-	return (same(f.Person, person) || approved) && same(f.Incident, e.Incident) && same(f.Action, e.Action) && session &&
+	return f.origins(e.Origin) && (same(f.Person, person) || approved) && same(f.Incident, e.Incident) && same(f.Action, e.Action) && session &&
 		(f.Object == "" || slices.ContainsFunc(e.Objects, func(o audit.Object) bool { return strings.Contains(o.Key, f.Object) }))
+}
+
+// Choice chooses events as they come, in order: what belongs to an intent that was
+// chosen, such as its outcome, is so too. It is used by one goroutine at a time.
+type Choice struct {
+	Filter
+	intents map[string]bool
+}
+
+// Choose returns the choice that a filter makes.
+func (f Filter) Choose() *Choice { return &Choice{f, map[string]bool{}} }
+
+// Wants reports whether the event is one of them.
+func (c *Choice) Wants(e *audit.Event) bool {
+	wanted := c.about(e)
+	if c.Person+c.Incident+c.Action+c.Session+c.Object != "" {
+		if wanted && e.Kind == audit.Intent {
+			c.intents[e.ID] = true
+		}
+		wanted = wanted || e.Of != "" && c.intents[e.Of]
+	}
+	return wanted && (c.Since.IsZero() || !e.Time.Before(c.Since)) && (c.Until.IsZero() || e.Time.Before(c.Until)) &&
+		(len(c.Kinds) == 0 || slices.Contains(c.Kinds, e.Kind))
 }
 
 // Events yields what the filter wants of the events that hold, in the order of
@@ -79,9 +95,6 @@ func (e *Evidence) Events(ctx context.Context, f Filter) iter.Seq2[Entry, error]
 		}
 		var sources []*source
 		for _, h := range e.held {
-			if !f.origins(h.Origin) {
-				continue
-			}
 			next, stop := iter.Pull2(h.events(ctx, 0))
 			defer stop()
 			sources = append(sources, &source{next: next})
@@ -101,10 +114,10 @@ func (e *Evidence) Events(ctx context.Context, f Filter) iter.Seq2[Entry, error]
 				live = append(live, s)
 			}
 		}
-		wanted := map[string]bool{} // intents
+		choice := f.Choose()
 		for len(live) > 0 {
 			first := slices.MinFunc(live, func(x, y *source) int { return x.head.Time.Compare(y.head.Time) })
-			if entry := first.head; f.wants(&entry.Event, wanted) && !yield(entry, nil) {
+			if entry := first.head; choice.Wants(&entry.Event) && !yield(entry, nil) {
 				return
 			}
 			ok, err := advance(first)
@@ -117,18 +130,6 @@ func (e *Evidence) Events(ctx context.Context, f Filter) iter.Seq2[Entry, error]
 			}
 		}
 	}
-}
-
-func (f Filter) wants(e *audit.Event, intents map[string]bool) bool {
-	if f.narrow() {
-		if e.Kind == audit.Intent && f.about(e) {
-			intents[e.ID] = true
-		}
-		if e.Of != "" && intents[e.Of] {
-			return Filter{Kinds: f.Kinds, Since: f.Since, Until: f.Until}.Match(e)
-		}
-	}
-	return f.Match(e)
 }
 
 // Logs returns the logs of which events can be read. It comes after Verify.

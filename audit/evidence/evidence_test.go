@@ -608,6 +608,59 @@ func TestFilters(t *testing.T) {
 	}
 }
 
+// TestKeptElsewhere: what bastions keep for a node is found as the node's, and told
+// of until the node has taken it back.
+func TestKeptElsewhere(t *testing.T) {
+	w := newWorld(t)
+	node, a, b := w.daemon("cp-1.prod"), w.daemon("a.bastion"), w.daemon("b.bastion")
+	node.record(plain(2)...)
+	var payloads []string
+	for i := range 2 {
+		data, err := json.Marshal(audit.Event{Version: audit.Version, ID: fmt.Sprint("held-", i), Time: began, Origin: "cp-1.prod", Kind: audit.Intent, Actor: &audit.Actor{Person: "dora"}})
+		w.must(err)
+		payloads = append(payloads, string(data))
+	}
+	for _, by := range []*daemon{a, b} {
+		by.record(audit.Event{Kind: audit.Held, Target: "cp-1.prod", Of: "held-0", Payload: payloads[0]}, audit.Event{Kind: audit.Held, Target: "cp-1.prod", Of: "held-1", Payload: payloads[1]},
+			audit.Event{Kind: audit.Held, Target: "cp-1.prod", Payload: "nothing"})
+	}
+	notes := func() (all string) {
+		_, r := w.verify(w.trust())
+		for _, l := range r.Logs {
+			if len(l.Problems) > 0 {
+				t.Errorf("%s: %v", l.Origin, l.Problems)
+			}
+			all += strings.Join(l.Notes, "\n") + "\n"
+		}
+		return all
+	}
+	if text := notes(); !strings.Contains(text, "a.bastion keeps 2 events of cp-1.prod") || !strings.Contains(text, "b.bastion keeps 2 events") {
+		t.Error(text)
+	}
+	receipt := func(by *daemon, i int) string {
+		signed, err := logkey.SignReceipt(by.origin, by.witness, fmt.Sprint("held-", i), []byte(payloads[i]))
+		w.must(err)
+		return string(signed)
+	}
+	node.record(audit.Event{Kind: audit.Adopted, Payload: payloads[0], Receipts: []string{receipt(a, 0), receipt(b, 0)}},
+		audit.Event{Kind: audit.Adopted, Payload: payloads[1], Receipts: []string{receipt(a, 1), receipt(a, 0)}})
+	if text := notes(); strings.Contains(text, "keeps") || strings.Contains(text, "event 2 was") || !strings.Contains(text, "event 3 was kept elsewhere before it got here: the receipts of 1 of two bastions") {
+		t.Error(text)
+	}
+	e, _ := w.verify(w.trust())
+	found := 0
+	for entry, err := range e.Events(t.Context(), evidence.Filter{Person: "dora", Origin: "cp-1"}) {
+		w.must(err)
+		if entry.Payload == "" {
+			t.Errorf("%s of %s", entry.ID, entry.Origin)
+		}
+		found++
+	}
+	if found != 6 {
+		t.Errorf("%d events of dora, want 2 in each of 3 logs", found)
+	}
+}
+
 func TestProof(t *testing.T) {
 	w := newWorld(t)
 	node, a := w.daemon("cp-1.prod"), w.daemon("a.bastion")

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"path"
 	"regexp"
 	"slices"
@@ -127,6 +128,14 @@ type held struct {
 	folder *folder
 	key    ed25519.PublicKey
 	trees  []heldTree
+	others []another
+}
+
+// another is an event of another log: one that a bastion keeps for it, or one that
+// it has taken back with the receipts of who kept it.
+type another struct {
+	audit.Event
+	of audit.Event
 }
 
 // heldTree is one generation, of which the first good entries hold.
@@ -145,6 +154,7 @@ type keyring struct {
 	trust     Trust
 	logs      map[string]ed25519.PublicKey // by origin, as the person named them
 	stated    map[string]statement         // by origin
+	receipts  map[string]ed25519.PublicKey // keys of witnesses, by server
 	witnesses []note.Verifier
 }
 
@@ -152,7 +162,7 @@ func newKeyring(t Trust) (*keyring, error) {
 	if t.Bundle == nil && len(t.Keys) == 0 {
 		return nil, fault.New(fault.Usage, "name the fleet's bundle with --bundle, or a log's key with --key", "nothing says whom to believe")
 	}
-	k := &keyring{trust: t, logs: map[string]ed25519.PublicKey{}, stated: map[string]statement{}}
+	k := &keyring{trust: t, logs: map[string]ed25519.PublicKey{}, stated: map[string]statement{}, receipts: map[string]ed25519.PublicKey{}}
 	for _, vkey := range t.Keys {
 		if w, err := torchwood.NewCosignatureVerifier(vkey); err == nil {
 			k.witness(w)
@@ -182,6 +192,7 @@ func newKeyring(t Trust) (*keyring, error) {
 func (k *keyring) vouch(s logkey.Statement) {
 	if v, err := logkey.WitnessVerifier(s.Server, s.Witness); err == nil {
 		k.witness(v)
+		k.receipts[s.Server] = s.Witness
 	}
 }
 
@@ -247,6 +258,7 @@ func (e *Evidence) Verify(ctx context.Context, t Trust) (*Report, error) {
 		}
 	}
 	e.compare()
+	e.kept(keys)
 	return e.report, nil
 }
 
@@ -457,7 +469,8 @@ func (h *held) entries(ctx context.Context, i int, casts *casts) error {
 	var index int64  // of the event above
 	var last time.Time
 	var chunks []chunk
-	var images [][2]string
+	var images []string
+	var others []another
 	var begin, end time.Time
 	back := 0
 	err := t.Verify(ctx, t.at.Tree, func(n int64, entry []byte) error {
@@ -487,11 +500,17 @@ func (h *held) entries(ctx context.Context, i int, casts *casts) error {
 			back++
 		}
 		last, end = event.Time, event.Time
+		if event.Kind == audit.Held || event.Kind == audit.Adopted {
+			// What is in it is another's word: it cannot make this log a bad one.
+			if of, err := Decode([]byte(event.Payload)); err == nil {
+				others = append(others, another{event, of})
+			}
+		}
 		if event.Chunk != nil && event.Kind == audit.Recording {
 			chunks = append(chunks, chunk{*event.Chunk, n})
 		}
 		if event.Images != "" {
-			images = append(images, [2]string{event.PlanID, event.Images})
+			images = append(images, event.Images)
 		}
 		return nil
 	})
@@ -531,7 +550,12 @@ func (h *held) entries(ctx context.Context, i int, casts *casts) error {
 		}
 	}
 	for _, image := range images {
-		casts.images[image[1]] = true
+		casts.images[image] = true
+	}
+	for _, other := range others {
+		if int64(other.Seq-t.FirstSeq) < t.good { // #nosec G115 -- less than the size of the log
+			h.others = append(h.others, other)
+		}
 	}
 	return nil
 }
@@ -682,6 +706,41 @@ func (e *Evidence) compare() {
 					}
 				}
 			}
+		}
+	}
+}
+
+// kept holds what bastions keep for others against what those have taken back since.
+func (e *Evidence) kept(keys *keyring) {
+	adopted := map[string]bool{}
+	for _, h := range e.held {
+		for _, o := range h.others {
+			if o.Kind != audit.Adopted {
+				continue
+			}
+			adopted[h.Origin+" "+o.of.ID] = true
+			by := 0
+			for server, key := range keys.receipts {
+				if slices.ContainsFunc(o.Receipts, func(r string) bool {
+					return logkey.VerifyReceipt([]byte(r), server, key, o.of.ID, []byte(o.Payload)) == nil
+				}) {
+					by++
+				}
+			}
+			if by < 2 {
+				h.note("event %d was kept elsewhere before it got here: the receipts of %d of two bastions are known to hold", o.Seq, by)
+			}
+		}
+	}
+	for _, h := range e.held {
+		missing := map[string]int{}
+		for _, o := range h.others {
+			if o.Kind == audit.Held && !adopted[o.Target+" "+o.of.ID] {
+				missing[o.Target]++
+			}
+		}
+		for _, origin := range slices.Sorted(maps.Keys(missing)) {
+			h.note("%s keeps %d events of %s that are not in the log of that one, as far as it is here", h.Origin, missing[origin], origin)
 		}
 	}
 }

@@ -179,10 +179,8 @@ func (f *fetching) node(ctx context.Context, d Daemon) {
 			return // nothing was recorded yet
 		}
 	}
-	if d.VKey != "" {
-		f.mu.Lock()
+	if d.VKey != "" && !slices.Contains(f.tool.vouched, d.VKey) { // there is one console
 		f.tool.vouched, f.trust.Keys = append(f.tool.vouched, d.VKey), append(f.trust.Keys, d.VKey)
-		f.mu.Unlock()
 	}
 	f.take(ctx, d, "", d.Name)
 }
@@ -256,11 +254,19 @@ func (f *fetching) conflict(text string, args ...any) {
 // compare holds what nodes have shown against what bastions have seen of it, and
 // fetches the copies that have more, or something else.
 func (f *fetching) compare(ctx context.Context) error {
-	cluster, node := "", f.flag("node")
-	for origin := range f.got {
+	cluster, asked := "", slices.Sorted(maps.Keys(f.got))
+	for _, origin := range append(asked, slices.Sorted(maps.Keys(f.failed))...) {
 		if i := strings.LastIndexByte(origin, '.'); i >= 0 && origin[i+1:] != bundle.BastionDomain {
 			cluster = origin[i+1:]
 		}
+	}
+	// meant reports whether a log is one of those: of a node that somebody has named,
+	// or of any that the cluster has, or had.
+	meant := func(origin string) bool {
+		_, got := f.got[origin]
+		_, failed := f.failed[origin]
+		i := strings.LastIndexByte(origin, '.')
+		return got || failed || i >= 0 && (origin[i+1:] == bundle.BastionDomain || f.flag("node") == "" && (cluster == "" || origin[i+1:] == cluster))
 	}
 	wanted := map[string]map[string]bool{} // origins by bastion
 	apart := map[string]map[string]bool{}
@@ -275,12 +281,11 @@ func (f *fetching) compare(ctx context.Context) error {
 	f.mu.Unlock()
 	for _, c := range copies {
 		origin := c.GetOrigin()
+		if !meant(origin) {
+			continue
+		}
 		if c.GetProblem() != "" {
 			f.conflict("%s says of the log of %s: %s", c.by, origin, c.GetProblem())
-		}
-		i := strings.LastIndexByte(origin, '.')
-		if i < 0 || node != "" && origin != node && origin[:i] != node || cluster != "" && origin[i+1:] != cluster && origin[i+1:] != bundle.BastionDomain {
-			continue
 		}
 		own, reached := f.got[origin]
 		text := f.store.Contradicts(origin, c.GetLineage(), c.GetGeneration(), []byte(c.GetCheckpoint()))

@@ -45,7 +45,14 @@ func (t *tool) show() *cobra.Command {
 				return err
 			}
 			if follow {
-				return t.follow(cmd.Context(), filter, seen)
+				choice := filter.Choose()
+				for entry, err := range e.Events(cmd.Context(), evidence.Filter{Kinds: []audit.Kind{audit.Intent}}) {
+					if err != nil {
+						return err
+					}
+					choice.Wants(&entry.Event) // its outcome may be yet to come
+				}
+				return t.follow(cmd.Context(), choice, seen)
 			}
 			return verdict(r)
 		},
@@ -120,7 +127,7 @@ func line(e audit.Event) string {
 
 // follow shows what is new until the context ends. Connections are kept, so that
 // looking is not itself what there is to see.
-func (t *tool) follow(ctx context.Context, f evidence.Filter, seen next) error {
+func (t *tool) follow(ctx context.Context, choice *evidence.Choice, seen next) error {
 	dir, err := t.State()
 	if err != nil {
 		return err
@@ -138,7 +145,7 @@ func (t *tool) follow(ctx context.Context, f evidence.Filter, seen next) error {
 				return
 			}
 			turn <- struct{}{}
-			err := t.once(ctx, dir, d, trust, f, seen)
+			err := t.once(ctx, dir, d, trust, choice, seen)
 			<-turn
 			if err != nil && ctx.Err() == nil {
 				t.note("%s: %s; start it again to follow that one too", d.Name, fault.Of(err).Message)
@@ -159,7 +166,7 @@ func (t *tool) follow(ctx context.Context, f evidence.Filter, seen next) error {
 }
 
 // once fetches what is new from one daemon, and shows it.
-func (t *tool) once(ctx context.Context, dir string, d Daemon, trust evidence.Trust, f evidence.Filter, seen next) error {
+func (t *tool) once(ctx context.Context, dir string, d Daemon, trust evidence.Trust, choice *evidence.Choice, seen next) error {
 	store, err := evidence.OpenStore(ctx, dir)
 	if err != nil {
 		return err
@@ -178,7 +185,7 @@ func (t *tool) once(ctx context.Context, dir string, d Daemon, trust evidence.Tr
 			if err != nil {
 				return err
 			}
-			if entry.Kind == audit.Read && strings.Contains(entry.Action, "Log") || !f.Match(&entry.Event) {
+			if entry.Kind == audit.Read && strings.Contains(entry.Action, "Log") || !choice.Wants(&entry.Event) {
 				continue
 			}
 			if err := t.showOne(entry); err != nil {
