@@ -90,6 +90,8 @@ var mustNot = []struct{ path, forbidden, why string }{
 	{"internal/trust", "os/exec", "it needs nothing but files and clocks, since all else may be what failed"},
 	{"internal/trust", "google.golang.org/grpc", "it never looks at a request to find out who sent it"},
 	{"cmd/internal/ca", "net", "it is for a machine that is offline"}, // the ssh-agent is trust/issuer's
+	{"audit/report", "net/http", "a report asks nobody for anything"},
+	{"audit/report", "os", "it writes into what it is given"}, // os/exec too
 	{"agent/node", "net/http", "it only reads files, since what runs may be what failed"},
 	{"agent/node", "os/exec", "it only reads files, since what runs may be what failed"},
 }
