@@ -84,7 +84,11 @@ func ParseCheckpoint(signed []byte) (torchwood.Checkpoint, error) {
 	if !errors.As(err, &unverified) {
 		return torchwood.Checkpoint{}, fmt.Errorf("no checkpoint: %w", err)
 	}
-	return torchwood.ParseCheckpoint(unverified.Note.Text)
+	c, err := torchwood.ParseCheckpoint(unverified.Note.Text)
+	if err == nil && c.String() != unverified.Note.Text {
+		err = errors.New("no checkpoint: it is not written as it has to be")
+	}
+	return c, err
 }
 
 // Entries yields the entries from the one with index from up to, without it, the
