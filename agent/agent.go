@@ -73,7 +73,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 		}
 		return append(all, inforce.Moment{What: "an event of the evidence log", At: evidence.LastTime()})
 	}
-	if believed, err = newTrusted(c, clock, past, evidence.Raise, log); err != nil {
+	if believed, err = newTrusted(c, clock, past, evidence.Raise, evidence.Believe, log); err != nil {
 		return err
 	}
 	images, err := openSealed(c, evidence, believed, clock, log)

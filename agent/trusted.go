@@ -44,7 +44,7 @@ type inForce struct {
 }
 
 // newTrusted returns what is believed before there is a bundle; Open finds one.
-func newTrusted(c Config, clock *trust.Clock, past func() []inforce.Moment, raise func(alarm.Event), log zerolog.Logger) (*trusted, error) {
+func newTrusted(c Config, clock *trust.Clock, past func() []inforce.Moment, raise func(alarm.Event), believe func(string), log zerolog.Logger) (*trusted, error) {
 	t := &trusted{config: c, clock: clock, past: past}
 	var err error
 	if t.local, err = trust.ReadLocal(c.PolicyFile); err != nil {
@@ -52,7 +52,7 @@ func newTrusted(c Config, clock *trust.Clock, past func() []inforce.Moment, rais
 	}
 	t.shipped = trust.Default().Tighten(t.local)
 	o := inforce.Options{Daemon: "agent", Server: c.Node + "." + c.Cluster, Path: c.trust().Bundle, State: filepath.Join(c.StateDir, "trust", "bundle"), Clock: clock,
-		Credential: credential.Options{Cluster: c.Cluster, Node: c.Node}, Raise: raise, Log: log}
+		Credential: credential.Options{Cluster: c.Cluster, Node: c.Node}, Raise: raise, Believe: believe, Log: log}
 	if c.Trust != nil {
 		o.Anchor, err = bundle.NewAnchor(c.Trust.Roots, c.Trust.Threshold, c.Trust.MinPolicyVersion)
 	}

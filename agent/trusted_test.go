@@ -39,7 +39,7 @@ func TestWarnsOfRulesThatMatchNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer alarms.Close()
-	believed, err := newTrusted(c, trust.NewClock(time.Time{}), func() []inforce.Moment { return nil }, alarms.Raise, zerolog.Nop())
+	believed, err := newTrusted(c, trust.NewClock(time.Time{}), func() []inforce.Moment { return nil }, alarms.Raise, nil, zerolog.Nop())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,7 +105,7 @@ func TestRecordsBeyond(t *testing.T) {
 			clock := trust.Steady(time.Time{}, func() time.Time { return signed.Add(c.wall) })
 			past := []inforce.Moment{{What: "20300101-000000-aaaaaaaa", At: signed.Add(c.record)}, {What: "old", At: signed.Add(-day)}}
 			config := Config{Node: testfleet.Node, Cluster: testfleet.Cluster, StateDir: state, Trust: &TrustConfig{Bundle: bundled}}
-			believed, err := newTrusted(config, clock, func() []inforce.Moment { return past }, alarms.Raise, zerolog.Nop())
+			believed, err := newTrusted(config, clock, func() []inforce.Moment { return past }, alarms.Raise, nil, zerolog.Nop())
 			if err != nil {
 				t.Fatal(err)
 			}

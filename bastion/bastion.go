@@ -73,7 +73,7 @@ func Run(ctx context.Context, c Config, log zerolog.Logger) error {
 	past := func() []inforce.Moment {
 		return []inforce.Moment{{What: "an event of the evidence log", At: b.evidence.LastTime()}}
 	}
-	if b.trusted, err = newTrusted(c, clock, past, b.evidence.Raise, log); err != nil {
+	if b.trusted, err = newTrusted(c, clock, past, b.evidence.Raise, b.evidence.Believe, log); err != nil {
 		return err
 	}
 	o := store.Options{Bastion: c.Name, Dir: filepath.Join(c.StateDir, "store"), CAFile: c.Store.CAFile, CertFile: c.Store.CertFile, KeyFile: c.Store.KeyFile, Log: log}

@@ -113,7 +113,7 @@ func TestEvidence(t *testing.T) {
 			name = e.Session
 		}
 	}
-	for what, n := range map[string]int{"start": 1, "stop": 1, "login": 1, "logout": 1, "relay grpc cp-1.prod": 1, "relay-end grpc cp-1.prod": 1, "read Sessions ok": 1, "stranger": 1,
+	for what, n := range map[string]int{"start": 1, "stop": 1, "alarm bundle": 1, "login": 1, "logout": 1, "relay grpc cp-1.prod": 1, "relay-end grpc cp-1.prod": 1, "read Sessions ok": 1, "stranger": 1,
 		"refusal refused": 3, "session exec": 3, "session-end exec ok": 2, "session-end exec failed": 1} {
 		if counts[what] != n {
 			t.Errorf("%d of %q, want %d: %v", counts[what], what, n, counts)

@@ -26,13 +26,13 @@ type trusted struct {
 	past func() []inforce.Moment
 }
 
-func newTrusted(c Config, clock *trust.Clock, past func() []inforce.Moment, raise func(alarm.Event), log zerolog.Logger) (*trusted, error) {
+func newTrusted(c Config, clock *trust.Clock, past func() []inforce.Moment, raise func(alarm.Event), believe func(string), log zerolog.Logger) (*trusted, error) {
 	anchor, err := bundle.NewAnchor(c.Trust.Roots, c.Trust.Threshold, c.Trust.MinPolicyVersion)
 	if err != nil {
 		return nil, err
 	}
 	o := inforce.Options{Daemon: "bastion", Server: c.Name + "." + bundle.BastionDomain, Path: c.Trust.Bundle, State: filepath.Join(c.StateDir, "trust", "bundle"), Anchor: anchor,
-		Clock: clock, Credential: credential.Options{Node: c.Name, Relay: true}, Raise: raise, Log: log}
+		Clock: clock, Credential: credential.Options{Node: c.Name, Relay: true}, Raise: raise, Believe: believe, Log: log}
 	t := &trusted{inforce.New(o), c, clock, past}
 	t.Recall(past(), false)
 	return t, nil

@@ -135,6 +135,11 @@ func (e *Evidence) Raise(a alarm.Event) {
 	e.Alarm(a)
 }
 
+// Believe writes down that a bundle came in force, whoever brought it.
+func (e *Evidence) Believe(text string) {
+	e.Note(audit.Event{Kind: audit.Alarm, Action: string(alarm.Bundle), Text: text})
+}
+
 // tick looks after what changes by itself.
 func (e *Evidence) tick(ctx context.Context) {
 	every := time.NewTicker(tickEvery)

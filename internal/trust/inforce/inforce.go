@@ -46,7 +46,10 @@ type Options struct {
 	Credential credential.Options
 	// Raise takes alarms. It must not block.
 	Raise func(alarm.Event)
-	Log   zerolog.Logger
+	// Believe is told in one line of each bundle that comes in force; may be nil. It
+	// must not block.
+	Believe func(text string)
+	Log     zerolog.Logger
 }
 
 // Trust is whom a daemon believes. Its methods may be called concurrently, Open
@@ -80,7 +83,7 @@ func (t *Trust) Open() error {
 		return nil
 	}
 	o := bundle.Options{Path: t.o.Path, State: t.o.State, Anchor: t.o.Anchor, Now: t.o.Clock.Now, Floor: version.Built(),
-		Log: func(text string) { t.o.Log.Info().Msg(neutral.Line(text)) }, Alarm: t.Complain}
+		Log: t.believe, Alarm: t.Complain}
 	store, err := bundle.Open(o)
 	if err != nil {
 		// Where the disk of the state folder fails, the copy of root's still
@@ -98,6 +101,15 @@ func (t *Trust) Open() error {
 	c.Bundle, c.Clock, c.Alarm, c.Panicked = store, t.o.Clock, t.unusual, t.panicked
 	t.opened.Store(&opened{store, credential.New(c), &credential.Servers{Bundle: store, Clock: t.o.Clock}})
 	return nil
+}
+
+// believe tells of a bundle that came in force.
+func (t *Trust) believe(text string) {
+	text = neutral.Line(text)
+	t.o.Log.Info().Msg(text)
+	if t.o.Believe != nil {
+		t.o.Believe(text)
+	}
 }
 
 // Watch follows the bundle that was opened until the context ends.
