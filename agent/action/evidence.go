@@ -40,8 +40,11 @@ func PastOf(l *ledger.Ledger) Past {
 			if st.Events == 0 {
 				return
 			}
-			if err := l.SignedWithin(ctx, st.Events-1); err != nil {
-				yield(nil, err)
+			// On a full disk it may take long, and there are actions to settle.
+			signed, cancel := context.WithTimeout(ctx, 3*time.Second)
+			defer cancel()
+			if err := l.SignedWithin(signed, st.Events-1); err != nil {
+				yield(nil, fmt.Errorf("its newest events are not signed yet: %w", err))
 				return
 			}
 			heads := l.Heads()
