@@ -13,6 +13,7 @@ import (
 	"golang.org/x/mod/sumdb/note"
 
 	"github.com/halligan-io/halligan/audit"
+	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
 // fill appends events until so many generations have begun.
@@ -191,7 +192,7 @@ func TestAnotherOrigin(t *testing.T) {
 		t.Fatalf("%+v, %+v", heads, s)
 	}
 	for i, name := range []string{"cp-1", "cp-1.prod"} {
-		if !strings.HasPrefix(string(heads[i].Checkpoint), Name(name, heads[i].Lineage, 1)+"\n1\n") {
+		if !strings.HasPrefix(string(heads[i].Checkpoint), logkey.Tree(name, heads[i].Lineage, 1)+"\n1\n") {
 			t.Errorf("%s", heads[i].Checkpoint)
 		}
 	}

@@ -26,6 +26,7 @@ import (
 	"github.com/halligan-io/halligan/audit/tiles"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/durable"
+	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
 // The files of a log beside the folder of its generations.
@@ -387,10 +388,10 @@ func originOf(gens []*generation, lineage, otherwise string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		c, err := tiles.ParseCheckpoint(data)
-		name, ok := strings.CutPrefix(c.Origin, "halligan.io/log/")
-		if err == nil && ok {
-			g.origin, _, _ = strings.Cut(name, "/")
+		if c, err := tiles.ParseCheckpoint(data); err == nil {
+			if name, _, _, err := logkey.ParseTree(c.Origin); err == nil {
+				g.origin = name
+			}
 		}
 		if g.lineage == lineage {
 			origin = g.origin
@@ -401,16 +402,15 @@ func originOf(gens []*generation, lineage, otherwise string) (string, error) {
 
 // verifier returns the one for a generation's checkpoints.
 func (l *Ledger) verifier(g *generation) note.Verifier {
-	vkey, err := note.NewEd25519VerifierKey(Name(g.origin, g.lineage, g.number), l.Key())
+	v, err := logkey.Verifier(g.name(), l.Key())
 	if err != nil {
-		panic(err) // of a key that we made
-	}
-	v, err := note.NewVerifier(vkey)
-	if err != nil { // a folder's name that somebody made up
-		v, _ = note.NewVerifier("invalid+" + vkey[strings.Index(vkey, "+")+1:])
+		panic(err) // of a name and a key that we made
 	}
 	return v
 }
+
+// name is the origin line of checkpoints and the name of the key.
+func (g *generation) name() string { return logkey.Tree(g.origin, g.lineage, g.number) }
 
 // tell makes known what the generations are. trees and mu are held.
 func (l *Ledger) tell() {

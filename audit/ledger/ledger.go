@@ -34,13 +34,14 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
-	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/sys/unix"
 
 	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/audit/tiles"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
 // Options say where the log is and how much it may take.
@@ -195,7 +196,7 @@ func open(o Options, retry, pace time.Duration) (*Ledger, error) {
 	if o.Steps == nil {
 		o.Steps = func(string) {}
 	}
-	if o.Origin == "" || strings.ContainsAny(o.Origin, "/+ \t\r\n") {
+	if !trust.ValidNode(o.Origin) {
 		return nil, fmt.Errorf("no name for a log: %q", o.Origin)
 	}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
@@ -492,7 +493,7 @@ func (l *Ledger) State() audit.State {
 		s.Refused = errStuck.Error()
 	}
 	if l.lineage != "" {
-		s.VKey, _ = note.NewEd25519VerifierKey(Name(l.origin, l.lineage, uint64(s.Generation)), l.Key())
+		s.VKey, _ = logkey.VKey(logkey.Tree(l.origin, l.lineage, uint64(s.Generation)), l.Key())
 	}
 	if l.spool != nil && s.Refused == "" {
 		// The other half may be taken by anybody's events before these come.

@@ -21,7 +21,6 @@ import (
 	"github.com/transparency-dev/tessera/api"
 	"github.com/transparency-dev/tessera/client"
 	"github.com/transparency-dev/tessera/fsck"
-	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 	"k8s.io/klog/v2"
 
@@ -30,6 +29,7 @@ import (
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
 	"github.com/halligan-io/halligan/internal/trust"
+	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
 func TestMain(m *testing.M) {
@@ -138,12 +138,8 @@ func read(t testing.TB, l *Ledger) (all []audit.Event) {
 func outsiders(t testing.TB, l *Ledger, h Head) {
 	t.Helper()
 	dir := filepath.Join(l.Dir(), logs, folder(h.Lineage, h.Generation))
-	name := Name(l.State().Origin, h.Lineage, h.Generation)
-	vkey, err := note.NewEd25519VerifierKey(name, l.Key())
-	if err != nil {
-		t.Fatal(err)
-	}
-	v, err := note.NewVerifier(vkey)
+	name := logkey.Tree(l.State().Origin, h.Lineage, h.Generation)
+	v, err := logkey.Verifier(name, l.Key())
 	if err != nil {
 		t.Fatal(err)
 	}

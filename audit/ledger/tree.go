@@ -50,11 +50,6 @@ type generation struct {
 	last time.Time
 }
 
-// Name is the origin line of a generation's checkpoints, and the name of its key.
-func Name(origin, lineage string, number uint64) string {
-	return fmt.Sprintf("halligan.io/log/%s/%s/%d", origin, lineage, number)
-}
-
 const (
 	logs         = "logs"
 	cosignedFile = "cosigned"
