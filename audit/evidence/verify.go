@@ -16,6 +16,7 @@ import (
 	"maps"
 	"path"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -23,6 +24,7 @@ import (
 	"filippo.io/torchwood"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/audit/tiles"
@@ -252,9 +254,22 @@ func (e *Evidence) Verify(ctx context.Context, t Trust) (*Report, error) {
 		}
 	}
 	e.report, e.held = &Report{Logs: []*Log{}}, nil
-	for _, f := range e.folders {
-		if err := e.folder(ctx, f, keys); err != nil {
-			return nil, err
+	found := make([][]*held, len(e.folders))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for i, f := range e.folders {
+		g.Go(func() (err error) {
+			found[i], err = f.verify(ctx, keys)
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	for _, logs := range found {
+		e.held = append(e.held, logs...)
+		for _, h := range logs {
+			e.report.Logs = append(e.report.Logs, h.Log)
 		}
 	}
 	e.compare()
@@ -262,10 +277,9 @@ func (e *Evidence) Verify(ctx context.Context, t Trust) (*Report, error) {
 	return e.report, nil
 }
 
-// folder verifies one daemon's.
-func (e *Evidence) folder(ctx context.Context, f *folder, keys *keyring) error {
+// verify verifies one daemon's.
+func (f *folder) verify(ctx context.Context, keys *keyring) (order []*held, err error) {
 	lineages := map[string]*held{}
-	var order []*held
 	for _, name := range f.generations() {
 		h := lineages[name[:8]]
 		if h == nil {
@@ -277,13 +291,12 @@ func (e *Evidence) folder(ctx context.Context, f *folder, keys *keyring) error {
 	if len(order) == 0 {
 		log := &Log{Folder: f.name, Origin: f.origin(), Generations: []Generation{}}
 		log.problem(f.file(logsFolder), nil, "there is no log in it")
-		e.report.Logs = append(e.report.Logs, log)
-		return nil
+		return []*held{{Log: log, folder: f}}, nil
 	}
 	casts := newCasts()
 	for _, h := range order {
 		if err := h.verify(ctx, casts, keys); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	casts.check(f, order)
@@ -293,10 +306,8 @@ func (e *Evidence) folder(ctx context.Context, f *folder, keys *keyring) error {
 		if i > 0 {
 			h.note("the log began anew: before it there is lineage %s", order[i-1].Lineage)
 		}
-		e.report.Logs = append(e.report.Logs, h.Log)
-		e.held = append(e.held, h)
 	}
-	return nil
+	return order, nil
 }
 
 func (l *Log) problem(file string, seq *uint64, text string, args ...any) {
@@ -794,7 +805,8 @@ var sessionForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
 // check compares the files with what the events say of them.
 func (c *casts) check(f *folder, logs []*held) {
-	for session, pieces := range c.bySession {
+	for _, session := range slices.Sorted(maps.Keys(c.bySession)) {
+		pieces := c.bySession[session]
 		log, name := pieces[0].log, path.Join(castsFolder, session+castSuffix)
 		if !sessionForm.MatchString(session) {
 			log.problem(f.file(castsFolder), &pieces[0].seq, "a recording cannot be called %.140q", session)
