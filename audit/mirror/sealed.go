@@ -75,6 +75,7 @@ func (i *Images) Part(p *halliganv1.WitnessSealed) (*halliganv1.WitnessStored, e
 	}
 	in := i.in
 	if in == nil || in.action != p.GetActionId() || in.size != p.GetOffset() {
+		i.Close()
 		return nil, fault.New(fault.Usage, "", "%s sends its sealed before-images in no order", i.c.origin)
 	}
 	if in.size += int64(len(p.GetData())); in.size > maxSealed || i.c.m.o.Now().Sub(in.since) > waitSealed {
