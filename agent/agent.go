@@ -16,9 +16,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-logr/logr"
 	"github.com/rs/zerolog"
-	"k8s.io/klog/v2"
 
 	"github.com/halligan-io/halligan/agent/action"
 	"github.com/halligan-io/halligan/agent/etcd"
@@ -42,9 +40,6 @@ const gcPercent = 50
 // then say what is missing, and work as soon as it is back. The same goes for the
 // encryption configuration, and for a state folder on a file system that fails.
 func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger) error {
-	// Kubernetes' encryption code logs through klog; what matters of it comes
-	// back as an error, and standard error belongs to the daemon's own log.
-	klog.SetLogger(logr.Discard())
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}

@@ -205,7 +205,8 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 
 // warnings tells what is degraded, each in one line.
 func (d *doors) warnings() []string {
-	all := append(d.evidence.Warnings(), d.trusted.warnings()...)
+	all := append(d.evidence.Warnings(), d.images.warnings()...)
+	all = append(all, d.trusted.warnings()...)
 	all = append(all, d.Shut()...)
 	d.mu.Lock()
 	certificate, host, tunnels := d.certificate, d.host, d.tunnels

@@ -84,15 +84,18 @@ const (
 // Folder is where a daemon keeps its evidence below its state folder.
 func Folder(stateDir string) string { return filepath.Join(stateDir, "audit") }
 
+// silence keeps off standard error, which belongs to the daemon's own log, what the
+// driver of the log and Kubernetes' encryption code tell klog: what matters of it
+// comes back as an error.
+var silence = sync.OnceFunc(func() { klog.SetLogger(logr.Discard()) })
+
 // Open opens the log and records that the daemon starts. A disk that takes nothing is
 // no error: the log's State tells.
 func Open(o Options) (*Evidence, error) {
 	if o.Witnesses == nil {
 		o.Witnesses = func() int { return 0 }
 	}
-	// The driver of the log tells klog what comes back as an error; standard error
-	// belongs to the daemon's own log.
-	klog.SetLogger(logr.Discard())
+	silence()
 	log, err := ledger.Open(ledger.Options{Dir: Folder(o.StateDir), Origin: o.Origin, Now: o.Now, MaxBytes: o.Config.MaxBytes, GenerationBytes: o.Config.GenerationBytes,
 		SpoolBytes: o.Config.ReserveBytes, Hold: o.Hold, Raise: o.Raise, Log: o.Log})
 	if err != nil {
