@@ -163,7 +163,7 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 		run.first = first
 	}
 	e.steps("intent")
-	_, audited := audit.Do(ctx, owing{e.audit, e}, intent, func(_ context.Context, permit audit.Permit) []audit.Event {
+	receipt, audited := audit.Do(ctx, owing{e.audit, e}, intent, func(_ context.Context, permit audit.Permit) []audit.Event {
 		lap("intent")
 		if access.Alone {
 			e.tellAlone(who, p.plan) // before the effect: nobody may be left to tell of it after
@@ -202,6 +202,7 @@ func (e *Engine) Apply(ctx context.Context, who trust.Identity, req *halliganv1.
 	result.TimingsMs["total"] = ms(time.Since(run.began))
 	line := e.log.Info().Str("action", id).Str("verb", p.plan.Action).Str("actor", who.Person).Str("result", result.Result).
 		Str("door", access.Door).Str("source", access.Source).Bool("alone", access.Alone).Int("approvals", len(access.ApprovedBy)).
+		Str("intent", receipt.ID).Str("evidence", receipt.Where).
 		Int("objects", len(p.steps)).Dur("took", time.Since(run.began))
 	if err != nil {
 		line = line.Str("problem", neutral.Line(err.Error()))
