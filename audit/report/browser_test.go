@@ -344,6 +344,8 @@ func TestBrowser(t *testing.T) {
 	b.press("Enter", 13)
 	b.wait("document.querySelector('#session-1[open] .ap-term-text')?.textContent.includes('scale ds/collector -n telemetry --to 0')")
 	b.wait("document.querySelector('#session-1 .ap-term-text').textContent.includes('applied through etcd')")
+	b.wait("document.querySelector('#session-1 .ap-term-text').textContent.includes('Welcome to cp-1.prod')")
+	b.wait("document.querySelector('#session-1 .ap-marker') !== null")
 	b.picture("player", false)
 	b.calm()
 

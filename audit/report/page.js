@@ -2,14 +2,15 @@
 (() => {
   const players = new Map();
 
-  // The player of a session, made when it is first looked at.
+  // The player of a session, made when it is first looked at. It has no poster: with
+  // one, player 3.18 forgets what came before the place that it is sent to.
   function player(box) {
     const n = box.id.replace("session-", "");
     if (players.has(n)) return players.get(n);
     const data = document.getElementById("cast-" + n);
     if (!data) return null;
     const p = AsciinemaPlayer.create({ data: JSON.parse(data.textContent) }, box.querySelector(".player"),
-      { fit: "width", terminalFontSize: "small", preload: true, poster: "npt:0:01", controls: true });
+      { fit: "width", terminalFontSize: "small", preload: true, controls: true });
     players.set(n, p);
     return p;
   }

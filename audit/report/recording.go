@@ -19,6 +19,7 @@ const (
 	maxRecording, maxRecordings = 4 << 20, 24 << 20
 	maxColumns, maxRows         = 400, 120
 	maxTranscript               = 2000 // lines
+	maxLabel                    = 200  // of a line that is run, in bytes
 )
 
 // pause is what a longer one is shortened to, in seconds: nobody watches a prompt.
@@ -41,8 +42,8 @@ type tape struct {
 	Cut string
 }
 
-// readTape takes of a recording what a terminal would show, and nothing else of it:
-// no input, no header but the size, no resizing beyond bounds.
+// readTape takes of a recording what a terminal would show and which lines were run,
+// and nothing else of it: no input, no header but the size, no resizing beyond bounds.
 func readTape(data []byte) (tape, error) {
 	h, events, err := cast.Read(bytes.NewReader(data))
 	if err != nil {
@@ -69,7 +70,7 @@ func readTape(data []byte) (tape, error) {
 				t.add(e.At.Seconds(), "o", text)
 			}
 		case cast.Marker:
-			t.add(e.At.Seconds(), "o", "\x1b[1m"+command(e.Text)+"\x1b[0m\r\n")
+			t.add(e.At.Seconds(), "m", neutral.LineMax(e.Text, maxLabel))
 		case cast.Resize:
 			var columns, rows int
 			if n, err := fmt.Sscanf(e.Text, "%dx%d", &columns, &rows); err == nil && n == 2 {
@@ -88,11 +89,8 @@ func readTape(data []byte) (tape, error) {
 			t.Transcript = append(t.Transcript, "… and more, which halligan audit replay has")
 			break
 		}
-		switch l.Kind {
-		case cast.Output:
+		if l.Kind == cast.Output {
 			t.Transcript = append(t.Transcript, l.Text)
-		case cast.Marker:
-			t.Transcript = append(t.Transcript, command(l.Text))
 		}
 	}
 	return t, nil
@@ -118,9 +116,6 @@ func (t *tape) shown(at float64) float64 {
 	}
 	return t.Events[i].([]any)[0].(float64) + min(at-t.at[i], pause)
 }
-
-// command is how a line looks that was run where no terminal shows it.
-func command(text string) string { return "$ " + neutral.Line(text) }
 
 func clamp(n, otherwise, most int) int {
 	if n <= 0 {

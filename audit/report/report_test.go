@@ -105,6 +105,7 @@ func shell() []byte {
 	for _, c := range "top" {
 		out(0.2, string(c))
 	}
+	fmt.Fprintf(&b, "[%.3f,\"m\",\"top\"]\n", at)
 	out(0.5, "\r\n\x1b[33mds/collector -n telemetry\x1b[0m   9,412 requests/s   lists all pods\r\n\r\nsuggested: scale ds/collector -n telemetry --to 0\r\n\x1b[1mresponder@cp-1.prod>\x1b[0m ")
 	out(33, "scale ds/collector -n telemetry --to 0\r\n")
 	out(0.6, "\x1b[32mapplied\x1b[0m through etcd in 0.4 s\r\n\x1b[1mresponder@cp-1.prod>\x1b[0m ")
@@ -337,7 +338,7 @@ func TestTape(t *testing.T) {
 	}
 	// Killed while it wrote.
 	torn := shell()
-	if tape, err := readTape(torn[:len(torn)-5]); err != nil || tape.Cut == "" || len(tape.Events) != 6 {
+	if tape, err := readTape(torn[:len(torn)-5]); err != nil || tape.Cut == "" || len(tape.Events) != 7 {
 		t.Errorf("%+v %v", tape, err)
 	}
 	if _, err := readTape([]byte("{}\n")); err == nil {
