@@ -37,6 +37,7 @@ func TestOutage(t *testing.T) {
 	t.Run("killed in mid-action", w.killedInAction)
 	t.Run("bastion cut off from nodes", w.partition)
 	t.Run("bastion cut off from responders", w.unreachable)
+	t.Run("log rolled back", w.rolledBack)
 	t.Run("stores gone", w.storeless)
 	t.Run("slow link", w.slow)
 }
