@@ -3,6 +3,8 @@ package audit_test
 import (
 	"context"
 	"errors"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -180,5 +182,22 @@ func TestNewID(t *testing.T) {
 	}
 	if a, b := audit.NewID(at, [8]byte{255}), audit.NewID(at.Add(time.Millisecond), [8]byte{}); a >= b {
 		t.Errorf("%s is not before %s", a, b)
+	}
+}
+
+// TestSchema: README documents every field and every kind.
+func TestSchema(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	events, err := os.ReadFile("event.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile("json:\"(\\w+)|Kind = \"([a-z-]+)\"").FindAllSubmatch(events, -1) {
+		if name := string(m[1]) + string(m[2]); !strings.Contains(string(readme), "`"+name+"`") {
+			t.Errorf("README does not tell what %s is", name)
+		}
 	}
 }
