@@ -193,7 +193,7 @@ func status(ctx context.Context, a *asked, _ []string) error {
 		t.row("store", "works")
 	}
 	if text := verb.Evidence(s.GetAudit()); text != "" {
-		t.row("evidence", text)
+		t.row("audit", text)
 	}
 	for _, m := range s.GetMirrors() {
 		t.row("copy of", mirror(m))
