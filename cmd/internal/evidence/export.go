@@ -3,15 +3,19 @@ package evidence
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"io"
 	"iter"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/halligan-io/halligan/audit/evidence"
 	"github.com/halligan-io/halligan/audit/export"
+	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
@@ -31,7 +35,7 @@ func (t *tool) export() *cobra.Command {
 			"\nThe file of --cursor remembers what went out: after an orderly end nothing is sent twice, and after a crash nothing\n" +
 			"is left out. What does not verify is not sent, and the exit status then is 1.\n\n" +
 			"  halligan audit export --format ocsf --out events.json\n" +
-			"  halligan audit export --format rfc5424 --to 192.0.2.10:6514 --ca siem-ca.pem --cursor siem.cursor",
+			"  halligan audit export --format rfc5424 --to 192.0.2.10:6514 --ca siem-ca.pem",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			format, err := export.FormatOf(x.format)
 			if err != nil {
@@ -39,6 +43,11 @@ func (t *tool) export() *cobra.Command {
 			}
 			if err := x.check(cmd); err != nil {
 				return err
+			}
+			if x.to != "" && x.cursor == "" {
+				if x.cursor, err = t.cursorOf(x); err != nil {
+					return err
+				}
 			}
 			e, r, err := t.open(cmd.Context(), argument(args, 0))
 			if err != nil {
@@ -55,7 +64,7 @@ func (t *tool) export() *cobra.Command {
 	f.StringVar(&x.format, "format", "jsonl", "`format` of the events")
 	f.StringVar(&x.out, "out", "", "`file` to append to (default: standard output)")
 	f.StringVar(&x.to, "to", "", "`IP:PORT` of a syslog receiver over TLS, in place of a file")
-	f.StringVar(&x.cursor, "cursor", "", "`file` that remembers what went out (default: beside the file of --out)")
+	f.StringVar(&x.cursor, "cursor", "", "`file` that remembers what went out (default: beside the file of --out, or with what is fetched for the cluster)")
 	f.StringVar(&x.ca, "ca", "", "`file` with the certificate of the receiver's authority, in PEM")
 	f.StringVar(&x.name, "receiver-name", "", "`name` that the receiver's certificate is for (default: its IP address)")
 	f.StringVar(&x.certificate, "cert", "", "`file` with the certificate to show the receiver, where it wants one")
@@ -77,8 +86,8 @@ func (x *exporting) check(cmd *cobra.Command) error {
 		return usage(cmd, "--to and --out do not go together")
 	case x.to != "" && x.format != "rfc5424":
 		return usage(cmd, "a syslog receiver takes --format rfc5424")
-	case x.to != "" && (x.ca == "" || x.cursor == ""):
-		return usage(cmd, "--to needs --ca and --cursor")
+	case x.to != "" && x.ca == "":
+		return usage(cmd, "--to needs --ca, the authority of the receiver")
 	case x.to == "" && x.ca+x.name+x.certificate+x.key != "":
 		return usage(cmd, "--ca, --receiver-name, --cert and --cert-key go with --to")
 	case (x.certificate == "") != (x.key == ""):
@@ -88,6 +97,22 @@ func (x *exporting) check(cmd *cobra.Command) error {
 		x.cursor = x.out + ".cursor"
 	}
 	return nil
+}
+
+// cursorOf names a cursor for a receiver, beside what is fetched for the cluster.
+func (t *tool) cursorOf(x exporting) (string, error) {
+	dir, err := t.State()
+	if err != nil {
+		return "", fault.New(fault.Usage, "name one with --cursor", "there is no place for a cursor: %w", err)
+	}
+	to, err := netip.ParseAddrPort(x.to)
+	if err != nil {
+		return "", usage(t.cmd, "--to is IP:PORT: %w", err)
+	}
+	if err := durable.Dir(filepath.Dir(dir)); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%s.%s-%s-%d.cursor", dir, x.format, strings.ReplaceAll(to.Addr().String(), ":", "_"), to.Port()), nil
 }
 
 // send sends what the cursor has not passed.
