@@ -93,7 +93,10 @@ func Run(ctx context.Context, c Config, log zerolog.Logger) error {
 		return err
 	}
 	b.tunnels = tunnel.New(log)
-	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Tunnels: b.tunnels, Never: own, Loopback: loopback, Begin: b.relayed, Refused: b.evidence.Refused, Log: log, Alarm: b.evidence.Raise})
+	b.relay = relay.New(relay.Options{Inventory: b.trusted.inventory, Tunnels: b.tunnels, Never: own, Loopback: loopback, Begin: b.relayed, Refused: b.evidence.Refused,
+		Failed: func(who trust.Identity, t relay.Target, err error) {
+			b.evidence.Unrelayed(who, t.Node.ID(), t.Door, err)
+		}, Log: log, Alarm: b.evidence.Raise})
 	b.copies.folder = filepath.Join(c.StateDir, "mirror")
 	b.doors = &doors{Ways: ways.New(b.evidence.Raise, log), config: c, trusted: b.trusted, evidence: b.evidence, alarms: alarms, log: log}
 	log.Info().Str("version", version.String()).Strs("ssh", c.SSH.Listen).Msg("bastion starts")

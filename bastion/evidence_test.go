@@ -60,6 +60,9 @@ func TestEvidence(t *testing.T) {
 	if _, err := ada.Dial("tcp", "198.51.100.7:22"); err == nil {
 		t.Fatal("an address that the inventory lacks is relayed to")
 	}
+	if _, err := ada.Dial("tcp", w.down.String()); err == nil {
+		t.Fatal("a node that is down answers")
+	}
 	for _, line := range []string{"sessions", "nodes", "shutdown"} {
 		session, err := ada.NewSession()
 		if err != nil {
@@ -113,7 +116,7 @@ func TestEvidence(t *testing.T) {
 			name = e.Session
 		}
 	}
-	for what, n := range map[string]int{"start": 1, "stop": 1, "alarm bundle": 1, "login": 1, "logout": 1, "relay grpc cp-1.prod": 1, "relay-end grpc cp-1.prod": 1, "read Sessions ok": 1, "stranger": 1,
+	for what, n := range map[string]int{"start": 1, "stop": 1, "alarm bundle": 1, "login": 1, "logout": 1, "relay grpc cp-1.prod": 1, "relay-end grpc cp-1.prod": 1, "relay ssh cp-2.prod failed": 1, "read Sessions ok": 1, "stranger": 1,
 		"refusal refused": 3, "session exec": 3, "session-end exec ok": 2, "session-end exec failed": 1} {
 		if counts[what] != n {
 			t.Errorf("%d of %q, want %d: %v", counts[what], what, n, counts)

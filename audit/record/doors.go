@@ -145,6 +145,13 @@ func (d *Doors) Relayed(who trust.Identity, node string, door trust.Door, tunnel
 	}
 }
 
+// Unrelayed writes down that a node could not be reached for somebody.
+func (d *Doors) Unrelayed(who trust.Identity, node string, door trust.Door, err error) {
+	e := failed(event(audit.Relay, who), "failed", err)
+	e.Action, e.Target = string(door), node
+	d.log.Note(e)
+}
+
 // Alarm writes down what people were told of, where nothing else does.
 func (d *Doors) Alarm(a alarm.Event) {
 	switch a.Kind {

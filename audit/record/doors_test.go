@@ -68,6 +68,7 @@ func TestDoors(t *testing.T) {
 		{"refused", func() { r.Called(alice, "/halligan.v1.Agent/Get", get, fault.New(fault.Refused, "", "no")) }, "refusal Get refused refused"},
 		{"turned away", func() { r.Refused(alice, lapsed) }, "refusal refused unauthenticated"},
 		{"relayed", func() { r.Relayed(alice, "cp-1.prod", trust.GRPC, true)(1, 2, "the client hung up") }, "relay grpc cp-1.prod|relay-end grpc cp-1.prod"},
+		{"not relayed", func() { r.Unrelayed(alice, "cp-1.prod", trust.SSH, fault.New(fault.Unreachable, "", "x")) }, "relay ssh failed unreachable cp-1.prod"},
 		{"alarm", func() { r.Alarm(alarm.Event{Kind: alarm.Clock, Text: "x"}) }, "alarm clock"},
 		{"alarms that are events of their own", func() {
 			for _, k := range []alarm.Kind{alarm.Login, alarm.Refusal, alarm.Relay, alarm.Alone, alarm.Sealed, alarm.Late} {

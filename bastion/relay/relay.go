@@ -82,6 +82,9 @@ type Options struct {
 	// Refused is told of who asked for what is not relayed to; may be nil. It must
 	// not block.
 	Refused func(who trust.Identity, err error)
+	// Failed is told of who asked for a node that could not be reached; may be nil.
+	// It must not block.
+	Failed func(who trust.Identity, t Target, err error)
 	// Dial is how long reaching a node may take, Idle how long no byte may pass;
 	// 0: the defaults.
 	Dial, Idle time.Duration
@@ -122,6 +125,9 @@ func New(o Options) *Relay {
 	if o.Refused == nil {
 		o.Refused = func(trust.Identity, error) {}
 	}
+	if o.Failed == nil {
+		o.Failed = func(trust.Identity, Target, error) {}
+	}
 	if o.Alarm == nil {
 		o.Alarm = func(alarm.Event) {}
 	}
@@ -161,6 +167,7 @@ func (r *Relay) handle(c channel) {
 		r.stats.failed.Add(1)
 		why := neutral.LineMax(fault.Of(err).Error(), 512)
 		log.Info().Str("error", why).Msg("relay failed")
+		r.o.Failed(who, target, err)
 		_ = c.Fail("halligan: " + why) // who is gone need not be told
 		return
 	}
