@@ -30,6 +30,8 @@ type taken struct {
 	record *journal.Record
 	// values are the stored bytes, by key.
 	values map[string][]byte
+	// met says that this agent knew the log's key before.
+	met bool
 	// told is how many objects the events that were brought tell of.
 	told int
 }
@@ -40,7 +42,7 @@ func newTaken(t *sealed.Taken) (*taken, error) {
 	for _, a := range t.Intent.ApprovedBy {
 		access.ApprovedBy = append(access.ApprovedBy, journal.Approval{Person: a.Person, Fingerprint: a.Fingerprint, Serial: a.Serial})
 	}
-	out := &taken{server: t.Server(), values: map[string][]byte{}, told: len(t.Objects),
+	out := &taken{server: t.Server(), met: t.Met, values: map[string][]byte{}, told: len(t.Objects),
 		record: &journal.Record{Plan: plan, Access: access, Result: t.Outcome.Outcome, Error: t.Outcome.Error},
 		entry: journal.Entry{ID: plan.Id, Action: plan.Action, Actor: actor.Person, Reason: plan.Reason, Incident: plan.Incident, Summary: plan.Summary, Undoes: plan.Undoes,
 			Time: t.Intent.Time, Result: t.Outcome.Outcome, Objects: len(plan.Objects), Access: access}}

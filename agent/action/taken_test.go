@@ -71,7 +71,7 @@ func (p *pair) take(e *halliganv1.SealedEvidence) (*sealed.Taken, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &sealed.Taken{Record: record}
+	t := &sealed.Taken{Record: record, Met: true}
 	for _, ev := range p.oneLog.of(id) {
 		switch ev.Kind {
 		case audit.Intent:
@@ -206,6 +206,7 @@ func TestStrangeEvidence(t *testing.T) {
 		"another person":  {func(s *sealed.Taken) { s.Intent.Actor.Person = "bob" }, fault.Refused, "the log says that bob did it"},
 		"an automation":   {func(s *sealed.Taken) { s.Intent.Actor.Credential = string(trust.Automation) }, fault.Refused, "adds authority"},
 		"long ago":        {func(s *sealed.Taken) { s.Intent.Time = time.Now().Add(-48 * time.Hour) }, fault.Refused, "adds authority"},
+		"a log not met":   {func(s *sealed.Taken) { s.Met = false }, fault.Refused, "has not met"},
 		"found out later": {func(s *sealed.Taken) { s.Outcome.Settled = true }, "", ""},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -64,6 +64,12 @@ func planUndo(ctx context.Context, p *planner, raw *structpb.Struct) error {
 			return err
 		}
 	}
+	if p.lost != nil && !p.lost.met {
+		// Whoever had the host authority's key could make up a node's log.
+		if err := p.addAuthority(fmt.Sprintf("taking back %s of %s, whose log this agent has not met while the node was there,", entry.ID, p.lost.server)); err != nil {
+			return err
+		}
+	}
 	if err := p.onceMore(entry); err != nil {
 		return err
 	}

@@ -30,6 +30,10 @@ type Taken struct {
 	// became of each object, from the outcome and the events that belong to it.
 	Intent, Outcome audit.Event
 	Objects         []audit.Object
+	// Met says that this agent knew the log's key before: bastions had brought it
+	// the node's statement while that was there. Else all of it stands on the host
+	// authority alone.
+	Met bool
 }
 
 // Take verifies the evidence of an action and opens it with this agent's own key.
@@ -60,7 +64,7 @@ func (s *Store) take(e *halliganv1.SealedEvidence, st logkey.Statement, b *bundl
 	if cluster := clusterOf(s.o.Server); clusterOf(st.Server) != cluster {
 		return nil, fmt.Errorf("it is of another cluster than %s", cluster)
 	}
-	t := &Taken{}
+	t := &Taken{Met: s.met(st)}
 	outcomes, err := t.events(e, st.Server, evidence.Trust{Bundle: b, Now: s.o.Now()})
 	if err != nil {
 		return nil, err

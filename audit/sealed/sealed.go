@@ -19,6 +19,7 @@ package sealed
 
 import (
 	"bufio"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -108,6 +109,7 @@ type Store struct {
 
 type peer struct {
 	recipient *age.X25519Recipient
+	log       ed25519.PublicKey
 	signed    time.Time
 	statement []byte
 }
@@ -238,7 +240,7 @@ func (s *Store) Meet(statements [][]byte) int {
 			continue
 		}
 		if known, ok := s.peers[st.Server]; !ok || st.Signed.After(known.signed) {
-			s.peers[st.Server], changed = peer{recipient, st.Signed, slices.Clone(data)}, true
+			s.peers[st.Server], changed = peer{recipient, st.Log, st.Signed, slices.Clone(data)}, true
 		}
 	}
 	for server := range s.peers {
@@ -256,6 +258,14 @@ func (s *Store) Meet(statements [][]byte) int {
 		s.remember(peersName, all)
 	}
 	return len(s.peers)
+}
+
+// met reports whether a server's log has the key by which it was met.
+func (s *Store) met(st logkey.Statement) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	known, ok := s.peers[st.Server]
+	return ok && known.log.Equal(st.Log)
 }
 
 // Peers returns the names of the agents that are sealed to, beside this one.

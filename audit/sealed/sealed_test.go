@@ -230,6 +230,13 @@ func TestTake(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if taken.Met {
+		t.Error("nobody has told the one of the other")
+	}
+	two.store.Meet([][]byte{one.identity})
+	if taken, err = two.store.Take(good); err != nil || !taken.Met {
+		t.Fatal("it does not know whom it has met: ", err)
+	}
 	var img image
 	if err := json.Unmarshal(taken.Images[0], &img); err != nil || len(taken.Images) != 1 || string(img.Value) != "before" {
 		t.Errorf("%v, %q", err, taken.Images)

@@ -298,6 +298,7 @@ func (o *InitOptions) policy(roots []string, delegated string, authorities map[s
 		add("When the revocations were signed longer ago, mutations need an approval or --alone. Nobody is locked out.", map[string]any{"freshFor": "168h"}),
 		add("People whose certificate ended, or begins, within this time are let in with an alarm.", map[string]any{"grace": "2h"}),
 		add("Longer certificates of people and automation are refused.", map[string]any{"maxCertificate": "168h"}),
+		add("How long before-images are kept, on nodes and, encrypted, on bastions. What they hold is as secret as etcd.", map[string]any{"keepImages": "720h"}),
 		add("What no action may touch, whoever asks; every list holds shell patterns, an empty one stands for everything.\nThis is the whole shipped table: what is struck here is no longer protected.", map[string]any{"protect": rules.Protect}),
 		add("Subjects who never lose their rights.", map[string]any{"keepSubjects": rules.KeepSubjects}),
 		add("The most that one action, and one person in an hour, may change, on each agent by itself: agents know nothing of one another.", map[string]any{"caps": rules.Caps}),
@@ -309,7 +310,9 @@ func (o *InitOptions) policy(roots []string, delegated string, authorities map[s
 	}
 	b.WriteString("\n# FIDO2 keys that work without a certificate, for at most 90 days, with an alarm at every use:\n" +
 		"# - {person: alice, key: sk-ssh-ed25519@openssh.com AAAA..., role: responder, clusters: [prod], notBefore: \"2026-01-01T00:00:00Z\", notAfter: \"2026-03-31T00:00:00Z\"}\n" +
-		"sealed: []\n")
+		"sealed: []\n" +
+		"\n# Keys of age (age-keygen), kept offline: with one, halligan audit recover opens the before-images of a\n# cluster of which no node is left. At most 8.\n" +
+		"recovery: []\n")
 	return b.String(), nil
 }
 
