@@ -156,7 +156,7 @@ func (h *held) events(ctx context.Context, seq uint64) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
 		for i := range h.trees {
 			t := &h.trees[i]
-			index := min(int64(max(seq, t.FirstSeq)-t.FirstSeq), t.good) // #nosec G115 -- both are sizes of logs
+			index := from(seq, t.FirstSeq, t.good)
 			for raw, err := range t.EntriesUnder(ctx, t.at.Tree, index, t.good) {
 				var event audit.Event
 				if err == nil {
@@ -176,6 +176,14 @@ func (h *held) events(ctx context.Context, seq uint64) iter.Seq2[Entry, error] {
 			}
 		}
 	}
+}
+
+// from returns the index of an event in a tree of that size, or the nearest to it.
+func from(seq, first uint64, size int64) int64 {
+	if seq <= first {
+		return 0
+	}
+	return int64(min(seq-first, uint64(size))) // #nosec G115 -- a size is not negative
 }
 
 // Find returns the event with the ID.

@@ -867,6 +867,16 @@ func TestStoreOnlyGrows(t *testing.T) {
 		t.Errorf("%+v", r.Logs[1])
 	}
 
+	// The node is made anew, with another key: both of its logs are here, and hold.
+	w.must(os.RemoveAll(node.dir))
+	node = w.daemon(node.origin)
+	node.lineage = "ffffffff"
+	node.record(audit.Event{Kind: audit.Start, Time: began.Add(time.Hour)})
+	w.must(take(node, 1))
+	if r := ok(); !r.OK() || len(r.Logs) != 3 || r.Logs[1].Events != 307 || r.Logs[2].Lineage != "ffffffff" || len(r.Logs[2].Notes) != 1 || !strings.Contains(r.Logs[2].Notes[0], "began anew") {
+		t.Errorf("%+v", r)
+	}
+
 	// Somebody else's log under its name, and a key that nobody vouches for.
 	if _, err := s.Take(t.Context(), "cp-2.prod", w.trust(), a.stream(nil)); !fault.Is(err, fault.Unauthenticated) {
 		t.Error(err)

@@ -301,7 +301,7 @@ func (k *keeper) identities() error {
 				return err
 			}
 			// What is pinned here stays.
-			if was, known := k.stated[lineage]; err == nil && (!known || lineage == "" && s.Signed.After(was.Signed)) {
+			if was, known := k.stated[lineage]; err == nil && (!known || lineage == "" && !s.Signed.Before(was.Signed)) {
 				k.stated[lineage] = stated{s, data}
 			}
 		}
@@ -533,7 +533,7 @@ func (s *Store) New(ctx context.Context, origin string, seen map[string]uint64) 
 				}
 			}
 			key := origin + " " + lineage
-			index := min(int64(max(seen[key], first)-first), c.N) // #nosec G115 -- sizes of logs
+			index := from(seen[key], first, c.N)
 			for raw, err := range tree.EntriesUnder(ctx, c.Tree, index, c.N) {
 				e := Entry{Raw: raw, Log: log, Generation: parseNumber(number), Index: index}
 				if err == nil {
