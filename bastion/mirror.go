@@ -7,6 +7,7 @@ import (
 	"net"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -93,13 +94,18 @@ func (c *copies) list() []mirror.Status {
 	return nil
 }
 
-// status tells of all copies.
+// lag is how long ago a copy was known to be complete, in seconds, -1 for never.
+func lag(s mirror.Status) float64 {
+	if s.Lag < 0 {
+		return -1
+	}
+	return s.Lag.Seconds()
+}
+
+// status tells of all copies, those that cannot be reached included.
 func (c *copies) status() (all []*halliganv1.MirrorStatus) {
 	for _, s := range c.list() {
-		m := &halliganv1.MirrorStatus{Origin: s.Origin, Events: s.Events, LagSeconds: s.Lag.Seconds(), Problem: s.Problem}
-		if s.Lag < 0 {
-			m.LagSeconds = -1
-		}
+		m := &halliganv1.MirrorStatus{Origin: s.Origin, Events: s.Events, LagSeconds: lag(s), Problem: strings.Join(slices.DeleteFunc([]string{s.Problem, s.Trouble}, func(why string) bool { return why == "" }), "; ")}
 		all = append(all, m)
 	}
 	return all
@@ -138,13 +144,13 @@ func (c *copies) Describe(to chan<- *prometheus.Desc) {
 
 // Collect is for prometheus.
 func (c *copies) Collect(to chan<- prometheus.Metric) {
-	for _, m := range c.status() {
+	for _, s := range c.list() {
 		problem := 0.
-		if m.GetProblem() != "" {
+		if s.Problem != "" {
 			problem = 1
 		}
-		to <- prometheus.MustNewConstMetric(mirrorLag, prometheus.GaugeValue, m.GetLagSeconds(), m.GetOrigin())
-		to <- prometheus.MustNewConstMetric(mirrorEvents, prometheus.GaugeValue, float64(m.GetEvents()), m.GetOrigin())
-		to <- prometheus.MustNewConstMetric(mirrorProblem, prometheus.GaugeValue, problem, m.GetOrigin())
+		to <- prometheus.MustNewConstMetric(mirrorLag, prometheus.GaugeValue, lag(s), s.Origin)
+		to <- prometheus.MustNewConstMetric(mirrorEvents, prometheus.GaugeValue, float64(s.Events), s.Origin)
+		to <- prometheus.MustNewConstMetric(mirrorProblem, prometheus.GaugeValue, problem, s.Origin)
 	}
 }

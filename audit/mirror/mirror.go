@@ -166,17 +166,6 @@ func (m *Mirrors) Problem(origin string) string {
 	return c.Status().Problem
 }
 
-// Identities returns the newest statements of all servers that it knows, by origin.
-func (m *Mirrors) Identities() map[string][]byte {
-	known := map[string][]byte{}
-	for _, c := range m.all() {
-		if data := c.Identity(); data != nil {
-			known[c.origin] = data
-		}
-	}
-	return known
-}
-
 // Changed returns a channel that gets a value when a copy has grown, until cancel
 // is called.
 func (m *Mirrors) Changed() (changed <-chan struct{}, cancel func()) {

@@ -17,7 +17,7 @@ import (
 	"github.com/halligan-io/halligan/internal/neutral"
 )
 
-// maxProblems bounds the proofs that are kept of one log.
+// maxProblems bounds the proofs that are kept of one log, and how often it is told.
 const maxProblems = 64
 
 // problem is what is wrong with a log, of which the proof is kept as a file. It
@@ -63,6 +63,9 @@ func (c *Copy) problem(kind string, g *generation, text string, ours, theirs []b
 	if p, known := c.problems[name]; known && c.stands(name, p) {
 		return failed
 	}
+	if len(c.problems) >= maxProblems {
+		return failed // each of those was told
+	}
 	p := problem{at: c.m.o.Now(), text: text}
 	a := &txtar.Archive{Comment: []byte(text + "\n" + p.at.UTC().Format(time.RFC3339) + ", seen by " + c.m.o.Server + "\n")}
 	for name, data := range map[string][]byte{"before": ours, "now": theirs} {
@@ -71,16 +74,11 @@ func (c *Copy) problem(kind string, g *generation, text string, ours, theirs []b
 		}
 	}
 	slices.SortFunc(a.Files, func(a, b txtar.File) int { return strings.Compare(a.Name, b.Name) })
-	err := errors.New("there are too many")
-	if len(c.problems) < maxProblems {
-		err = durable.Write(filepath.Join(c.dir, proofs, name), txtar.Format(a))
-	}
-	if p.unproven = err != nil; p.unproven {
+	if err := durable.Write(filepath.Join(c.dir, proofs, name), txtar.Format(a)); err != nil {
+		p.unproven = true
 		c.m.o.Log.Error().Str("log", c.origin).Err(err).Msg("the proof could not be kept")
 	}
-	if len(c.problems) < maxProblems {
-		c.problems[name] = p
-	}
+	c.problems[name] = p
 	c.m.raise(c.origin, text)
 	return failed
 }

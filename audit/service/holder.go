@@ -63,9 +63,9 @@ func NewHolder() *Holder {
 	return &Holder{within: holdWithin, pending: map[string]*pending{}, bastions: map[string]*keeper{}}
 }
 
-// Fits reports whether an event can be held: as the payload of another event, it
+// fits reports whether an event can be held: as the payload of another event, it
 // has to fit into that.
-func Fits(event []byte) bool {
+func fits(event []byte) bool {
 	quoted, err := json.Marshal(string(event))
 	return err == nil && len(quoted) <= audit.MaxEvent-heldEnvelope
 }
@@ -77,7 +77,7 @@ func (h *Holder) Hold(ctx context.Context, id string, event []byte) (receipts []
 	refuse := func(format string, args ...any) ([]string, error) {
 		return nil, fault.New(fault.AuditUnavailable, "make room on the disk, or see why bastions are not connected: halligan status", format, args...)
 	}
-	if !Fits(event) {
+	if !fits(event) {
 		return refuse("an event of %d bytes is too long for bastions to hold", len(event))
 	}
 	p := &pending{id: id, event: event, receipts: map[string]string{}, keys: map[string]bool{}, refused: map[string]string{}, enough: make(chan struct{})}
