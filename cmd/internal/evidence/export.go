@@ -15,7 +15,6 @@ import (
 
 	"github.com/halligan-io/halligan/audit/evidence"
 	"github.com/halligan-io/halligan/audit/export"
-	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
 )
 
@@ -109,7 +108,7 @@ func (t *tool) cursorOf(x exporting) (string, error) {
 	if err != nil {
 		return "", usage(t.cmd, "--to is IP:PORT: %w", err)
 	}
-	if err := durable.Dir(filepath.Dir(dir)); err != nil {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("%s.%s-%s-%d.cursor", dir, x.format, strings.ReplaceAll(to.Addr().String(), ":", "_"), to.Port()), nil
