@@ -177,6 +177,7 @@ func (s *story) check(t *testing.T, dir string) {
 // TestKilledAtEachStep kills the process before each write, sync and rename: first
 // in a new folder, then again and again in one, over several generations.
 func TestKilledAtEachStep(t *testing.T) {
+	t.Parallel() // it mostly waits for processes
 	base := t.TempDir()
 	for step := 1; step < 14; step++ {
 		s := &story{map[string]bool{}, map[string]uint64{}}
@@ -205,6 +206,7 @@ func TestKilledAtEachStep(t *testing.T) {
 // TestKilledInTheDriver kills the process while the tree's driver is at work on its
 // files: after the N-th change of a name in its folders.
 func TestKilledInTheDriver(t *testing.T) {
+	t.Parallel() // it mostly waits for processes
 	s := &story{map[string]bool{}, map[string]uint64{}}
 	dir := filepath.Join(t.TempDir(), "audit")
 	runChild(t, s, dir, "whole", 0, 0, 4, nil)
@@ -260,6 +262,7 @@ func killAfter(t *testing.T, dir string, pid, changes int) (end func()) {
 // a moment at many different steps: the process lives, refuses what it cannot
 // record, and goes on.
 func TestFaultsAtEachStep(t *testing.T) {
+	t.Parallel() // it mostly waits for processes
 	for _, mode := range []string{"files", "writes"} {
 		s := &story{map[string]bool{}, map[string]uint64{}}
 		dir := filepath.Join(t.TempDir(), mode)

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"filippo.io/torchwood"
 	"golang.org/x/mod/sumdb/note"
@@ -202,5 +203,16 @@ func TestAnotherOrigin(t *testing.T) {
 	signed(t, l, add(t, l, audit.Event{Kind: audit.Start}).Seq)
 	if s := l.State(); s.Events != 2 || l.spool.ring != 1<<20 {
 		t.Errorf("%+v, %d", s, l.spool.ring)
+	}
+	l.Close()
+	// How big the old log is does not end the first generation of the new one.
+	l = opened(t, Options{Dir: dir, Origin: "cp-2.prod", GenerationBytes: 1, SpoolBytes: 1 << 20})
+	time.Sleep(20 * time.Millisecond)
+	signed(t, l, add(t, l, audit.Event{Kind: audit.Start, Text: "first"}).Seq)
+	lineage := l.spool.lineage
+	for entry, err := range l.Entries(t.Context(), lineage, 1, 0, 1) {
+		if err != nil || !strings.Contains(string(entry), `"seq":0`) || !strings.Contains(string(entry), `"text":"first"`) {
+			t.Errorf("%v: %s", err, entry)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/ed25519"
@@ -72,25 +73,19 @@ func (l *Ledger) load() error {
 	}
 	if err != nil {
 		if _, _, failed := l.survey(lineageOf(l.path(spoolFile))); failed != nil {
-			err = errors.Join(err, failed)
+			err = fmt.Errorf("%w; %w", err, failed)
 		}
 		return err
 	}
 	if err := l.resume(s); err != nil {
-		return errors.Join(err, s.close())
+		_ = s.f.Close() // or another one's that took its place
+		return err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.refused, l.problem, l.damaged = "", "", false
 	l.broadcast()
 	return nil
-}
-
-func (s *spool) close() error {
-	if s == nil {
-		return nil
-	}
-	return s.f.Close()
 }
 
 // loadKeys reads the keys. They are made where there is no log yet; one that lost
@@ -107,11 +102,14 @@ func (l *Ledger) loadKeys(begun bool) error {
 				return &damage{"the log's key is damaged"}
 			}
 			key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-			if private, ok := key.(ed25519.PrivateKey); err == nil && ok {
-				l.key = private
-				return nil
+			private, ok := key.(ed25519.PrivateKey)
+			if err != nil || !ok {
+				return &damage{"the log's key is damaged"}
 			}
-			return &damage{"the log's key is damaged"}
+			if !private.Equal(l.key) {
+				l.key = private
+			}
+			return nil
 		}, func() ([]byte, error) {
 			der, err := x509.MarshalPKCS8PrivateKey(l.key)
 			return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), err
@@ -120,7 +118,9 @@ func (l *Ledger) loadKeys(begun bool) error {
 			if len(data) != 32 {
 				return &damage{"the key of the log's hashes is damaged"}
 			}
-			l.hashKey = data
+			if !bytes.Equal(data, l.hashKey) {
+				l.hashKey = data
+			}
 			return nil
 		}, func() ([]byte, error) { return l.hashKey, nil }},
 	} {
@@ -320,8 +320,7 @@ func (l *Ledger) renew() error {
 		if err != nil {
 			return l.unload(err)
 		}
-		_ = s.close()
-		return l.resume(next)
+		return l.replace(next)
 	}
 	if err := newSpool(l.path(spoolFile), s.lineage, l.o.SpoolBytes, l.next, l.o.Steps); err != nil {
 		l.o.Log.Warn().Err(err).Msg("the spool of the log keeps its size")
@@ -331,8 +330,18 @@ func (l *Ledger) renew() error {
 	if err != nil {
 		return l.unload(err)
 	}
-	_ = s.close()
-	return l.resume(next)
+	return l.replace(next)
+}
+
+// replace goes on with another spool, in which nothing is yet. trees is held.
+func (l *Ledger) replace(next *spool) error {
+	_ = l.spool.f.Close()
+	_ = l.unload(nil)
+	err := l.resume(next)
+	if err != nil {
+		_ = next.f.Close()
+	}
+	return err
 }
 
 // temporary are the names of files that were being written when a process ended:
@@ -515,10 +524,10 @@ func (l *Ledger) tend() time.Duration {
 	var d *damage
 	switch {
 	case errors.As(err, &d):
-		l.refuse(d.Error(), true)
+		l.refuse(line(d), true)
 		return next
 	case err != nil:
-		text := fmt.Sprintf("events cannot be moved from the spool into the log: %v", err)
+		text := "events cannot be moved from the spool into the log: " + line(err)
 		if l.problem == "" {
 			l.o.Log.Error().Str("dir", l.o.Dir).Msg(text)
 			l.raise(text)
@@ -544,7 +553,7 @@ func (l *Ledger) tryAgain(s *spool) {
 	if s == nil {
 		if err := l.load(); err != nil && !l.ails(err) {
 			l.mu.Lock()
-			l.refuse(err.Error(), false)
+			l.refuse(line(err), false)
 			l.mu.Unlock()
 		}
 		return
@@ -560,7 +569,7 @@ func (l *Ledger) tryAgain(s *spool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
-		l.refuse(fmt.Sprintf("the spool cannot be written: %v", err), false)
+		l.refuse("the spool cannot be written: "+line(err), false)
 		return
 	}
 	l.o.Log.Info().Str("dir", l.o.Dir).Msg("what is done can be recorded again")
@@ -581,7 +590,7 @@ func (l *Ledger) catchUp() {
 	if len(l.gens) == 0 || l.seamed {
 		return
 	}
-	if g := l.gens[len(l.gens)-1]; g.bytes+g.grown >= l.o.GenerationBytes {
+	if g := l.gens[len(l.gens)-1]; g.lineage == l.lineage && g.bytes+g.grown >= l.o.GenerationBytes {
 		if _, err := l.put(&audit.Event{Kind: audit.Seam}, emergency); err == nil {
 			l.seamed = true
 			wake(l.commitWake)

@@ -40,6 +40,7 @@ import (
 	"github.com/halligan-io/halligan/audit/tiles"
 	"github.com/halligan-io/halligan/internal/alarm"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/neutral"
 	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
@@ -642,7 +643,7 @@ func (l *Ledger) settle(b *batch, err error) {
 		close(b.done)
 		return
 	}
-	l.refuse(fmt.Sprintf("the spool cannot be written: %v", err), false)
+	l.refuse("the spool cannot be written: "+line(err), false)
 	l.epoch++
 	l.head, l.next = b.head, b.records[0].seq
 	for _, b := range []*batch{b, l.unwritten} {
@@ -673,6 +674,9 @@ func (l *Ledger) raise(text string) {
 	l.goroutines.Go(func() { l.o.Raise(alarm.Event{Kind: alarm.Audit, Text: text}) })
 }
 
+// line returns an error in one line; those of the driver have file names in them.
+func line(err error) string { return neutral.Line(strings.ReplaceAll(err.Error(), "\n", "; ")) }
+
 // ails reports whether an error is one that the disk may get over; damage is told
 // too, and stays.
 func (l *Ledger) ails(err error) bool {
@@ -691,6 +695,6 @@ func (l *Ledger) ails(err error) bool {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.refuse(err.Error(), d != nil)
+	l.refuse(line(err), d != nil)
 	return true
 }
