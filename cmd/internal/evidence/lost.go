@@ -168,8 +168,8 @@ func (d *deed) entry(whole bool) *halliganv1.HistoryEntry {
 	return out
 }
 
-// deeds calls do for each action of the nodes of which the log tells, in no order,
-// with its evidence, which is open only then.
+// deeds calls do for each action of the nodes of which the log tells, those of one node
+// in order, with its evidence, which is open only then.
 func (l *Lost) deeds(ctx context.Context, wanted func(audit.Event) bool, do func(*evidence.Evidence, *deed) error) error {
 	for _, node := range l.Nodes {
 		if err := l.deedsOf(ctx, node, wanted, do); err != nil {
@@ -185,7 +185,7 @@ func (l *Lost) deedsOf(ctx context.Context, node string, wanted func(audit.Event
 		return err
 	}
 	defer e.Close()
-	byIntent := map[string]*deed{}
+	byIntent, order := map[string]*deed{}, []*deed(nil)
 	for entry, err := range e.Events(ctx, evidence.Filter{Kinds: []audit.Kind{audit.Intent, audit.Objects, audit.Outcome}}) {
 		if err != nil {
 			return err
@@ -194,6 +194,7 @@ func (l *Lost) deedsOf(ctx context.Context, node string, wanted func(audit.Event
 		case entry.Origin != node:
 		case entry.Kind == audit.Intent && wanted(entry.Event):
 			byIntent[entry.ID] = &deed{intent: entry}
+			order = append(order, byIntent[entry.ID])
 		case d == nil:
 		case entry.Kind == audit.Outcome:
 			d.outcome = entry // the last one counts
@@ -201,7 +202,7 @@ func (l *Lost) deedsOf(ctx context.Context, node string, wanted func(audit.Event
 			d.more = append(d.more, entry)
 		}
 	}
-	for _, d := range byIntent {
+	for _, d := range order {
 		// What was found out later comes with all its objects again; that it was
 		// sealed once more has none.
 		d.more = slices.DeleteFunc(d.more, func(e evidence.Entry) bool { return e.Settled != d.outcome.Settled && e.Images == "" })
@@ -236,12 +237,13 @@ func (l *Lost) History(ctx context.Context, id string) (entries []*halliganv1.Hi
 // action back. It is fault.NotFound where no log tells of it.
 func (l *Lost) Evidence(ctx context.Context, id string) (node string, out *halliganv1.SealedEvidence, err error) {
 	found, images, action := 0, []string(nil), ""
+	var undone error
 	err = l.deeds(ctx, func(i audit.Event) bool { return strings.HasPrefix(i.PlanID, id) || strings.HasPrefix(i.Undoes, id) }, func(e *evidence.Evidence, d *deed) error {
 		if d.outcome.Raw == nil || d.outcome.Outcome == "not-applied" {
 			return nil
 		}
 		if strings.HasPrefix(d.intent.Undoes, id) && d.outcome.Outcome == "applied" {
-			return fault.New(fault.Stale, "see: halligan history "+d.intent.PlanID, "action %s was taken back already, by %s on %s", d.intent.Undoes, d.intent.PlanID, d.intent.Origin)
+			undone = fault.New(fault.Stale, "see: halligan history "+d.intent.PlanID, "action %s was taken back already, by %s on %s", d.intent.Undoes, d.intent.PlanID, d.intent.Origin)
 		}
 		if !strings.HasPrefix(d.intent.PlanID, id) {
 			return nil
@@ -271,6 +273,8 @@ func (l *Lost) Evidence(ctx context.Context, id string) (node string, out *halli
 	switch {
 	case err != nil:
 		return node, nil, err
+	case undone != nil:
+		return node, nil, undone
 	case found == 0:
 		return node, nil, fault.New(fault.NotFound, "see: halligan history", "no log of a node that cannot be asked tells of an action %q", id)
 	case len(images) == 0:
