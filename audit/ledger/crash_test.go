@@ -86,7 +86,9 @@ func child(dir string) {
 		}
 		fmt.Println("ack", text, r.Seq)
 		if mode != "kill" || i == 0 {
-			_ = l.SignedWithin(ctx, r.Seq)
+			if err := l.SignedWithin(ctx, r.Seq); err != nil {
+				panic(fmt.Sprintf("%v: %+v", err, l.State()))
+			}
 		}
 	}
 	harm.Lock() // the last harm is over

@@ -601,6 +601,13 @@ func (l *Ledger) catchUp() {
 // round moves one batch of events from the spool into the tree, and returns whether
 // any are left. trees is held.
 func (l *Ledger) round() (left bool, err error) {
+	if n := len(l.gens); n > 0 && l.gens[n-1].stale {
+		g := l.gens[n-1]
+		if err := g.reread(l.verifier(g)); err != nil {
+			return false, err
+		}
+		l.advance(g)
+	}
 	l.mu.Lock()
 	s, number := l.spool, 0
 	for size := 0; number < min(len(l.pending), maxRoundEvents) && size < maxRoundBytes; number++ {
@@ -646,21 +653,24 @@ func (l *Ledger) round() (left bool, err error) {
 	if want := g.first + g.size; records[0].seq != want {
 		return false, &damage{fmt.Sprintf("the log goes on with event %d, and the spool with %d", want, records[0].seq)}
 	}
-	before := g.size
 	err = g.extend(ctx, l.key, l.verifier(g), entries, l.o.Steps)
+	return l.advance(g), err
+}
+
+// advance gives the room of what is in the tree back, and returns whether anything is
+// left. trees is held.
+func (l *Ledger) advance(g *generation) (left bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if added := int(g.size - before); added > 0 {
-		l.tail = records[added-1].end()
-		if l.pending = l.pending[added:]; len(l.pending) == 0 {
-			l.pending = nil
-		}
-		if records[0].seam {
-			l.seamed = false
-		}
+	for len(l.pending) > 0 && l.pending[0].seq < g.first+g.size {
+		l.tail, l.seamed = l.pending[0].end(), l.seamed && !l.pending[0].seam
+		l.pending = l.pending[1:]
+	}
+	if len(l.pending) == 0 {
+		l.pending = nil
 	}
 	l.tell()
-	return len(l.pending) > 0, err
+	return len(l.pending) > 0
 }
 
 // into returns the generation that the next event goes into, which a Seam begins.

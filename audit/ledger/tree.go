@@ -45,6 +45,8 @@ type generation struct {
 	bytes     int64
 	// grown is what was added since bytes was counted.
 	grown int64
+	// stale says that size and signed may be more than was seen.
+	stale bool
 	// tail is the last entry as it was read, and last its time.
 	tail []byte
 	last time.Time
@@ -371,13 +373,19 @@ func (g *generation) covers(checkpoint []byte) uint64 {
 	return uint64(c.N)
 }
 
+// reread finds out how far the tree is. Until it succeeds the generation is stale.
 func (g *generation) reread(v note.Verifier) error {
+	g.stale = true
 	size, _, err := g.state()
 	if err != nil {
 		return err
 	}
 	g.size = size
-	return g.readCheckpoint(v)
+	if err := g.readCheckpoint(v); err != nil {
+		return err
+	}
+	g.stale = false
+	return nil
 }
 
 // tidyEvery is after how many bytes on disk partial tiles are removed: the driver
