@@ -23,7 +23,7 @@ func TestCopies(t *testing.T) {
 	if c.status() != nil || c.warnings() != nil || c.problem("cp-1.prod") != "" {
 		t.Error("something is told before the copies are open")
 	}
-	key, err := mirror.Key(filepath.Join(t.TempDir(), "witness-key"))
+	key, err := mirror.Key(filepath.Join(t.TempDir(), "audit", "witness-key"))
 	if err != nil {
 		t.Fatal(err)
 	}
