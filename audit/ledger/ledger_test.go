@@ -540,3 +540,33 @@ func TestHeld(t *testing.T) {
 		t.Errorf("%+v", adopted)
 	}
 }
+
+// TestHeldOverStuckDisk: what bastions keep while a write hangs is adopted when that
+// ends, however long it takes.
+func TestHeldOverStuckDisk(t *testing.T) {
+	l := opened(t, Options{Dir: filepath.Join(t.TempDir(), "audit"), Hold: &bastions{held: map[string]string{}}})
+	add(t, l, audit.Event{Kind: audit.Start})
+	hang := func(since time.Time) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.writing = since
+	}
+	hang(time.Now().Add(-2 * patience))
+	r := add(t, l, audit.Event{Kind: audit.Intent, Actor: ann})
+	if r.Where != audit.Remote {
+		t.Fatalf("%+v", r)
+	}
+	l.mu.Lock()
+	l.catchUp() // as each round does
+	kept := len(l.held)
+	l.mu.Unlock()
+	if kept != 1 {
+		t.Fatal("an event that bastions hold was forgotten")
+	}
+	hang(time.Time{})
+	wake(l.keepWake)
+	eventually(t, "it is adopted", func() bool { return l.State().Signed == 2 })
+	if all := read(t, l); all[1].Kind != audit.Adopted || !strings.Contains(all[1].Payload, r.ID) {
+		t.Errorf("%+v", all)
+	}
+}

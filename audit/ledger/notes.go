@@ -176,7 +176,7 @@ func (l *Ledger) adopt() {
 			var err error
 			if h.with, err = l.put(&e, usual); err != nil {
 				h.with = nil
-				if !errors.Is(err, errFull) && l.refused == "" && !l.closed {
+				if !errors.Is(err, errFull) && !errors.Is(err, errStuck) && l.refused == "" && !l.closed {
 					l.o.Log.Error().Err(err).Str("id", h.event.ID).Msg("an event that bastions hold cannot be adopted")
 					continue
 				}
