@@ -106,7 +106,10 @@ func unwrap(e audit.Event) (audit.Event, string) {
 	if e.Payload == "" || e.Kind != audit.Held && e.Kind != audit.Adopted || json.Unmarshal([]byte(e.Payload), &inner) != nil || inner.Kind == "" {
 		return e, ""
 	}
-	if e.Kind == audit.Held {
+	switch {
+	case e.Kind == audit.Adopted && inner.Origin != e.Origin, e.Kind == audit.Held && inner.Origin != e.Target:
+		return e, "" // a daemon takes back its own only, and keeps what another has sent
+	case e.Kind == audit.Held:
 		return inner, "kept by " + e.Origin + ", since the node's own log could not take it"
 	}
 	return inner, "kept by bastions at first, since the node's own log could not take it"

@@ -218,9 +218,15 @@ type told struct {
 	Event
 	note       string
 	parameters string
+	// held says that only another log has it, whose word it is.
+	held bool
 }
 
-// take puts the events in order, once each.
+// of joins what one daemon says of an intent: an ID is only its own log's.
+func (e told) of(id string) string { return e.Origin + " " + id }
+
+// take puts the events in order, once each. The same are only those that are so byte
+// for byte: no log says what another's event was.
 func (s *Story) take(in Evidence) []told {
 	var list []told
 	at := map[string]int{}
@@ -230,17 +236,20 @@ func (s *Story) take(in Evidence) []told {
 		inner.Parameters, inner.Payload, inner.Previous = nil, "", ""
 		tidy(reflect.ValueOf(&inner).Elem())
 		inner.Time = inner.Time.UTC()
-		kind := e.Kind
+		bytes, held := string(e.Raw), false
+		if note != "" {
+			bytes, held = e.Payload, e.Kind == audit.Held
+		}
 		e.Event = inner
-		t := told{Event: e, note: line(note), parameters: parameters}
+		t := told{Event: e, note: line(note), parameters: parameters, held: held}
 		// What two bastions keep, and its own log has too, is one event.
-		if i, seen := at[inner.ID]; seen && inner.ID != "" {
-			if kind != audit.Held {
+		if i, seen := at[bytes]; seen && bytes != "" {
+			if !held {
 				list[i] = t
 			}
 			continue
 		}
-		at[inner.ID] = len(list)
+		at[bytes] = len(list)
 		list = append(list, t)
 	}
 	slices.SortStableFunc(list, func(a, b told) int {
@@ -369,11 +378,12 @@ func (s *Story) sessions(in Evidence, events []told) {
 	byName := map[string]*Session{}
 	var list []*Session
 	session := func(name, origin string) *Session {
-		if byName[name] == nil {
-			byName[name] = &Session{Name: name, Origin: origin}
-			list = append(list, byName[name])
+		key := origin + " " + name
+		if byName[key] == nil {
+			byName[key] = &Session{Name: name, Origin: origin}
+			list = append(list, byName[key])
 		}
-		return byName[name]
+		return byName[key]
 	}
 	for _, e := range events {
 		if e.Kind != audit.Session && e.Kind != audit.SessionEnd || e.Target == "" {
@@ -456,13 +466,22 @@ func (s *Story) actions(events []told) {
 		}
 		a.Cast, a.Seconds = s.moment(e)
 		a.Proofs = append(a.Proofs, proof("intent", e))
-		index[e.ID], byPlan[e.PlanID] = a.N, a.N
+		if n := index[e.of(e.ID)]; n == 0 || !e.held {
+			index[e.of(e.ID)] = a.N
+		}
+		byPlan[e.PlanID] = a.N
 		s.Actions = append(s.Actions, a)
 		s.Drill = s.Drill || e.Drill
 	}
+	own := map[string]bool{} // of which the daemon's own log tells
 	for _, e := range events {
-		n := index[e.Of]
-		if n == 0 || e.Kind != audit.Outcome && e.Kind != audit.Objects {
+		if e.Kind == audit.Outcome && !e.held {
+			own[e.of(e.Of)] = true
+		}
+	}
+	for _, e := range events {
+		n := index[e.of(e.Of)]
+		if n == 0 || e.Kind != audit.Outcome && e.Kind != audit.Objects || e.held && own[e.of(e.Of)] {
 			continue
 		}
 		a := &s.Actions[n-1]
@@ -590,7 +609,7 @@ var labels = map[audit.Kind]string{audit.Start: "log starts", audit.Stop: "log s
 func (s *Story) timeline(events []told) {
 	index := map[string]int{}
 	for _, a := range s.Actions {
-		index[a.ID] = a.N
+		index[a.At+" "+a.ID] = a.N
 	}
 	pieces := map[string]int{} // of a recording: the moment
 	seen := map[string]bool{}  // who came in where: each command of halligan does
@@ -606,7 +625,7 @@ func (s *Story) timeline(events []told) {
 	for _, e := range events {
 		m := Moment{ID: e.ID, At: e.Time, Since: "+" + span(e.Time.Sub(s.First)), Origin: e.Origin, Who: e.who(), What: cmp.Or(labels[e.Kind], string(e.Kind)), Tone: Plain, Count: e.Count}
 		a := (*Action)(nil)
-		if n := cmp.Or(index[e.ID], index[e.Of]); n > 0 {
+		if n := cmp.Or(index[e.of(e.ID)], index[e.of(e.Of)]); n > 0 {
 			a, m.Action = &s.Actions[n-1], n
 		}
 		switch e.Kind {

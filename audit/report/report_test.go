@@ -187,7 +187,7 @@ func TestGather(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all := append([]Event{{Event: other}, {Event: alarm}, {Event: audit.Event{Kind: audit.Held, Origin: gate, Payload: string(held), Time: begin}}}, in.Events...)
+	all := append([]Event{{Event: other}, {Event: alarm}, {Event: audit.Event{Kind: audit.Held, Origin: gate, Target: in.Events[8].Origin, Payload: string(held), Time: begin}}}, in.Events...)
 	g := NewGatherer("inc-2041")
 	for _, e := range all {
 		g.Look(e.Event)
@@ -216,6 +216,43 @@ func TestGather(t *testing.T) {
 	}
 	if s := New(Evidence{Incident: "INC-2041", Made: begin, Events: got}); len(s.Timeline) != len(New(in).Timeline) {
 		t.Errorf("an event that was held is told twice: %d moments", len(s.Timeline))
+	}
+}
+
+// TestOthersWord: what one log says of another daemon's deeds changes nothing of what
+// that daemon's own log says.
+func TestOthersWord(t *testing.T) {
+	in := outage(t)
+	want := New(in)
+	intent := in.Events[7].Event
+	event := func(e audit.Event) Event {
+		raw, err := json.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return Event{Event: e, Raw: raw}
+	}
+	lie := func(kind audit.Kind, of audit.Event) Event {
+		return event(audit.Event{Version: 1, ID: "lie-" + string(kind) + string(of.Kind), Kind: kind, Origin: gate, Target: of.Origin, Payload: string(event(of).Raw), Time: of.Time})
+	}
+	denied := audit.Event{Version: 1, ID: "x", Kind: audit.Outcome, Origin: cp1, Of: intent.ID, Time: intent.Time.Add(time.Hour), Outcome: "refused"}
+	elsewhere, other := denied, intent
+	elsewhere.Origin, other.Reason = gate, "none"
+	same := intent
+	same.Kind, same.Origin = audit.Read, gate
+	for name, more := range map[string]Event{
+		"an event with the ID of another's": event(same), "an outcome of another's intent": event(elsewhere), "an outcome that is said to be held": lie(audit.Held, denied),
+		"an outcome that is said to be taken back": lie(audit.Adopted, denied), "an intent that is said to be held": lie(audit.Held, other),
+	} {
+		got := New(Evidence{Incident: in.Incident, Made: in.Made, Events: append([]Event{more}, in.Events...)})
+		found := false
+		for _, a := range got.Actions {
+			w := want.Actions[0]
+			found = found || a.ID == w.ID && a.Reason == w.Reason && a.Outcome == w.Outcome && len(a.Proofs) == len(w.Proofs) && a.Done.Equal(w.Done)
+		}
+		if !found || len(got.Timeline) != len(want.Timeline)+1 {
+			t.Errorf("%s: %d moments, %+v", name, len(got.Timeline), got.Actions)
+		}
 	}
 }
 
