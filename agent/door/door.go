@@ -44,6 +44,12 @@ type Engine interface {
 	History(ctx context.Context, who trust.Identity, req *halliganv1.HistoryRequest, send func(*halliganv1.HistoryEntry) error) error
 }
 
+// Look finds who overloads the control plane. It is called concurrently.
+type Look interface {
+	// Top calls send from one goroutine at a time, and stops when send fails.
+	Top(ctx context.Context, who trust.Identity, req *halliganv1.TopRequest, send func(*halliganv1.TopEvent) error) error
+}
+
 // Bundles is the bundle that the agent trusts. Its methods are called
 // concurrently.
 type Bundles interface {
@@ -57,6 +63,8 @@ type Bundles interface {
 // Options of a server.
 type Options struct {
 	Engine Engine
+	// Look is nil on an agent that does not look for offenders.
+	Look Look
 	// Bundles is nil on an agent without a bundle.
 	Bundles Bundles
 	// Cluster is the name of the cluster in the bundle; may be empty.
@@ -78,6 +86,7 @@ type Server struct {
 	halliganv1.UnimplementedAgentServer
 	*grpcdoor.Server
 	engine   Engine
+	look     Look
 	bundles  Bundles
 	cluster  string
 	warnings func() []string
@@ -96,7 +105,7 @@ func New(o Options) (*Server, error) {
 	if o.Evidence == nil {
 		o.Evidence = halliganv1.UnimplementedEvidenceServer{}
 	}
-	s := &Server{engine: o.Engine, bundles: o.Bundles, cluster: o.Cluster, warnings: o.Warnings, audit: o.Audit}
+	s := &Server{engine: o.Engine, look: o.Look, bundles: o.Bundles, cluster: o.Cluster, warnings: o.Warnings, audit: o.Audit}
 	rows := map[string]grpcdoor.Row{}
 	for method, right := range methods {
 		rows[method] = grpcdoor.Row{May: right.has, Record: right.record}

@@ -34,6 +34,7 @@ var methods = map[string]right{
 	halliganv1.Agent_Stop_FullMethodName:           {trust.Responder, false, false, false, grpcdoor.Deed},
 	halliganv1.Agent_Get_FullMethodName:            {trust.Observer, false, false, false, grpcdoor.Noted},
 	halliganv1.Agent_History_FullMethodName:        {trust.Observer, false, false, false, grpcdoor.Noted},
+	halliganv1.Agent_Top_FullMethodName:            {trust.Observer, false, false, true, grpcdoor.Noted},
 
 	halliganv1.Evidence_ListLogs_FullMethodName:      {trust.Observer, false, false, false, grpcdoor.Routine},
 	halliganv1.Evidence_ReadLog_FullMethodName:       {trust.Observer, false, false, true, grpcdoor.Routine},

@@ -216,6 +216,18 @@ func (b *batch) send() error {
 	return err
 }
 
+// Top streams what is found out about who overloads the control plane.
+func (s *Server) Top(req *halliganv1.TopRequest, stream grpc.ServerStreamingServer[halliganv1.TopEvent]) error {
+	info, err := grpcdoor.CallerOf(stream.Context())
+	if err != nil {
+		return err
+	}
+	if s.look == nil {
+		return fault.New(fault.Usage, "ask the agent of a control-plane node", "this agent does not look for offenders")
+	}
+	return s.look.Top(stream.Context(), info.Who, req, stream.Send)
+}
+
 // History streams recorded actions.
 func (s *Server) History(req *halliganv1.HistoryRequest, stream grpc.ServerStreamingServer[halliganv1.HistoryEntry]) error {
 	info, err := grpcdoor.CallerOf(stream.Context())

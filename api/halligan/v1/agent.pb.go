@@ -400,7 +400,9 @@ type StatusResponse struct {
 	Audit *AuditStatus `protobuf:"bytes,17,opt,name=audit,proto3" json:"audit,omitempty"`
 	// How many small actions of people in a role that can act can still be recorded
 	// when the disk of the state folder takes nothing.
-	StateSlots    int32 `protobuf:"varint,18,opt,name=state_slots,json=stateSlots,proto3" json:"state_slots,omitempty"`
+	StateSlots int32 `protobuf:"varint,18,opt,name=state_slots,json=stateSlots,proto3" json:"state_slots,omitempty"`
+	// The API server of this node; unset where the agent does not ask it.
+	LocalApi      *LocalAPIStatus `protobuf:"bytes,19,opt,name=local_api,json=localApi,proto3" json:"local_api,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -561,6 +563,132 @@ func (x *StatusResponse) GetStateSlots() int32 {
 	return 0
 }
 
+func (x *StatusResponse) GetLocalApi() *LocalAPIStatus {
+	if x != nil {
+		return x.LocalApi
+	}
+	return nil
+}
+
+// LocalAPIStatus is how the API server of the agent's own node was at the last probe,
+// asked past load balancers and DNS with an administrator's credentials.
+type LocalAPIStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// IP:PORT.
+	Endpoint string `protobuf:"bytes,1,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	// The file of the credentials; empty: there is none that can be used.
+	Kubeconfig string `protobuf:"bytes,2,opt,name=kubeconfig,proto3" json:"kubeconfig,omitempty"`
+	// It says of itself that it is ready.
+	Ready bool `protobuf:"varint,3,opt,name=ready,proto3" json:"ready,omitempty"`
+	// How long a small read took; 0 where none was answered.
+	LatencyMs float64 `protobuf:"fixed64,4,opt,name=latency_ms,json=latencyMs,proto3" json:"latency_ms,omitempty"`
+	// Flow control lets these credentials pass at once, however many others wait.
+	Exempt bool `protobuf:"varint,5,opt,name=exempt,proto3" json:"exempt,omitempty"`
+	// API priority and fairness: on or off; empty: not known.
+	FlowControl string `protobuf:"bytes,6,opt,name=flow_control,json=flowControl,proto3" json:"flow_control,omitempty"`
+	// Why it cannot be used, or is not ready; empty: it can.
+	Error string `protobuf:"bytes,7,opt,name=error,proto3" json:"error,omitempty"`
+	// When it was last asked; unset before the first answer, or its absence.
+	Probed *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=probed,proto3" json:"probed,omitempty"`
+	// When the credentials end; unset where they do not say.
+	CredentialExpires *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=credential_expires,json=credentialExpires,proto3" json:"credential_expires,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *LocalAPIStatus) Reset() {
+	*x = LocalAPIStatus{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LocalAPIStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LocalAPIStatus) ProtoMessage() {}
+
+func (x *LocalAPIStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LocalAPIStatus.ProtoReflect.Descriptor instead.
+func (*LocalAPIStatus) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *LocalAPIStatus) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+func (x *LocalAPIStatus) GetKubeconfig() string {
+	if x != nil {
+		return x.Kubeconfig
+	}
+	return ""
+}
+
+func (x *LocalAPIStatus) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+func (x *LocalAPIStatus) GetLatencyMs() float64 {
+	if x != nil {
+		return x.LatencyMs
+	}
+	return 0
+}
+
+func (x *LocalAPIStatus) GetExempt() bool {
+	if x != nil {
+		return x.Exempt
+	}
+	return false
+}
+
+func (x *LocalAPIStatus) GetFlowControl() string {
+	if x != nil {
+		return x.FlowControl
+	}
+	return ""
+}
+
+func (x *LocalAPIStatus) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *LocalAPIStatus) GetProbed() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Probed
+	}
+	return nil
+}
+
+func (x *LocalAPIStatus) GetCredentialExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CredentialExpires
+	}
+	return nil
+}
+
 // AuditStatus is how a transparency log is.
 type AuditStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -588,7 +716,7 @@ type AuditStatus struct {
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	mi := &file_halligan_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +728,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[6]
+	mi := &file_halligan_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +741,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *AuditStatus) GetEvents() uint64 {
@@ -702,7 +830,7 @@ type MirrorStatus struct {
 
 func (x *MirrorStatus) Reset() {
 	*x = MirrorStatus{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[7]
+	mi := &file_halligan_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -714,7 +842,7 @@ func (x *MirrorStatus) String() string {
 func (*MirrorStatus) ProtoMessage() {}
 
 func (x *MirrorStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[7]
+	mi := &file_halligan_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -727,7 +855,7 @@ func (x *MirrorStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MirrorStatus.ProtoReflect.Descriptor instead.
 func (*MirrorStatus) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *MirrorStatus) GetOrigin() string {
@@ -775,7 +903,7 @@ type BundleStatus struct {
 
 func (x *BundleStatus) Reset() {
 	*x = BundleStatus{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[8]
+	mi := &file_halligan_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +915,7 @@ func (x *BundleStatus) String() string {
 func (*BundleStatus) ProtoMessage() {}
 
 func (x *BundleStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[8]
+	mi := &file_halligan_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +928,7 @@ func (x *BundleStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleStatus.ProtoReflect.Descriptor instead.
 func (*BundleStatus) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *BundleStatus) GetPolicyVersion() uint64 {
@@ -865,7 +993,7 @@ type EtcdStatus struct {
 
 func (x *EtcdStatus) Reset() {
 	*x = EtcdStatus{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[9]
+	mi := &file_halligan_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -877,7 +1005,7 @@ func (x *EtcdStatus) String() string {
 func (*EtcdStatus) ProtoMessage() {}
 
 func (x *EtcdStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[9]
+	mi := &file_halligan_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -890,7 +1018,7 @@ func (x *EtcdStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EtcdStatus.ProtoReflect.Descriptor instead.
 func (*EtcdStatus) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *EtcdStatus) GetEndpoint() string {
@@ -983,7 +1111,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[10]
+	mi := &file_halligan_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -995,7 +1123,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[10]
+	mi := &file_halligan_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1008,7 +1136,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PlanRequest) GetAction() string {
@@ -1054,7 +1182,7 @@ type UndoRequest struct {
 
 func (x *UndoRequest) Reset() {
 	*x = UndoRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[11]
+	mi := &file_halligan_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1066,7 +1194,7 @@ func (x *UndoRequest) String() string {
 func (*UndoRequest) ProtoMessage() {}
 
 func (x *UndoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[11]
+	mi := &file_halligan_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1079,7 +1207,7 @@ func (x *UndoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoRequest.ProtoReflect.Descriptor instead.
 func (*UndoRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *UndoRequest) GetActionId() string {
@@ -1127,7 +1255,7 @@ type SealedEvidence struct {
 
 func (x *SealedEvidence) Reset() {
 	*x = SealedEvidence{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[12]
+	mi := &file_halligan_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1139,7 +1267,7 @@ func (x *SealedEvidence) String() string {
 func (*SealedEvidence) ProtoMessage() {}
 
 func (x *SealedEvidence) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[12]
+	mi := &file_halligan_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1152,7 +1280,7 @@ func (x *SealedEvidence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedEvidence.ProtoReflect.Descriptor instead.
 func (*SealedEvidence) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SealedEvidence) GetIdentity() []byte {
@@ -1189,7 +1317,7 @@ type ProvenEvent struct {
 
 func (x *ProvenEvent) Reset() {
 	*x = ProvenEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	mi := &file_halligan_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1201,7 +1329,7 @@ func (x *ProvenEvent) String() string {
 func (*ProvenEvent) ProtoMessage() {}
 
 func (x *ProvenEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[13]
+	mi := &file_halligan_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1214,7 +1342,7 @@ func (x *ProvenEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProvenEvent.ProtoReflect.Descriptor instead.
 func (*ProvenEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ProvenEvent) GetEvent() []byte {
@@ -1285,7 +1413,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	mi := &file_halligan_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1297,7 +1425,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[14]
+	mi := &file_halligan_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1310,7 +1438,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Plan) GetId() string {
@@ -1531,7 +1659,7 @@ type PlannedObject struct {
 
 func (x *PlannedObject) Reset() {
 	*x = PlannedObject{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	mi := &file_halligan_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1543,7 +1671,7 @@ func (x *PlannedObject) String() string {
 func (*PlannedObject) ProtoMessage() {}
 
 func (x *PlannedObject) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[15]
+	mi := &file_halligan_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1556,7 +1684,7 @@ func (x *PlannedObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedObject.ProtoReflect.Descriptor instead.
 func (*PlannedObject) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PlannedObject) GetKey() string {
@@ -1634,7 +1762,7 @@ type FieldChange struct {
 
 func (x *FieldChange) Reset() {
 	*x = FieldChange{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	mi := &file_halligan_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1646,7 +1774,7 @@ func (x *FieldChange) String() string {
 func (*FieldChange) ProtoMessage() {}
 
 func (x *FieldChange) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[16]
+	mi := &file_halligan_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1659,7 +1787,7 @@ func (x *FieldChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FieldChange.ProtoReflect.Descriptor instead.
 func (*FieldChange) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *FieldChange) GetPath() string {
@@ -1698,7 +1826,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[17]
+	mi := &file_halligan_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1710,7 +1838,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[17]
+	mi := &file_halligan_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1723,7 +1851,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ApplyRequest) GetPlanId() string {
@@ -1763,7 +1891,7 @@ type ShowPlanRequest struct {
 
 func (x *ShowPlanRequest) Reset() {
 	*x = ShowPlanRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[18]
+	mi := &file_halligan_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1775,7 +1903,7 @@ func (x *ShowPlanRequest) String() string {
 func (*ShowPlanRequest) ProtoMessage() {}
 
 func (x *ShowPlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[18]
+	mi := &file_halligan_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1788,7 +1916,7 @@ func (x *ShowPlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowPlanRequest.ProtoReflect.Descriptor instead.
 func (*ShowPlanRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ShowPlanRequest) GetPlanId() string {
@@ -1808,7 +1936,7 @@ type ExchangeBundleRequest struct {
 
 func (x *ExchangeBundleRequest) Reset() {
 	*x = ExchangeBundleRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[19]
+	mi := &file_halligan_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1820,7 +1948,7 @@ func (x *ExchangeBundleRequest) String() string {
 func (*ExchangeBundleRequest) ProtoMessage() {}
 
 func (x *ExchangeBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[19]
+	mi := &file_halligan_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1833,7 +1961,7 @@ func (x *ExchangeBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExchangeBundleRequest.ProtoReflect.Descriptor instead.
 func (*ExchangeBundleRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExchangeBundleRequest) GetBundle() []byte {
@@ -1857,7 +1985,7 @@ type ExchangeBundleResponse struct {
 
 func (x *ExchangeBundleResponse) Reset() {
 	*x = ExchangeBundleResponse{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[20]
+	mi := &file_halligan_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1869,7 +1997,7 @@ func (x *ExchangeBundleResponse) String() string {
 func (*ExchangeBundleResponse) ProtoMessage() {}
 
 func (x *ExchangeBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[20]
+	mi := &file_halligan_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1882,7 +2010,7 @@ func (x *ExchangeBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExchangeBundleResponse.ProtoReflect.Descriptor instead.
 func (*ExchangeBundleResponse) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExchangeBundleResponse) GetBundle() []byte {
@@ -1915,7 +2043,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[21]
+	mi := &file_halligan_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1927,7 +2055,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[21]
+	mi := &file_halligan_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1940,7 +2068,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StopRequest) GetActionId() string {
@@ -1958,7 +2086,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[22]
+	mi := &file_halligan_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1970,7 +2098,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[22]
+	mi := &file_halligan_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1983,7 +2111,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 type ApplyEvent struct {
@@ -1999,7 +2127,7 @@ type ApplyEvent struct {
 
 func (x *ApplyEvent) Reset() {
 	*x = ApplyEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[23]
+	mi := &file_halligan_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2011,7 +2139,7 @@ func (x *ApplyEvent) String() string {
 func (*ApplyEvent) ProtoMessage() {}
 
 func (x *ApplyEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[23]
+	mi := &file_halligan_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2024,7 +2152,7 @@ func (x *ApplyEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyEvent.ProtoReflect.Descriptor instead.
 func (*ApplyEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ApplyEvent) GetEvent() isApplyEvent_Event {
@@ -2081,7 +2209,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[24]
+	mi := &file_halligan_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2093,7 +2221,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[24]
+	mi := &file_halligan_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2106,7 +2234,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Progress) GetDone() int64 {
@@ -2156,7 +2284,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[25]
+	mi := &file_halligan_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2168,7 +2296,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[25]
+	mi := &file_halligan_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2181,7 +2309,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Result) GetAction() string {
@@ -2249,7 +2377,7 @@ type ObjectResult struct {
 
 func (x *ObjectResult) Reset() {
 	*x = ObjectResult{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[26]
+	mi := &file_halligan_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2261,7 +2389,7 @@ func (x *ObjectResult) String() string {
 func (*ObjectResult) ProtoMessage() {}
 
 func (x *ObjectResult) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[26]
+	mi := &file_halligan_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2274,7 +2402,7 @@ func (x *ObjectResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectResult.ProtoReflect.Descriptor instead.
 func (*ObjectResult) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ObjectResult) GetKey() string {
@@ -2332,7 +2460,7 @@ type Error struct {
 
 func (x *Error) Reset() {
 	*x = Error{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[27]
+	mi := &file_halligan_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2344,7 +2472,7 @@ func (x *Error) String() string {
 func (*Error) ProtoMessage() {}
 
 func (x *Error) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[27]
+	mi := &file_halligan_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2357,7 +2485,7 @@ func (x *Error) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Error.ProtoReflect.Descriptor instead.
 func (*Error) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Error) GetCode() string {
@@ -2393,7 +2521,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[28]
+	mi := &file_halligan_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2405,7 +2533,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[28]
+	mi := &file_halligan_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2418,7 +2546,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetRequest) GetParameters() *structpb.Struct {
@@ -2453,7 +2581,7 @@ type GetEvent struct {
 
 func (x *GetEvent) Reset() {
 	*x = GetEvent{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[29]
+	mi := &file_halligan_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2465,7 +2593,7 @@ func (x *GetEvent) String() string {
 func (*GetEvent) ProtoMessage() {}
 
 func (x *GetEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[29]
+	mi := &file_halligan_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +2606,7 @@ func (x *GetEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEvent.ProtoReflect.Descriptor instead.
 func (*GetEvent) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GetEvent) GetObjects() []*Object {
@@ -2517,7 +2645,7 @@ type Object struct {
 
 func (x *Object) Reset() {
 	*x = Object{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[30]
+	mi := &file_halligan_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2529,7 +2657,7 @@ func (x *Object) String() string {
 func (*Object) ProtoMessage() {}
 
 func (x *Object) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[30]
+	mi := &file_halligan_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2542,7 +2670,7 @@ func (x *Object) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Object.ProtoReflect.Descriptor instead.
 func (*Object) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Object) GetKey() string {
@@ -2629,7 +2757,7 @@ type GetSummary struct {
 
 func (x *GetSummary) Reset() {
 	*x = GetSummary{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[31]
+	mi := &file_halligan_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2641,7 +2769,7 @@ func (x *GetSummary) String() string {
 func (*GetSummary) ProtoMessage() {}
 
 func (x *GetSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[31]
+	mi := &file_halligan_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2654,7 +2782,7 @@ func (x *GetSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSummary.ProtoReflect.Descriptor instead.
 func (*GetSummary) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetSummary) GetObjects() int64 {
@@ -2697,7 +2825,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[32]
+	mi := &file_halligan_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2709,7 +2837,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[32]
+	mi := &file_halligan_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2722,7 +2850,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *HistoryRequest) GetLimit() int64 {
@@ -2772,7 +2900,7 @@ type HistoryEntry struct {
 
 func (x *HistoryEntry) Reset() {
 	*x = HistoryEntry{}
-	mi := &file_halligan_v1_agent_proto_msgTypes[33]
+	mi := &file_halligan_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2784,7 +2912,7 @@ func (x *HistoryEntry) String() string {
 func (*HistoryEntry) ProtoMessage() {}
 
 func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_halligan_v1_agent_proto_msgTypes[33]
+	mi := &file_halligan_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2797,7 +2925,7 @@ func (x *HistoryEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryEntry.ProtoReflect.Descriptor instead.
 func (*HistoryEntry) Descriptor() ([]byte, []int) {
-	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *HistoryEntry) GetActionId() string {
@@ -2933,6 +3061,525 @@ func (x *HistoryEntry) GetCredential() string {
 	return ""
 }
 
+type TopRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Ways to look: objects, bytes, writes, connections, requests; empty: all.
+	By []string `protobuf:"bytes,1,rep,name=by,proto3" json:"by,omitempty"`
+	// How long the ways that watch may watch, in seconds; 0: the agent's default.
+	Seconds uint32 `protobuf:"varint,2,opt,name=seconds,proto3" json:"seconds,omitempty"`
+	// Look at a sample where the whole would take long.
+	Sample        bool   `protobuf:"varint,3,opt,name=sample,proto3" json:"sample,omitempty"`
+	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Incident      string `protobuf:"bytes,5,opt,name=incident,proto3" json:"incident,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TopRequest) Reset() {
+	*x = TopRequest{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TopRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TopRequest) ProtoMessage() {}
+
+func (x *TopRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TopRequest.ProtoReflect.Descriptor instead.
+func (*TopRequest) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *TopRequest) GetBy() []string {
+	if x != nil {
+		return x.By
+	}
+	return nil
+}
+
+func (x *TopRequest) GetSeconds() uint32 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+func (x *TopRequest) GetSample() bool {
+	if x != nil {
+		return x.Sample
+	}
+	return false
+}
+
+func (x *TopRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *TopRequest) GetIncident() string {
+	if x != nil {
+		return x.Incident
+	}
+	return ""
+}
+
+// TopEvent has what one way found, or who is suspected by all that was found so far.
+type TopEvent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Finding       *Finding               `protobuf:"bytes,1,opt,name=finding,proto3" json:"finding,omitempty"`
+	Suspects      *Suspects              `protobuf:"bytes,2,opt,name=suspects,proto3" json:"suspects,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TopEvent) Reset() {
+	*x = TopEvent{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TopEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TopEvent) ProtoMessage() {}
+
+func (x *TopEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TopEvent.ProtoReflect.Descriptor instead.
+func (*TopEvent) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *TopEvent) GetFinding() *Finding {
+	if x != nil {
+		return x.Finding
+	}
+	return nil
+}
+
+func (x *TopEvent) GetSuspects() *Suspects {
+	if x != nil {
+		return x.Suspects
+	}
+	return nil
+}
+
+// Finding is what one way of looking found.
+type Finding struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in TopRequest.by.
+	Way string `protobuf:"bytes,1,opt,name=way,proto3" json:"way,omitempty"`
+	// What its rows count, such as "requests/s", and its title for people.
+	Unit  string        `protobuf:"bytes,2,opt,name=unit,proto3" json:"unit,omitempty"`
+	Title string        `protobuf:"bytes,3,opt,name=title,proto3" json:"title,omitempty"`
+	Rows  []*FindingRow `protobuf:"bytes,4,rep,name=rows,proto3" json:"rows,omitempty"`
+	// What this way cannot see, each in one line, and what kept it from looking.
+	Blind []string `protobuf:"bytes,5,rep,name=blind,proto3" json:"blind,omitempty"`
+	Error string   `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	// Set where only a part was looked at: which.
+	Sampled string  `protobuf:"bytes,7,opt,name=sampled,proto3" json:"sampled,omitempty"`
+	TookMs  float64 `protobuf:"fixed64,8,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	// Sum over everything, the rows that are left out included.
+	Total         float64 `protobuf:"fixed64,9,opt,name=total,proto3" json:"total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Finding) Reset() {
+	*x = Finding{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Finding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Finding) ProtoMessage() {}
+
+func (x *Finding) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Finding.ProtoReflect.Descriptor instead.
+func (*Finding) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *Finding) GetWay() string {
+	if x != nil {
+		return x.Way
+	}
+	return ""
+}
+
+func (x *Finding) GetUnit() string {
+	if x != nil {
+		return x.Unit
+	}
+	return ""
+}
+
+func (x *Finding) GetTitle() string {
+	if x != nil {
+		return x.Title
+	}
+	return ""
+}
+
+func (x *Finding) GetRows() []*FindingRow {
+	if x != nil {
+		return x.Rows
+	}
+	return nil
+}
+
+func (x *Finding) GetBlind() []string {
+	if x != nil {
+		return x.Blind
+	}
+	return nil
+}
+
+func (x *Finding) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *Finding) GetSampled() string {
+	if x != nil {
+		return x.Sampled
+	}
+	return ""
+}
+
+func (x *Finding) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
+func (x *Finding) GetTotal() float64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+type FindingRow struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Cells in order: what it is about first.
+	Subject       string  `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
+	Namespace     string  `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Owner         string  `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
+	Detail        string  `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	Value         float64 `protobuf:"fixed64,5,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FindingRow) Reset() {
+	*x = FindingRow{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FindingRow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FindingRow) ProtoMessage() {}
+
+func (x *FindingRow) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FindingRow.ProtoReflect.Descriptor instead.
+func (*FindingRow) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *FindingRow) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *FindingRow) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *FindingRow) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *FindingRow) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *FindingRow) GetValue() float64 {
+	if x != nil {
+		return x.Value
+	}
+	return 0
+}
+
+// Suspects are ranked, the worst first.
+type Suspects struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Suspects []*Suspect             `protobuf:"bytes,1,rep,name=suspects,proto3" json:"suspects,omitempty"`
+	// No more will come.
+	Final         bool `protobuf:"varint,2,opt,name=final,proto3" json:"final,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Suspects) Reset() {
+	*x = Suspects{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Suspects) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Suspects) ProtoMessage() {}
+
+func (x *Suspects) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Suspects.ProtoReflect.Descriptor instead.
+func (*Suspects) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *Suspects) GetSuspects() []*Suspect {
+	if x != nil {
+		return x.Suspects
+	}
+	return nil
+}
+
+func (x *Suspects) GetFinal() bool {
+	if x != nil {
+		return x.Final
+	}
+	return false
+}
+
+type Suspect struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The user as the API server authenticated it, if known, and the workload, as
+	// KIND/NAME in its namespace.
+	User      string `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	Workload  string `protobuf:"bytes,2,opt,name=workload,proto3" json:"workload,omitempty"`
+	Namespace string `protobuf:"bytes,3,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	// 0 to 1, by the evidence.
+	Score         float64   `protobuf:"fixed64,4,opt,name=score,proto3" json:"score,omitempty"`
+	Evidence      []string  `protobuf:"bytes,5,rep,name=evidence,proto3" json:"evidence,omitempty"`
+	Remedies      []*Remedy `protobuf:"bytes,6,rep,name=remedies,proto3" json:"remedies,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Suspect) Reset() {
+	*x = Suspect{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Suspect) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Suspect) ProtoMessage() {}
+
+func (x *Suspect) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Suspect.ProtoReflect.Descriptor instead.
+func (*Suspect) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *Suspect) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *Suspect) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *Suspect) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *Suspect) GetScore() float64 {
+	if x != nil {
+		return x.Score
+	}
+	return 0
+}
+
+func (x *Suspect) GetEvidence() []string {
+	if x != nil {
+		return x.Evidence
+	}
+	return nil
+}
+
+func (x *Suspect) GetRemedies() []*Remedy {
+	if x != nil {
+		return x.Remedies
+	}
+	return nil
+}
+
+// Remedy is one rung of the rescue ladder for a suspect.
+type Remedy struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A command line, quoted for a shell.
+	Command string `protobuf:"bytes,1,opt,name=command,proto3" json:"command,omitempty"`
+	// What it does, and what must be alive for it to work.
+	Effect        string `protobuf:"bytes,2,opt,name=effect,proto3" json:"effect,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Remedy) Reset() {
+	*x = Remedy{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Remedy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Remedy) ProtoMessage() {}
+
+func (x *Remedy) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Remedy.ProtoReflect.Descriptor instead.
+func (*Remedy) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *Remedy) GetCommand() string {
+	if x != nil {
+		return x.Command
+	}
+	return ""
+}
+
+func (x *Remedy) GetEffect() string {
+	if x != nil {
+		return x.Effect
+	}
+	return ""
+}
+
 var File_halligan_v1_agent_proto protoreflect.FileDescriptor
 
 const file_halligan_v1_agent_proto_rawDesc = "" +
@@ -2964,7 +3611,7 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"positional\x12\x1c\n" +
 	"\tshorthand\x18\x06 \x01(\tR\tshorthand\x12 \n" +
 	"\vplaceholder\x18\a \x01(\tR\vplaceholder\"\x0f\n" +
-	"\rStatusRequest\"\xff\x05\n" +
+	"\rStatusRequest\"\xb9\x06\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12.\n" +
@@ -2987,10 +3634,24 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\x04door\x18\x10 \x01(\tR\x04door\x12.\n" +
 	"\x05audit\x18\x11 \x01(\v2\x18.halligan.v1.AuditStatusR\x05audit\x12\x1f\n" +
 	"\vstate_slots\x18\x12 \x01(\x05R\n" +
-	"stateSlots\x1a=\n" +
+	"stateSlots\x128\n" +
+	"\tlocal_api\x18\x13 \x01(\v2\x1b.halligan.v1.LocalAPIStatusR\blocalApi\x1a=\n" +
 	"\x0fEncryptionEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xee\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd1\x02\n" +
+	"\x0eLocalAPIStatus\x12\x1a\n" +
+	"\bendpoint\x18\x01 \x01(\tR\bendpoint\x12\x1e\n" +
+	"\n" +
+	"kubeconfig\x18\x02 \x01(\tR\n" +
+	"kubeconfig\x12\x14\n" +
+	"\x05ready\x18\x03 \x01(\bR\x05ready\x12\x1d\n" +
+	"\n" +
+	"latency_ms\x18\x04 \x01(\x01R\tlatencyMs\x12\x16\n" +
+	"\x06exempt\x18\x05 \x01(\bR\x06exempt\x12!\n" +
+	"\fflow_control\x18\x06 \x01(\tR\vflowControl\x12\x14\n" +
+	"\x05error\x18\a \x01(\tR\x05error\x122\n" +
+	"\x06probed\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x06probed\x12I\n" +
+	"\x12credential_expires\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x11credentialExpires\"\xee\x02\n" +
 	"\vAuditStatus\x12\x16\n" +
 	"\x06events\x18\x01 \x01(\x04R\x06events\x12\x16\n" +
 	"\x06signed\x18\x02 \x01(\x04R\x06signed\x12E\n" +
@@ -3208,7 +3869,47 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\x06source\x18\x12 \x01(\tR\x06source\x12\x1e\n" +
 	"\n" +
 	"credential\x18\x13 \x01(\tR\n" +
-	"credential2\x8f\x05\n" +
+	"credential\"\x82\x01\n" +
+	"\n" +
+	"TopRequest\x12\x0e\n" +
+	"\x02by\x18\x01 \x03(\tR\x02by\x12\x18\n" +
+	"\aseconds\x18\x02 \x01(\rR\aseconds\x12\x16\n" +
+	"\x06sample\x18\x03 \x01(\bR\x06sample\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x1a\n" +
+	"\bincident\x18\x05 \x01(\tR\bincident\"m\n" +
+	"\bTopEvent\x12.\n" +
+	"\afinding\x18\x01 \x01(\v2\x14.halligan.v1.FindingR\afinding\x121\n" +
+	"\bsuspects\x18\x02 \x01(\v2\x15.halligan.v1.SuspectsR\bsuspects\"\xe7\x01\n" +
+	"\aFinding\x12\x10\n" +
+	"\x03way\x18\x01 \x01(\tR\x03way\x12\x12\n" +
+	"\x04unit\x18\x02 \x01(\tR\x04unit\x12\x14\n" +
+	"\x05title\x18\x03 \x01(\tR\x05title\x12+\n" +
+	"\x04rows\x18\x04 \x03(\v2\x17.halligan.v1.FindingRowR\x04rows\x12\x14\n" +
+	"\x05blind\x18\x05 \x03(\tR\x05blind\x12\x14\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\x12\x18\n" +
+	"\asampled\x18\a \x01(\tR\asampled\x12\x17\n" +
+	"\atook_ms\x18\b \x01(\x01R\x06tookMs\x12\x14\n" +
+	"\x05total\x18\t \x01(\x01R\x05total\"\x88\x01\n" +
+	"\n" +
+	"FindingRow\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\tR\asubject\x12\x1c\n" +
+	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05owner\x18\x03 \x01(\tR\x05owner\x12\x16\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x14\n" +
+	"\x05value\x18\x05 \x01(\x01R\x05value\"R\n" +
+	"\bSuspects\x120\n" +
+	"\bsuspects\x18\x01 \x03(\v2\x14.halligan.v1.SuspectR\bsuspects\x12\x14\n" +
+	"\x05final\x18\x02 \x01(\bR\x05final\"\xba\x01\n" +
+	"\aSuspect\x12\x12\n" +
+	"\x04user\x18\x01 \x01(\tR\x04user\x12\x1a\n" +
+	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x1c\n" +
+	"\tnamespace\x18\x03 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05score\x18\x04 \x01(\x01R\x05score\x12\x1a\n" +
+	"\bevidence\x18\x05 \x03(\tR\bevidence\x12/\n" +
+	"\bremedies\x18\x06 \x03(\v2\x13.halligan.v1.RemedyR\bremedies\":\n" +
+	"\x06Remedy\x12\x18\n" +
+	"\acommand\x18\x01 \x01(\tR\acommand\x12\x16\n" +
+	"\x06effect\x18\x02 \x01(\tR\x06effect2\xc8\x05\n" +
 	"\x05Agent\x12G\n" +
 	"\bDescribe\x12\x1c.halligan.v1.DescribeRequest\x1a\x1d.halligan.v1.DescribeResponse\x12A\n" +
 	"\x06Status\x12\x1a.halligan.v1.StatusRequest\x1a\x1b.halligan.v1.StatusResponse\x123\n" +
@@ -3219,7 +3920,8 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\x0eExchangeBundle\x12\".halligan.v1.ExchangeBundleRequest\x1a#.halligan.v1.ExchangeBundleResponse\x12;\n" +
 	"\x04Stop\x12\x18.halligan.v1.StopRequest\x1a\x19.halligan.v1.StopResponse\x127\n" +
 	"\x03Get\x12\x17.halligan.v1.GetRequest\x1a\x15.halligan.v1.GetEvent0\x01\x12C\n" +
-	"\aHistory\x12\x1b.halligan.v1.HistoryRequest\x1a\x19.halligan.v1.HistoryEntry0\x01B<Z:github.com/halligan-io/halligan/api/halligan/v1;halliganv1b\x06proto3"
+	"\aHistory\x12\x1b.halligan.v1.HistoryRequest\x1a\x19.halligan.v1.HistoryEntry0\x01\x127\n" +
+	"\x03Top\x12\x17.halligan.v1.TopRequest\x1a\x15.halligan.v1.TopEvent0\x01B<Z:github.com/halligan-io/halligan/api/halligan/v1;halliganv1b\x06proto3"
 
 var (
 	file_halligan_v1_agent_proto_rawDescOnce sync.Once
@@ -3233,7 +3935,7 @@ func file_halligan_v1_agent_proto_rawDescGZIP() []byte {
 	return file_halligan_v1_agent_proto_rawDescData
 }
 
-var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_halligan_v1_agent_proto_goTypes = []any{
 	(*DescribeRequest)(nil),        // 0: halligan.v1.DescribeRequest
 	(*DescribeResponse)(nil),       // 1: halligan.v1.DescribeResponse
@@ -3241,100 +3943,118 @@ var file_halligan_v1_agent_proto_goTypes = []any{
 	(*Parameter)(nil),              // 3: halligan.v1.Parameter
 	(*StatusRequest)(nil),          // 4: halligan.v1.StatusRequest
 	(*StatusResponse)(nil),         // 5: halligan.v1.StatusResponse
-	(*AuditStatus)(nil),            // 6: halligan.v1.AuditStatus
-	(*MirrorStatus)(nil),           // 7: halligan.v1.MirrorStatus
-	(*BundleStatus)(nil),           // 8: halligan.v1.BundleStatus
-	(*EtcdStatus)(nil),             // 9: halligan.v1.EtcdStatus
-	(*PlanRequest)(nil),            // 10: halligan.v1.PlanRequest
-	(*UndoRequest)(nil),            // 11: halligan.v1.UndoRequest
-	(*SealedEvidence)(nil),         // 12: halligan.v1.SealedEvidence
-	(*ProvenEvent)(nil),            // 13: halligan.v1.ProvenEvent
-	(*Plan)(nil),                   // 14: halligan.v1.Plan
-	(*PlannedObject)(nil),          // 15: halligan.v1.PlannedObject
-	(*FieldChange)(nil),            // 16: halligan.v1.FieldChange
-	(*ApplyRequest)(nil),           // 17: halligan.v1.ApplyRequest
-	(*ShowPlanRequest)(nil),        // 18: halligan.v1.ShowPlanRequest
-	(*ExchangeBundleRequest)(nil),  // 19: halligan.v1.ExchangeBundleRequest
-	(*ExchangeBundleResponse)(nil), // 20: halligan.v1.ExchangeBundleResponse
-	(*StopRequest)(nil),            // 21: halligan.v1.StopRequest
-	(*StopResponse)(nil),           // 22: halligan.v1.StopResponse
-	(*ApplyEvent)(nil),             // 23: halligan.v1.ApplyEvent
-	(*Progress)(nil),               // 24: halligan.v1.Progress
-	(*Result)(nil),                 // 25: halligan.v1.Result
-	(*ObjectResult)(nil),           // 26: halligan.v1.ObjectResult
-	(*Error)(nil),                  // 27: halligan.v1.Error
-	(*GetRequest)(nil),             // 28: halligan.v1.GetRequest
-	(*GetEvent)(nil),               // 29: halligan.v1.GetEvent
-	(*Object)(nil),                 // 30: halligan.v1.Object
-	(*GetSummary)(nil),             // 31: halligan.v1.GetSummary
-	(*HistoryRequest)(nil),         // 32: halligan.v1.HistoryRequest
-	(*HistoryEntry)(nil),           // 33: halligan.v1.HistoryEntry
-	nil,                            // 34: halligan.v1.StatusResponse.EncryptionEntry
-	nil,                            // 35: halligan.v1.AuditStatus.WitnessedEntry
-	nil,                            // 36: halligan.v1.Result.TimingsMsEntry
-	(*timestamppb.Timestamp)(nil),  // 37: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),        // 38: google.protobuf.Struct
+	(*LocalAPIStatus)(nil),         // 6: halligan.v1.LocalAPIStatus
+	(*AuditStatus)(nil),            // 7: halligan.v1.AuditStatus
+	(*MirrorStatus)(nil),           // 8: halligan.v1.MirrorStatus
+	(*BundleStatus)(nil),           // 9: halligan.v1.BundleStatus
+	(*EtcdStatus)(nil),             // 10: halligan.v1.EtcdStatus
+	(*PlanRequest)(nil),            // 11: halligan.v1.PlanRequest
+	(*UndoRequest)(nil),            // 12: halligan.v1.UndoRequest
+	(*SealedEvidence)(nil),         // 13: halligan.v1.SealedEvidence
+	(*ProvenEvent)(nil),            // 14: halligan.v1.ProvenEvent
+	(*Plan)(nil),                   // 15: halligan.v1.Plan
+	(*PlannedObject)(nil),          // 16: halligan.v1.PlannedObject
+	(*FieldChange)(nil),            // 17: halligan.v1.FieldChange
+	(*ApplyRequest)(nil),           // 18: halligan.v1.ApplyRequest
+	(*ShowPlanRequest)(nil),        // 19: halligan.v1.ShowPlanRequest
+	(*ExchangeBundleRequest)(nil),  // 20: halligan.v1.ExchangeBundleRequest
+	(*ExchangeBundleResponse)(nil), // 21: halligan.v1.ExchangeBundleResponse
+	(*StopRequest)(nil),            // 22: halligan.v1.StopRequest
+	(*StopResponse)(nil),           // 23: halligan.v1.StopResponse
+	(*ApplyEvent)(nil),             // 24: halligan.v1.ApplyEvent
+	(*Progress)(nil),               // 25: halligan.v1.Progress
+	(*Result)(nil),                 // 26: halligan.v1.Result
+	(*ObjectResult)(nil),           // 27: halligan.v1.ObjectResult
+	(*Error)(nil),                  // 28: halligan.v1.Error
+	(*GetRequest)(nil),             // 29: halligan.v1.GetRequest
+	(*GetEvent)(nil),               // 30: halligan.v1.GetEvent
+	(*Object)(nil),                 // 31: halligan.v1.Object
+	(*GetSummary)(nil),             // 32: halligan.v1.GetSummary
+	(*HistoryRequest)(nil),         // 33: halligan.v1.HistoryRequest
+	(*HistoryEntry)(nil),           // 34: halligan.v1.HistoryEntry
+	(*TopRequest)(nil),             // 35: halligan.v1.TopRequest
+	(*TopEvent)(nil),               // 36: halligan.v1.TopEvent
+	(*Finding)(nil),                // 37: halligan.v1.Finding
+	(*FindingRow)(nil),             // 38: halligan.v1.FindingRow
+	(*Suspects)(nil),               // 39: halligan.v1.Suspects
+	(*Suspect)(nil),                // 40: halligan.v1.Suspect
+	(*Remedy)(nil),                 // 41: halligan.v1.Remedy
+	nil,                            // 42: halligan.v1.StatusResponse.EncryptionEntry
+	nil,                            // 43: halligan.v1.AuditStatus.WitnessedEntry
+	nil,                            // 44: halligan.v1.Result.TimingsMsEntry
+	(*timestamppb.Timestamp)(nil),  // 45: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),        // 46: google.protobuf.Struct
 }
 var file_halligan_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: halligan.v1.DescribeResponse.actions:type_name -> halligan.v1.Action
 	3,  // 1: halligan.v1.Action.parameters:type_name -> halligan.v1.Parameter
-	37, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
-	9,  // 3: halligan.v1.StatusResponse.etcd:type_name -> halligan.v1.EtcdStatus
-	34, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
-	8,  // 5: halligan.v1.StatusResponse.bundle:type_name -> halligan.v1.BundleStatus
-	37, // 6: halligan.v1.StatusResponse.credential_expires:type_name -> google.protobuf.Timestamp
-	6,  // 7: halligan.v1.StatusResponse.audit:type_name -> halligan.v1.AuditStatus
-	35, // 8: halligan.v1.AuditStatus.witnessed:type_name -> halligan.v1.AuditStatus.WitnessedEntry
-	37, // 9: halligan.v1.BundleStatus.signed:type_name -> google.protobuf.Timestamp
-	37, // 10: halligan.v1.BundleStatus.fresh_until:type_name -> google.protobuf.Timestamp
-	38, // 11: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
-	12, // 12: halligan.v1.UndoRequest.evidence:type_name -> halligan.v1.SealedEvidence
-	13, // 13: halligan.v1.SealedEvidence.events:type_name -> halligan.v1.ProvenEvent
-	38, // 14: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
-	15, // 15: halligan.v1.Plan.objects:type_name -> halligan.v1.PlannedObject
-	37, // 16: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
-	37, // 17: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
-	16, // 18: halligan.v1.PlannedObject.changes:type_name -> halligan.v1.FieldChange
-	8,  // 19: halligan.v1.ExchangeBundleResponse.status:type_name -> halligan.v1.BundleStatus
-	27, // 20: halligan.v1.ExchangeBundleResponse.refused:type_name -> halligan.v1.Error
-	24, // 21: halligan.v1.ApplyEvent.progress:type_name -> halligan.v1.Progress
-	25, // 22: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
-	14, // 23: halligan.v1.Result.plan:type_name -> halligan.v1.Plan
-	26, // 24: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
-	36, // 25: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
-	27, // 26: halligan.v1.Result.error:type_name -> halligan.v1.Error
-	38, // 27: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
-	30, // 28: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
-	31, // 29: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
-	37, // 30: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
-	37, // 31: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
-	14, // 32: halligan.v1.HistoryEntry.plan:type_name -> halligan.v1.Plan
-	26, // 33: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
-	0,  // 34: halligan.v1.Agent.Describe:input_type -> halligan.v1.DescribeRequest
-	4,  // 35: halligan.v1.Agent.Status:input_type -> halligan.v1.StatusRequest
-	10, // 36: halligan.v1.Agent.Plan:input_type -> halligan.v1.PlanRequest
-	11, // 37: halligan.v1.Agent.Undo:input_type -> halligan.v1.UndoRequest
-	17, // 38: halligan.v1.Agent.Apply:input_type -> halligan.v1.ApplyRequest
-	18, // 39: halligan.v1.Agent.ShowPlan:input_type -> halligan.v1.ShowPlanRequest
-	19, // 40: halligan.v1.Agent.ExchangeBundle:input_type -> halligan.v1.ExchangeBundleRequest
-	21, // 41: halligan.v1.Agent.Stop:input_type -> halligan.v1.StopRequest
-	28, // 42: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
-	32, // 43: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
-	1,  // 44: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
-	5,  // 45: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
-	14, // 46: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
-	14, // 47: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
-	23, // 48: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
-	14, // 49: halligan.v1.Agent.ShowPlan:output_type -> halligan.v1.Plan
-	20, // 50: halligan.v1.Agent.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
-	22, // 51: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
-	29, // 52: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
-	33, // 53: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
-	44, // [44:54] is the sub-list for method output_type
-	34, // [34:44] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	45, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
+	10, // 3: halligan.v1.StatusResponse.etcd:type_name -> halligan.v1.EtcdStatus
+	42, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
+	9,  // 5: halligan.v1.StatusResponse.bundle:type_name -> halligan.v1.BundleStatus
+	45, // 6: halligan.v1.StatusResponse.credential_expires:type_name -> google.protobuf.Timestamp
+	7,  // 7: halligan.v1.StatusResponse.audit:type_name -> halligan.v1.AuditStatus
+	6,  // 8: halligan.v1.StatusResponse.local_api:type_name -> halligan.v1.LocalAPIStatus
+	45, // 9: halligan.v1.LocalAPIStatus.probed:type_name -> google.protobuf.Timestamp
+	45, // 10: halligan.v1.LocalAPIStatus.credential_expires:type_name -> google.protobuf.Timestamp
+	43, // 11: halligan.v1.AuditStatus.witnessed:type_name -> halligan.v1.AuditStatus.WitnessedEntry
+	45, // 12: halligan.v1.BundleStatus.signed:type_name -> google.protobuf.Timestamp
+	45, // 13: halligan.v1.BundleStatus.fresh_until:type_name -> google.protobuf.Timestamp
+	46, // 14: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
+	13, // 15: halligan.v1.UndoRequest.evidence:type_name -> halligan.v1.SealedEvidence
+	14, // 16: halligan.v1.SealedEvidence.events:type_name -> halligan.v1.ProvenEvent
+	46, // 17: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
+	16, // 18: halligan.v1.Plan.objects:type_name -> halligan.v1.PlannedObject
+	45, // 19: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
+	45, // 20: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
+	17, // 21: halligan.v1.PlannedObject.changes:type_name -> halligan.v1.FieldChange
+	9,  // 22: halligan.v1.ExchangeBundleResponse.status:type_name -> halligan.v1.BundleStatus
+	28, // 23: halligan.v1.ExchangeBundleResponse.refused:type_name -> halligan.v1.Error
+	25, // 24: halligan.v1.ApplyEvent.progress:type_name -> halligan.v1.Progress
+	26, // 25: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
+	15, // 26: halligan.v1.Result.plan:type_name -> halligan.v1.Plan
+	27, // 27: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
+	44, // 28: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
+	28, // 29: halligan.v1.Result.error:type_name -> halligan.v1.Error
+	46, // 30: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
+	31, // 31: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
+	32, // 32: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
+	45, // 33: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
+	45, // 34: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
+	15, // 35: halligan.v1.HistoryEntry.plan:type_name -> halligan.v1.Plan
+	27, // 36: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
+	37, // 37: halligan.v1.TopEvent.finding:type_name -> halligan.v1.Finding
+	39, // 38: halligan.v1.TopEvent.suspects:type_name -> halligan.v1.Suspects
+	38, // 39: halligan.v1.Finding.rows:type_name -> halligan.v1.FindingRow
+	40, // 40: halligan.v1.Suspects.suspects:type_name -> halligan.v1.Suspect
+	41, // 41: halligan.v1.Suspect.remedies:type_name -> halligan.v1.Remedy
+	0,  // 42: halligan.v1.Agent.Describe:input_type -> halligan.v1.DescribeRequest
+	4,  // 43: halligan.v1.Agent.Status:input_type -> halligan.v1.StatusRequest
+	11, // 44: halligan.v1.Agent.Plan:input_type -> halligan.v1.PlanRequest
+	12, // 45: halligan.v1.Agent.Undo:input_type -> halligan.v1.UndoRequest
+	18, // 46: halligan.v1.Agent.Apply:input_type -> halligan.v1.ApplyRequest
+	19, // 47: halligan.v1.Agent.ShowPlan:input_type -> halligan.v1.ShowPlanRequest
+	20, // 48: halligan.v1.Agent.ExchangeBundle:input_type -> halligan.v1.ExchangeBundleRequest
+	22, // 49: halligan.v1.Agent.Stop:input_type -> halligan.v1.StopRequest
+	29, // 50: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
+	33, // 51: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
+	35, // 52: halligan.v1.Agent.Top:input_type -> halligan.v1.TopRequest
+	1,  // 53: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
+	5,  // 54: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
+	15, // 55: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
+	15, // 56: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
+	24, // 57: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
+	15, // 58: halligan.v1.Agent.ShowPlan:output_type -> halligan.v1.Plan
+	21, // 59: halligan.v1.Agent.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
+	23, // 60: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
+	30, // 61: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
+	34, // 62: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
+	36, // 63: halligan.v1.Agent.Top:output_type -> halligan.v1.TopEvent
+	53, // [53:64] is the sub-list for method output_type
+	42, // [42:53] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_halligan_v1_agent_proto_init() }
@@ -3342,7 +4062,7 @@ func file_halligan_v1_agent_proto_init() {
 	if File_halligan_v1_agent_proto != nil {
 		return
 	}
-	file_halligan_v1_agent_proto_msgTypes[23].OneofWrappers = []any{
+	file_halligan_v1_agent_proto_msgTypes[24].OneofWrappers = []any{
 		(*ApplyEvent_Progress)(nil),
 		(*ApplyEvent_Result)(nil),
 	}
@@ -3352,7 +4072,7 @@ func file_halligan_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_halligan_v1_agent_proto_rawDesc), len(file_halligan_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   37,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

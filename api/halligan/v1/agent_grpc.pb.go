@@ -36,6 +36,7 @@ const (
 	Agent_Stop_FullMethodName           = "/halligan.v1.Agent/Stop"
 	Agent_Get_FullMethodName            = "/halligan.v1.Agent/Get"
 	Agent_History_FullMethodName        = "/halligan.v1.Agent/History"
+	Agent_Top_FullMethodName            = "/halligan.v1.Agent/Top"
 )
 
 // AgentClient is the client API for Agent service.
@@ -70,6 +71,9 @@ type AgentClient interface {
 	Get(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GetEvent], error)
 	// History streams recorded actions, newest first.
 	History(ctx context.Context, in *HistoryRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HistoryEntry], error)
+	// Top looks for whoever overloads the control plane, in several ways at once, and
+	// streams what each way found and, whenever that changes, who is suspected.
+	Top(ctx context.Context, in *TopRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TopEvent], error)
 }
 
 type agentClient struct {
@@ -207,6 +211,25 @@ func (c *agentClient) History(ctx context.Context, in *HistoryRequest, opts ...g
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_HistoryClient = grpc.ServerStreamingClient[HistoryEntry]
 
+func (c *agentClient) Top(ctx context.Context, in *TopRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TopEvent], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[3], Agent_Top_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TopRequest, TopEvent]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_TopClient = grpc.ServerStreamingClient[TopEvent]
+
 // AgentServer is the server API for Agent service.
 // All implementations must embed UnimplementedAgentServer
 // for forward compatibility.
@@ -239,6 +262,9 @@ type AgentServer interface {
 	Get(*GetRequest, grpc.ServerStreamingServer[GetEvent]) error
 	// History streams recorded actions, newest first.
 	History(*HistoryRequest, grpc.ServerStreamingServer[HistoryEntry]) error
+	// Top looks for whoever overloads the control plane, in several ways at once, and
+	// streams what each way found and, whenever that changes, who is suspected.
+	Top(*TopRequest, grpc.ServerStreamingServer[TopEvent]) error
 	mustEmbedUnimplementedAgentServer()
 }
 
@@ -278,6 +304,9 @@ func (UnimplementedAgentServer) Get(*GetRequest, grpc.ServerStreamingServer[GetE
 }
 func (UnimplementedAgentServer) History(*HistoryRequest, grpc.ServerStreamingServer[HistoryEntry]) error {
 	return status.Error(codes.Unimplemented, "method History not implemented")
+}
+func (UnimplementedAgentServer) Top(*TopRequest, grpc.ServerStreamingServer[TopEvent]) error {
+	return status.Error(codes.Unimplemented, "method Top not implemented")
 }
 func (UnimplementedAgentServer) mustEmbedUnimplementedAgentServer() {}
 func (UnimplementedAgentServer) testEmbeddedByValue()               {}
@@ -459,6 +488,17 @@ func _Agent_History_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_HistoryServer = grpc.ServerStreamingServer[HistoryEntry]
 
+func _Agent_Top_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(TopRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AgentServer).Top(m, &grpc.GenericServerStream[TopRequest, TopEvent]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_TopServer = grpc.ServerStreamingServer[TopEvent]
+
 // Agent_ServiceDesc is the grpc.ServiceDesc for Agent service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -509,6 +549,11 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "History",
 			Handler:       _Agent_History_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Top",
+			Handler:       _Agent_Top_Handler,
 			ServerStreams: true,
 		},
 	},

@@ -96,6 +96,7 @@ var reads = map[string]bool{
 	halliganv1.Agent_ExchangeBundle_FullMethodName: true,
 	halliganv1.Agent_Get_FullMethodName:            true,
 	halliganv1.Agent_History_FullMethodName:        true,
+	halliganv1.Agent_Top_FullMethodName:            true,
 }
 
 // noticed is how long after its last call has failed a connection may take to
