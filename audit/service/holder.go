@@ -47,7 +47,8 @@ type pending struct {
 	receipts map[string]string // by server
 	keys     map[string]bool   // of those who gave them
 	refused  map[string]string
-	enough   chan struct{} // closed when the outcome is known
+	enough   chan struct{} // closed when the outcome is known, and so is over
+	over     bool
 }
 
 // keeper is one bastion's stream.
@@ -177,14 +178,15 @@ func (h *Holder) receipt(k *keeper, r *halliganv1.WitnessReceipt) error {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	before := p.known(len(h.bastions))
 	switch {
 	case why != "":
 		p.refused[k.server] = neutral.LineMax(why, 160)
 	case !p.keys[string(k.key)]:
 		p.receipts[k.server], p.keys[string(k.key)] = string(r.GetNote()), true
 	}
-	if !before && p.known(len(h.bastions)) {
+	// Another bastion may have come since the outcome was known.
+	if !p.over && p.known(len(h.bastions)) {
+		p.over = true
 		close(p.enough)
 	}
 	return nil
