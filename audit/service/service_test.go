@@ -47,7 +47,7 @@ func serve(t *testing.T, origin, copies string) *served {
 	t.Helper()
 	s := &served{t: t, dir: filepath.Join(t.TempDir(), "audit")}
 	var err error
-	if s.ledger, err = ledger.Open(ledger.Options{Dir: s.dir, Origin: origin, GenerationBytes: 64 << 10, SpoolBytes: 1 << 20, Log: zerolog.Nop()}); err != nil {
+	if s.ledger, err = ledger.Open(ledger.Options{Dir: s.dir, Origin: origin, GenerationBytes: generationBytes, SpoolBytes: 1 << 20, Log: zerolog.Nop()}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.ledger.Close() })
@@ -78,7 +78,10 @@ func (s *served) as(who trust.Identity) halliganv1.EvidenceClient {
 	return halliganv1.NewEvidenceClient(c)
 }
 
-// record appends events and waits until they are signed.
+const generationBytes = 64 << 10
+
+// record appends events and waits until they are signed, and the generation that
+// they may have filled is followed by the next.
 func (s *served) record(n int, text string) {
 	s.t.Helper()
 	var last audit.Receipt
@@ -92,6 +95,12 @@ func (s *served) record(n int, text string) {
 	defer cancel()
 	if err := s.ledger.SignedWithin(ctx, last.Seq); err != nil {
 		s.t.Fatal(err)
+	}
+	for heads := s.ledger.Heads(); heads[len(heads)-1].Bytes >= generationBytes; heads = s.ledger.Heads() {
+		if ctx.Err() != nil {
+			s.t.Fatal("no generation follows a full one")
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
 
