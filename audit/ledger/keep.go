@@ -1,7 +1,6 @@
 package ledger
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/ed25519"
@@ -51,9 +50,12 @@ func (l *Ledger) load() error {
 	l.trees.Lock()
 	defer l.trees.Unlock()
 	if l.key == nil { // kept over a disk that takes none
-		_, l.key, _ = ed25519.GenerateKey(nil)
-		l.hashKey = make([]byte, 32)
-		_, _ = rand.Read(l.hashKey)
+		_, key, _ := ed25519.GenerateKey(nil)
+		hashKey := make([]byte, 32)
+		_, _ = rand.Read(hashKey)
+		l.mu.Lock()
+		l.key, l.hashKey = key, hashKey
+		l.mu.Unlock()
 	}
 	for _, dir := range []string{l.o.Dir, l.path(logs)} {
 		if err := durable.Dir(dir); err != nil {
@@ -106,9 +108,9 @@ func (l *Ledger) loadKeys(begun bool) error {
 			if err != nil || !ok {
 				return &damage{"the log's key is damaged"}
 			}
-			if !private.Equal(l.key) {
-				l.key = private
-			}
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			l.key = private
 			return nil
 		}, func() ([]byte, error) {
 			der, err := x509.MarshalPKCS8PrivateKey(l.key)
@@ -118,9 +120,9 @@ func (l *Ledger) loadKeys(begun bool) error {
 			if len(data) != 32 {
 				return &damage{"the key of the log's hashes is damaged"}
 			}
-			if !bytes.Equal(data, l.hashKey) {
-				l.hashKey = data
-			}
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			l.hashKey = data
 			return nil
 		}, func() ([]byte, error) { return l.hashKey, nil }},
 	} {
@@ -409,9 +411,9 @@ func originOf(gens []*generation, lineage, otherwise string) (string, error) {
 	return origin, nil
 }
 
-// verifier returns the one for a generation's checkpoints.
+// verifier returns the one for a generation's checkpoints. trees is held.
 func (l *Ledger) verifier(g *generation) note.Verifier {
-	v, err := logkey.Verifier(g.name(), l.Key())
+	v, err := logkey.Verifier(g.name(), l.public())
 	if err != nil {
 		panic(err) // of a name and a key that we made
 	}

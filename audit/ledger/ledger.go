@@ -97,8 +97,10 @@ const (
 
 // Ledger is the log of one daemon. Its methods may be called concurrently.
 type Ledger struct {
-	o       Options
-	boot    string
+	o    Options
+	boot string
+	// key and hashKey change where they could not be read at first: under trees and
+	// mu, so that either is enough to read them.
 	key     ed25519.PrivateKey
 	hashKey []byte
 	// retry is again, and pace unhurried, but in tests.
@@ -242,8 +244,16 @@ func (l *Ledger) Close() error {
 // Dir is the folder of the log.
 func (l *Ledger) Dir() string { return l.o.Dir }
 
-// Key is the public half of the key that signs checkpoints.
-func (l *Ledger) Key() ed25519.PublicKey { return l.key.Public().(ed25519.PublicKey) }
+// Key is the public half of the key that signs checkpoints. It is another one once
+// the disk is mended, where that could not be read at first.
+func (l *Ledger) Key() ed25519.PublicKey {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.public()
+}
+
+// public is Key. trees or mu is held.
+func (l *Ledger) public() ed25519.PublicKey { return l.key.Public().(ed25519.PublicKey) }
 
 // LastTime is the time of the newest event; zero: there is none.
 func (l *Ledger) LastTime() time.Time {
@@ -262,7 +272,9 @@ func (l *Ledger) Found() (events, torn int64) {
 
 // Hash returns a keyed hash of a secret value: hmac-sha256:HEX.
 func (l *Ledger) Hash(secret []byte) string {
+	l.mu.Lock()
 	m := hmac.New(sha256.New, l.hashKey)
+	l.mu.Unlock()
 	m.Write(secret)
 	return "hmac-sha256:" + hex.EncodeToString(m.Sum(nil))
 }
@@ -494,7 +506,7 @@ func (l *Ledger) State() audit.State {
 		s.Refused = errStuck.Error()
 	}
 	if l.lineage != "" {
-		s.VKey, _ = logkey.VKey(logkey.Tree(l.origin, l.lineage, uint64(s.Generation)), l.Key())
+		s.VKey, _ = logkey.VKey(logkey.Tree(l.origin, l.lineage, uint64(s.Generation)), l.public())
 	}
 	if l.spool != nil && s.Refused == "" {
 		// The other half may be taken by anybody's events before these come.

@@ -66,7 +66,7 @@ type Evidence struct {
 	host      func() []gossh.Signer
 	witness   ed25519.PublicKey
 	recipient string
-	certified []byte // the certificate under statement
+	certified []byte // the certificate under statement, and the log's key in it
 	statement []byte
 	unwritten bool // statement is not on disk yet
 }
@@ -213,7 +213,7 @@ func (e *Evidence) Status() *halliganv1.AuditStatus {
 // Certified says whose keys the statement is to name: those of the SSH host, which
 // also signs it, of countersignatures at a bastion, and of before-images at an
 // agent. The statement is made at once, and again when the host has another
-// certificate.
+// certificate, or the log another key.
 func (e *Evidence) Certified(host func() []gossh.Signer, witness ed25519.PublicKey, recipient string) {
 	e.known.Lock()
 	e.host, e.witness, e.recipient, e.certified = host, witness, recipient, nil
@@ -230,15 +230,20 @@ func (e *Evidence) Identity() []byte {
 	}
 	for _, signer := range e.host() {
 		cert, ok := signer.PublicKey().(*gossh.Certificate)
-		if !ok || bytes.Equal(cert.Marshal(), e.certified) {
+		if !ok {
 			continue
 		}
-		statement, err := logkey.Sign(logkey.Statement{Server: e.o.Origin, Log: e.Key(), Witness: e.witness, Age: e.recipient, Signed: e.o.Now()}, signer, cert)
+		key := e.Key()
+		certified := append(cert.Marshal(), key...)
+		if bytes.Equal(certified, e.certified) {
+			continue
+		}
+		statement, err := logkey.Sign(logkey.Statement{Server: e.o.Origin, Log: key, Witness: e.witness, Age: e.recipient, Signed: e.o.Now()}, signer, cert)
 		if err != nil {
 			e.o.Log.Error().Msg(neutral.Line(err.Error()))
 			continue
 		}
-		e.certified, e.statement, e.unwritten = cert.Marshal(), statement, true
+		e.certified, e.statement, e.unwritten = certified, statement, true
 	}
 	if e.unwritten {
 		if err := durable.Write(filepath.Join(e.Dir(), "identity"), e.statement); err == nil {

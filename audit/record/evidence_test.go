@@ -141,6 +141,13 @@ func TestIdentity(t *testing.T) {
 	if on, err := os.ReadFile(filepath.Join(e.Dir(), "identity")); err != nil || !bytes.Equal(on, second) {
 		t.Errorf("on disk: %q, %v", on, err)
 	}
+	// Of a log whose key could not be read at first.
+	other := open(t, Options{})
+	defer other.Close()
+	e.Ledger, other.Ledger = other.Ledger, e.Ledger
+	if s, err := logkey.Verify(e.Identity(), b.Current(), time.Now()); err != nil || !s.Log.Equal(e.Key()) {
+		t.Errorf("the statement has another key than the log: %v", err)
+	}
 }
 
 // TestWarnings: what is wrong with the evidence is told, and a tail that nobody
