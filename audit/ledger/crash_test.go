@@ -32,6 +32,7 @@ func child(dir string) {
 	count, _ := strconv.Atoi(os.Getenv("LEDGER_EVENTS"))
 	mode, run := os.Getenv("LEDGER_MODE"), os.Getenv("LEDGER_RUN")
 	signal.Ignore(unix.SIGXFSZ)
+	publishing = 300 * time.Millisecond // the driver fails often, and says nothing
 	var steps atomic.Int64
 	var harm sync.Mutex
 	limit := func(resource int, max uint64) {
