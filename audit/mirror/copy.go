@@ -85,6 +85,8 @@ type generation struct {
 	head     torchwood.Checkpoint
 	first    uint64 // seq of entry 0
 	cosigned []byte
+	// leftover are bytes on disk beyond its head.
+	leftover int64
 }
 
 func (g *generation) name() string { return fmt.Sprintf("%s.%08d", g.lineage, g.number) }
@@ -481,6 +483,9 @@ func (c *Copy) extend(ctx context.Context, g *generation, to torchwood.Checkpoin
 		}
 	}
 	err = tree.Append(ctx, checkpoint, accepted)
+	if err != nil {
+		c.discard(g, added)
+	}
 	switch {
 	case failed != nil:
 		return failed
@@ -504,8 +509,21 @@ func (c *Copy) extend(ctx context.Context, g *generation, to torchwood.Checkpoin
 		added += folders
 	}
 	g.tree, g.raw, g.head, g.first, g.cosigned = tree, checkpoint, to, first, nil
-	c.bytes += added
+	c.bytes += max(0, added-g.leftover)
+	g.leftover = max(0, g.leftover-added)
 	return nil
+}
+
+// discard sees to what was written of entries that count for nothing: of a generation
+// that has no others it goes. Else it takes room until others take its place.
+func (c *Copy) discard(g *generation, added int64) {
+	if _, err := os.Lstat(filepath.Join(g.dir, "checkpoint")); errors.Is(err, fs.ErrNotExist) && os.RemoveAll(g.dir) == nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.bytes += max(0, added-g.leftover)
+	g.leftover = max(g.leftover, added)
 }
 
 // opening checks the first entry of a generation: that it follows from the one
@@ -578,6 +596,7 @@ func (c *Copy) countersign(g *generation, n *note.Note) ([]byte, error) {
 func (c *Copy) room(g *generation, needed int64) (int64, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	needed -= g.leftover // which is replaced
 	for c.bytes+needed > c.m.o.Quota*9/10 {
 		i := c.oldest(g)
 		if i < 0 {
@@ -593,7 +612,7 @@ func (c *Copy) room(g *generation, needed int64) (int64, error) {
 		c.bytes -= taken
 	}
 	if left := c.m.o.Quota - c.bytes; left >= needed {
-		return left, nil
+		return left + g.leftover, nil
 	}
 	return 0, c.full(g)
 }

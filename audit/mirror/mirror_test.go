@@ -553,6 +553,35 @@ func TestHostile(t *testing.T) {
 	must(t, c, l.at(5).grow(300, "as it should be"))
 }
 
+// TestUnsigned: what never counts takes no room beyond the quota either.
+func TestUnsigned(t *testing.T) {
+	f := newFleet(t)
+	const quota = 1 << 20
+	c := f.copy(quota)
+	l := newLog(t, origin, "00ff00ff", newKey(t), 5)
+	if err := c.Identify(f.statement(origin, l.key)); err != nil {
+		t.Fatal(err)
+	}
+	must(t, c, l)
+	for i := range 5 {
+		for _, wrong := range []*log{l.at(5), l.next(), l.next().next()} {
+			wrong.number += 2 * uint64(i) * (wrong.number - 1)
+			head := wrong.sign(torchwood.Checkpoint{Origin: logkey.Tree(origin, l.lineage, wrong.number), Tree: tlog.Tree{N: 512}})
+			entries := wrong.grow(512, strings.Repeat("x", 1<<10)).since(map[bool]int{true: 5}[wrong.number == 1])
+			if signed, err := c.Head(t.Context(), head, entries); err == nil || signed != nil {
+				t.Fatal("a wrong root is taken")
+			}
+		}
+		if took := size(f.dir); took > quota {
+			t.Fatalf("%d bytes on disk", took)
+		}
+	}
+	must(t, c, l.at(5).grow(300, "as it should be"))
+	if took := size(filepath.Join(f.dir, origin)); took > c.bytes || c.bytes > quota {
+		t.Errorf("%d bytes on disk, and %d counted", took, c.bytes)
+	}
+}
+
 // TestQuota: what is young stays, whatever comes; what is old makes room.
 func TestQuota(t *testing.T) {
 	f := newFleet(t)
