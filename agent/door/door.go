@@ -50,6 +50,13 @@ type Look interface {
 	Top(ctx context.Context, who trust.Identity, req *halliganv1.TopRequest, send func(*halliganv1.TopEvent) error) error
 }
 
+// Logs reads those of this node's control plane. It is called concurrently.
+type Logs interface {
+	// Read calls send from one goroutine, and stops when send fails or the context
+	// ends.
+	Read(ctx context.Context, req *halliganv1.LogsRequest, send func(*halliganv1.LogLines) error) error
+}
+
 // Bundles is the bundle that the agent trusts. Its methods are called
 // concurrently.
 type Bundles interface {
@@ -65,6 +72,8 @@ type Options struct {
 	Engine Engine
 	// Look is nil on an agent that does not look for offenders.
 	Look Look
+	// Logs is nil on an agent that reads none.
+	Logs Logs
 	// Bundles is nil on an agent without a bundle.
 	Bundles Bundles
 	// Cluster is the name of the cluster in the bundle; may be empty.
@@ -87,6 +96,7 @@ type Server struct {
 	*grpcdoor.Server
 	engine   Engine
 	look     Look
+	logs     Logs
 	bundles  Bundles
 	cluster  string
 	warnings func() []string
@@ -105,7 +115,7 @@ func New(o Options) (*Server, error) {
 	if o.Evidence == nil {
 		o.Evidence = halliganv1.UnimplementedEvidenceServer{}
 	}
-	s := &Server{engine: o.Engine, look: o.Look, bundles: o.Bundles, cluster: o.Cluster, warnings: o.Warnings, audit: o.Audit}
+	s := &Server{engine: o.Engine, look: o.Look, logs: o.Logs, bundles: o.Bundles, cluster: o.Cluster, warnings: o.Warnings, audit: o.Audit}
 	rows := map[string]grpcdoor.Row{}
 	for method, right := range methods {
 		rows[method] = grpcdoor.Row{May: right.has, Record: right.record}

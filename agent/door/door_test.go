@@ -298,7 +298,7 @@ func TestReflection(t *testing.T) {
 func TestRoles(t *testing.T) {
 	allowed := map[string]string{ // the least role, and approver where it may too
 		"Describe": "observer approver", "Status": "observer approver", "Plan": "observer", "Undo": "observer", "Apply": "responder", "ShowPlan": "observer approver",
-		"ExchangeBundle": "observer approver", "Stop": "responder", "Get": "observer", "History": "observer", "Top": "observer", "ServerReflectionInfo": "observer approver",
+		"ExchangeBundle": "observer approver", "Stop": "responder", "Get": "observer", "History": "observer", "Top": "observer", "Logs": "responder", "ServerReflectionInfo": "observer approver",
 		"ListLogs": "observer", "ReadLog": "observer", "ReadRecording": "commander", "ReadSealed": "responder", "Witness": "none",
 	}
 	for method := range methods {

@@ -35,6 +35,9 @@ var methods = map[string]right{
 	halliganv1.Agent_Get_FullMethodName:            {trust.Observer, false, false, false, grpcdoor.Noted},
 	halliganv1.Agent_History_FullMethodName:        {trust.Observer, false, false, false, grpcdoor.Noted},
 	halliganv1.Agent_Top_FullMethodName:            {trust.Observer, false, false, true, grpcdoor.Noted},
+	// Responders: a component that logs much logs what it was sent, tokens included,
+	// of which not all can be recognised.
+	halliganv1.Agent_Logs_FullMethodName: {trust.Responder, false, false, true, grpcdoor.Noted},
 
 	halliganv1.Evidence_ListLogs_FullMethodName:      {trust.Observer, false, false, false, grpcdoor.Routine},
 	halliganv1.Evidence_ReadLog_FullMethodName:       {trust.Observer, false, false, true, grpcdoor.Routine},

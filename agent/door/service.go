@@ -228,6 +228,26 @@ func (s *Server) Top(req *halliganv1.TopRequest, stream grpc.ServerStreamingServ
 	return s.look.Top(stream.Context(), info.Who, req, stream.Send)
 }
 
+// Logs streams lines of logs. Whoever follows them is on record from the beginning,
+// and leaves as they please.
+func (s *Server) Logs(req *halliganv1.LogsRequest, stream grpc.ServerStreamingServer[halliganv1.LogLines]) error {
+	info, err := grpcdoor.CallerOf(stream.Context())
+	if err != nil {
+		return err
+	}
+	if s.logs == nil {
+		return fault.New(fault.NotFound, "look at the node itself", "this agent reads no logs")
+	}
+	if req.GetFollow() {
+		s.Noted(info.Who, halliganv1.Agent_Logs_FullMethodName, req)
+	}
+	err = s.logs.Read(stream.Context(), req, stream.Send)
+	if req.GetFollow() && stream.Context().Err() != nil && info.Held.Err() == nil {
+		return nil
+	}
+	return err
+}
+
 // History streams recorded actions.
 func (s *Server) History(req *halliganv1.HistoryRequest, stream grpc.ServerStreamingServer[halliganv1.HistoryEntry]) error {
 	info, err := grpcdoor.CallerOf(stream.Context())

@@ -3580,6 +3580,150 @@ func (x *Remedy) GetEffect() string {
 	return ""
 }
 
+type LogsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// apiserver, etcd, controller-manager, scheduler or kubelet.
+	Component string `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
+	// Go on with what is written from now on.
+	Follow bool `protobuf:"varint,2,opt,name=follow,proto3" json:"follow,omitempty"`
+	// Only lines of the last so many seconds; 0: all that is kept, within bounds.
+	SinceSeconds uint32 `protobuf:"varint,3,opt,name=since_seconds,json=sinceSeconds,proto3" json:"since_seconds,omitempty"`
+	// Only lines that hold this text, after tokens in them were masked.
+	Grep string `protobuf:"bytes,4,opt,name=grep,proto3" json:"grep,omitempty"`
+	// At most this many lines from the end; 0: the agent's default.
+	Tail          uint32 `protobuf:"varint,5,opt,name=tail,proto3" json:"tail,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogsRequest) Reset() {
+	*x = LogsRequest{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogsRequest) ProtoMessage() {}
+
+func (x *LogsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
+func (*LogsRequest) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *LogsRequest) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *LogsRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+func (x *LogsRequest) GetSinceSeconds() uint32 {
+	if x != nil {
+		return x.SinceSeconds
+	}
+	return 0
+}
+
+func (x *LogsRequest) GetGrep() string {
+	if x != nil {
+		return x.Grep
+	}
+	return ""
+}
+
+func (x *LogsRequest) GetTail() uint32 {
+	if x != nil {
+		return x.Tail
+	}
+	return 0
+}
+
+// LogLines are some lines of one source, in order, or a remark.
+type LogLines struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Lines []string               `protobuf:"bytes,1,rep,name=lines,proto3" json:"lines,omitempty"`
+	// The file, or the unit of the journal, that they come from.
+	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// What is missing, and why.
+	Note          string `protobuf:"bytes,3,opt,name=note,proto3" json:"note,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogLines) Reset() {
+	*x = LogLines{}
+	mi := &file_halligan_v1_agent_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogLines) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogLines) ProtoMessage() {}
+
+func (x *LogLines) ProtoReflect() protoreflect.Message {
+	mi := &file_halligan_v1_agent_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogLines.ProtoReflect.Descriptor instead.
+func (*LogLines) Descriptor() ([]byte, []int) {
+	return file_halligan_v1_agent_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *LogLines) GetLines() []string {
+	if x != nil {
+		return x.Lines
+	}
+	return nil
+}
+
+func (x *LogLines) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *LogLines) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
 var File_halligan_v1_agent_proto protoreflect.FileDescriptor
 
 const file_halligan_v1_agent_proto_rawDesc = "" +
@@ -3909,7 +4053,17 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\bremedies\x18\x06 \x03(\v2\x13.halligan.v1.RemedyR\bremedies\":\n" +
 	"\x06Remedy\x12\x18\n" +
 	"\acommand\x18\x01 \x01(\tR\acommand\x12\x16\n" +
-	"\x06effect\x18\x02 \x01(\tR\x06effect2\xc8\x05\n" +
+	"\x06effect\x18\x02 \x01(\tR\x06effect\"\x90\x01\n" +
+	"\vLogsRequest\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12\x16\n" +
+	"\x06follow\x18\x02 \x01(\bR\x06follow\x12#\n" +
+	"\rsince_seconds\x18\x03 \x01(\rR\fsinceSeconds\x12\x12\n" +
+	"\x04grep\x18\x04 \x01(\tR\x04grep\x12\x12\n" +
+	"\x04tail\x18\x05 \x01(\rR\x04tail\"L\n" +
+	"\bLogLines\x12\x14\n" +
+	"\x05lines\x18\x01 \x03(\tR\x05lines\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12\x12\n" +
+	"\x04note\x18\x03 \x01(\tR\x04note2\x83\x06\n" +
 	"\x05Agent\x12G\n" +
 	"\bDescribe\x12\x1c.halligan.v1.DescribeRequest\x1a\x1d.halligan.v1.DescribeResponse\x12A\n" +
 	"\x06Status\x12\x1a.halligan.v1.StatusRequest\x1a\x1b.halligan.v1.StatusResponse\x123\n" +
@@ -3921,7 +4075,8 @@ const file_halligan_v1_agent_proto_rawDesc = "" +
 	"\x04Stop\x12\x18.halligan.v1.StopRequest\x1a\x19.halligan.v1.StopResponse\x127\n" +
 	"\x03Get\x12\x17.halligan.v1.GetRequest\x1a\x15.halligan.v1.GetEvent0\x01\x12C\n" +
 	"\aHistory\x12\x1b.halligan.v1.HistoryRequest\x1a\x19.halligan.v1.HistoryEntry0\x01\x127\n" +
-	"\x03Top\x12\x17.halligan.v1.TopRequest\x1a\x15.halligan.v1.TopEvent0\x01B<Z:github.com/halligan-io/halligan/api/halligan/v1;halliganv1b\x06proto3"
+	"\x03Top\x12\x17.halligan.v1.TopRequest\x1a\x15.halligan.v1.TopEvent0\x01\x129\n" +
+	"\x04Logs\x12\x18.halligan.v1.LogsRequest\x1a\x15.halligan.v1.LogLines0\x01B<Z:github.com/halligan-io/halligan/api/halligan/v1;halliganv1b\x06proto3"
 
 var (
 	file_halligan_v1_agent_proto_rawDescOnce sync.Once
@@ -3935,7 +4090,7 @@ func file_halligan_v1_agent_proto_rawDescGZIP() []byte {
 	return file_halligan_v1_agent_proto_rawDescData
 }
 
-var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_halligan_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_halligan_v1_agent_proto_goTypes = []any{
 	(*DescribeRequest)(nil),        // 0: halligan.v1.DescribeRequest
 	(*DescribeResponse)(nil),       // 1: halligan.v1.DescribeResponse
@@ -3979,34 +4134,36 @@ var file_halligan_v1_agent_proto_goTypes = []any{
 	(*Suspects)(nil),               // 39: halligan.v1.Suspects
 	(*Suspect)(nil),                // 40: halligan.v1.Suspect
 	(*Remedy)(nil),                 // 41: halligan.v1.Remedy
-	nil,                            // 42: halligan.v1.StatusResponse.EncryptionEntry
-	nil,                            // 43: halligan.v1.AuditStatus.WitnessedEntry
-	nil,                            // 44: halligan.v1.Result.TimingsMsEntry
-	(*timestamppb.Timestamp)(nil),  // 45: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),        // 46: google.protobuf.Struct
+	(*LogsRequest)(nil),            // 42: halligan.v1.LogsRequest
+	(*LogLines)(nil),               // 43: halligan.v1.LogLines
+	nil,                            // 44: halligan.v1.StatusResponse.EncryptionEntry
+	nil,                            // 45: halligan.v1.AuditStatus.WitnessedEntry
+	nil,                            // 46: halligan.v1.Result.TimingsMsEntry
+	(*timestamppb.Timestamp)(nil),  // 47: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),        // 48: google.protobuf.Struct
 }
 var file_halligan_v1_agent_proto_depIdxs = []int32{
 	2,  // 0: halligan.v1.DescribeResponse.actions:type_name -> halligan.v1.Action
 	3,  // 1: halligan.v1.Action.parameters:type_name -> halligan.v1.Parameter
-	45, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
+	47, // 2: halligan.v1.StatusResponse.time:type_name -> google.protobuf.Timestamp
 	10, // 3: halligan.v1.StatusResponse.etcd:type_name -> halligan.v1.EtcdStatus
-	42, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
+	44, // 4: halligan.v1.StatusResponse.encryption:type_name -> halligan.v1.StatusResponse.EncryptionEntry
 	9,  // 5: halligan.v1.StatusResponse.bundle:type_name -> halligan.v1.BundleStatus
-	45, // 6: halligan.v1.StatusResponse.credential_expires:type_name -> google.protobuf.Timestamp
+	47, // 6: halligan.v1.StatusResponse.credential_expires:type_name -> google.protobuf.Timestamp
 	7,  // 7: halligan.v1.StatusResponse.audit:type_name -> halligan.v1.AuditStatus
 	6,  // 8: halligan.v1.StatusResponse.local_api:type_name -> halligan.v1.LocalAPIStatus
-	45, // 9: halligan.v1.LocalAPIStatus.probed:type_name -> google.protobuf.Timestamp
-	45, // 10: halligan.v1.LocalAPIStatus.credential_expires:type_name -> google.protobuf.Timestamp
-	43, // 11: halligan.v1.AuditStatus.witnessed:type_name -> halligan.v1.AuditStatus.WitnessedEntry
-	45, // 12: halligan.v1.BundleStatus.signed:type_name -> google.protobuf.Timestamp
-	45, // 13: halligan.v1.BundleStatus.fresh_until:type_name -> google.protobuf.Timestamp
-	46, // 14: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
+	47, // 9: halligan.v1.LocalAPIStatus.probed:type_name -> google.protobuf.Timestamp
+	47, // 10: halligan.v1.LocalAPIStatus.credential_expires:type_name -> google.protobuf.Timestamp
+	45, // 11: halligan.v1.AuditStatus.witnessed:type_name -> halligan.v1.AuditStatus.WitnessedEntry
+	47, // 12: halligan.v1.BundleStatus.signed:type_name -> google.protobuf.Timestamp
+	47, // 13: halligan.v1.BundleStatus.fresh_until:type_name -> google.protobuf.Timestamp
+	48, // 14: halligan.v1.PlanRequest.parameters:type_name -> google.protobuf.Struct
 	13, // 15: halligan.v1.UndoRequest.evidence:type_name -> halligan.v1.SealedEvidence
 	14, // 16: halligan.v1.SealedEvidence.events:type_name -> halligan.v1.ProvenEvent
-	46, // 17: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
+	48, // 17: halligan.v1.Plan.parameters:type_name -> google.protobuf.Struct
 	16, // 18: halligan.v1.Plan.objects:type_name -> halligan.v1.PlannedObject
-	45, // 19: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
-	45, // 20: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
+	47, // 19: halligan.v1.Plan.created:type_name -> google.protobuf.Timestamp
+	47, // 20: halligan.v1.Plan.expires:type_name -> google.protobuf.Timestamp
 	17, // 21: halligan.v1.PlannedObject.changes:type_name -> halligan.v1.FieldChange
 	9,  // 22: halligan.v1.ExchangeBundleResponse.status:type_name -> halligan.v1.BundleStatus
 	28, // 23: halligan.v1.ExchangeBundleResponse.refused:type_name -> halligan.v1.Error
@@ -4014,13 +4171,13 @@ var file_halligan_v1_agent_proto_depIdxs = []int32{
 	26, // 25: halligan.v1.ApplyEvent.result:type_name -> halligan.v1.Result
 	15, // 26: halligan.v1.Result.plan:type_name -> halligan.v1.Plan
 	27, // 27: halligan.v1.Result.objects:type_name -> halligan.v1.ObjectResult
-	44, // 28: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
+	46, // 28: halligan.v1.Result.timings_ms:type_name -> halligan.v1.Result.TimingsMsEntry
 	28, // 29: halligan.v1.Result.error:type_name -> halligan.v1.Error
-	46, // 30: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
+	48, // 30: halligan.v1.GetRequest.parameters:type_name -> google.protobuf.Struct
 	31, // 31: halligan.v1.GetEvent.objects:type_name -> halligan.v1.Object
 	32, // 32: halligan.v1.GetEvent.summary:type_name -> halligan.v1.GetSummary
-	45, // 33: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
-	45, // 34: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
+	47, // 33: halligan.v1.Object.created:type_name -> google.protobuf.Timestamp
+	47, // 34: halligan.v1.HistoryEntry.time:type_name -> google.protobuf.Timestamp
 	15, // 35: halligan.v1.HistoryEntry.plan:type_name -> halligan.v1.Plan
 	27, // 36: halligan.v1.HistoryEntry.results:type_name -> halligan.v1.ObjectResult
 	37, // 37: halligan.v1.TopEvent.finding:type_name -> halligan.v1.Finding
@@ -4039,19 +4196,21 @@ var file_halligan_v1_agent_proto_depIdxs = []int32{
 	29, // 50: halligan.v1.Agent.Get:input_type -> halligan.v1.GetRequest
 	33, // 51: halligan.v1.Agent.History:input_type -> halligan.v1.HistoryRequest
 	35, // 52: halligan.v1.Agent.Top:input_type -> halligan.v1.TopRequest
-	1,  // 53: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
-	5,  // 54: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
-	15, // 55: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
-	15, // 56: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
-	24, // 57: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
-	15, // 58: halligan.v1.Agent.ShowPlan:output_type -> halligan.v1.Plan
-	21, // 59: halligan.v1.Agent.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
-	23, // 60: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
-	30, // 61: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
-	34, // 62: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
-	36, // 63: halligan.v1.Agent.Top:output_type -> halligan.v1.TopEvent
-	53, // [53:64] is the sub-list for method output_type
-	42, // [42:53] is the sub-list for method input_type
+	42, // 53: halligan.v1.Agent.Logs:input_type -> halligan.v1.LogsRequest
+	1,  // 54: halligan.v1.Agent.Describe:output_type -> halligan.v1.DescribeResponse
+	5,  // 55: halligan.v1.Agent.Status:output_type -> halligan.v1.StatusResponse
+	15, // 56: halligan.v1.Agent.Plan:output_type -> halligan.v1.Plan
+	15, // 57: halligan.v1.Agent.Undo:output_type -> halligan.v1.Plan
+	24, // 58: halligan.v1.Agent.Apply:output_type -> halligan.v1.ApplyEvent
+	15, // 59: halligan.v1.Agent.ShowPlan:output_type -> halligan.v1.Plan
+	21, // 60: halligan.v1.Agent.ExchangeBundle:output_type -> halligan.v1.ExchangeBundleResponse
+	23, // 61: halligan.v1.Agent.Stop:output_type -> halligan.v1.StopResponse
+	30, // 62: halligan.v1.Agent.Get:output_type -> halligan.v1.GetEvent
+	34, // 63: halligan.v1.Agent.History:output_type -> halligan.v1.HistoryEntry
+	36, // 64: halligan.v1.Agent.Top:output_type -> halligan.v1.TopEvent
+	43, // 65: halligan.v1.Agent.Logs:output_type -> halligan.v1.LogLines
+	54, // [54:66] is the sub-list for method output_type
+	42, // [42:54] is the sub-list for method input_type
 	42, // [42:42] is the sub-list for extension type_name
 	42, // [42:42] is the sub-list for extension extendee
 	0,  // [0:42] is the sub-list for field type_name
@@ -4072,7 +4231,7 @@ func file_halligan_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_halligan_v1_agent_proto_rawDesc), len(file_halligan_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   45,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

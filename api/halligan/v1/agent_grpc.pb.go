@@ -37,6 +37,7 @@ const (
 	Agent_Get_FullMethodName            = "/halligan.v1.Agent/Get"
 	Agent_History_FullMethodName        = "/halligan.v1.Agent/History"
 	Agent_Top_FullMethodName            = "/halligan.v1.Agent/Top"
+	Agent_Logs_FullMethodName           = "/halligan.v1.Agent/Logs"
 )
 
 // AgentClient is the client API for Agent service.
@@ -74,6 +75,9 @@ type AgentClient interface {
 	// Top looks for whoever overloads the control plane, in several ways at once, and
 	// streams what each way found and, whenever that changes, who is suspected.
 	Top(ctx context.Context, in *TopRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TopEvent], error)
+	// Logs streams the log of one component of the control plane from the node's own
+	// files.
+	Logs(ctx context.Context, in *LogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogLines], error)
 }
 
 type agentClient struct {
@@ -230,6 +234,25 @@ func (c *agentClient) Top(ctx context.Context, in *TopRequest, opts ...grpc.Call
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_TopClient = grpc.ServerStreamingClient[TopEvent]
 
+func (c *agentClient) Logs(ctx context.Context, in *LogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogLines], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[4], Agent_Logs_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[LogsRequest, LogLines]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_LogsClient = grpc.ServerStreamingClient[LogLines]
+
 // AgentServer is the server API for Agent service.
 // All implementations must embed UnimplementedAgentServer
 // for forward compatibility.
@@ -265,6 +288,9 @@ type AgentServer interface {
 	// Top looks for whoever overloads the control plane, in several ways at once, and
 	// streams what each way found and, whenever that changes, who is suspected.
 	Top(*TopRequest, grpc.ServerStreamingServer[TopEvent]) error
+	// Logs streams the log of one component of the control plane from the node's own
+	// files.
+	Logs(*LogsRequest, grpc.ServerStreamingServer[LogLines]) error
 	mustEmbedUnimplementedAgentServer()
 }
 
@@ -307,6 +333,9 @@ func (UnimplementedAgentServer) History(*HistoryRequest, grpc.ServerStreamingSer
 }
 func (UnimplementedAgentServer) Top(*TopRequest, grpc.ServerStreamingServer[TopEvent]) error {
 	return status.Error(codes.Unimplemented, "method Top not implemented")
+}
+func (UnimplementedAgentServer) Logs(*LogsRequest, grpc.ServerStreamingServer[LogLines]) error {
+	return status.Error(codes.Unimplemented, "method Logs not implemented")
 }
 func (UnimplementedAgentServer) mustEmbedUnimplementedAgentServer() {}
 func (UnimplementedAgentServer) testEmbeddedByValue()               {}
@@ -499,6 +528,17 @@ func _Agent_Top_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_TopServer = grpc.ServerStreamingServer[TopEvent]
 
+func _Agent_Logs_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(LogsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AgentServer).Logs(m, &grpc.GenericServerStream[LogsRequest, LogLines]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_LogsServer = grpc.ServerStreamingServer[LogLines]
+
 // Agent_ServiceDesc is the grpc.ServiceDesc for Agent service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -554,6 +594,11 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Top",
 			Handler:       _Agent_Top_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Logs",
+			Handler:       _Agent_Logs_Handler,
 			ServerStreams: true,
 		},
 	},
