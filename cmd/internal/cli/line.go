@@ -97,7 +97,6 @@ var reads = map[string]bool{
 	halliganv1.Agent_Get_FullMethodName:            true,
 	halliganv1.Agent_History_FullMethodName:        true,
 	halliganv1.Agent_Top_FullMethodName:            true,
-	halliganv1.Agent_Logs_FullMethodName:           true,
 }
 
 // noticed is how long after its last call has failed a connection may take to
