@@ -45,10 +45,11 @@ func (b *bastion) witness(ctx context.Context) error {
 	b.copies.opened.Store(mirrors)
 	b.doors.countersigns(key.Public().(ed25519.PublicKey))
 	b.doors.Opened("mirrors")
-	var outside sync.WaitGroup
-	defer outside.Wait()
+	var beside sync.WaitGroup
+	defer beside.Wait()
+	beside.Go(func() { mirrors.Expire(ctx) })
 	for _, to := range b.config.Mirror.Witnesses {
-		outside.Go(func() {
+		beside.Go(func() {
 			b.doors.Keep(ctx, "witness "+to.URL, func() error {
 				return mirrors.Submit(ctx, b.evidence, to, func(problem string) { b.copies.told(to.URL, problem) })
 			})

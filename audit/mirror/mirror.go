@@ -94,6 +94,10 @@ func Open(o Options) (*Mirrors, error) {
 	if err := durable.Dir(o.Dir); err != nil {
 		return nil, fault.New(fault.Usage, "mend it, or name another stateDir", "copies of other logs: %w", err)
 	}
+	left, _ := filepath.Glob(filepath.Join(o.Dir, "*", sealedDir, onItsWay)) // of a process that was killed
+	for _, name := range left {
+		os.Remove(name)
+	}
 	entries, err := os.ReadDir(o.Dir)
 	if err != nil {
 		return nil, err

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -30,6 +31,10 @@ const (
 	maxVersions = 3
 	// waitSealed is how long one that has begun may take to become whole.
 	waitSealed = 10 * time.Minute
+	// expireEvery is how often is looked for what the policy keeps no longer.
+	expireEvery = time.Hour
+	// onItsWay is the form of a file's name until it is whole.
+	onItsWay = ".arriving.*.tmp"
 )
 
 // arriving is a file of sealed before-images that is on its way.
@@ -94,19 +99,43 @@ func (i *Images) Part(p *halliganv1.WitnessSealed) (*halliganv1.WitnessStored, e
 	return &halliganv1.WitnessStored{ActionId: in.action, Sha256: sum}, i.c.keep(in, filepath.Join(i.c.dir, filepath.FromSlash(name)), sum)
 }
 
+// Expire removes the sealed before-images that the policy keeps no longer, now and
+// every hour until the context ends.
+func (m *Mirrors) Expire(ctx context.Context) {
+	for {
+		for _, c := range m.all() {
+			if err := c.expire(); err != nil {
+				m.o.Log.Warn().Str("log", c.origin).Err(err).Msg("sealed before-images that are too old could not be removed")
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(expireEvery):
+		}
+	}
+}
+
+func (c *Copy) expire() error {
+	at, ok := sealed.Before(c.m.o.Bundle(), c.m.o.Now())
+	if !ok {
+		return nil
+	}
+	_, err := sealed.Expire(c.dir, at)
+	return err
+}
+
 // arrive begins a file, where there is room.
 func (c *Copy) arrive(action, dir string) (*arriving, error) {
 	c.work.Lock()
 	defer c.work.Unlock()
-	if at, ok := sealed.Before(c.m.o.Bundle(), c.m.o.Now()); ok {
-		if _, err := sealed.Expire(c.dir, at); err != nil {
-			return nil, err
-		}
+	if err := c.expire(); err != nil {
+		return nil, err
 	}
 	if taken := size(dir); taken >= c.m.o.Quota/sealedShare {
 		return nil, fault.New(fault.Refused, "", "the sealed before-images of %s take %d MiB here, which is the most", c.origin, taken>>20)
 	}
-	f, err := os.CreateTemp(dir, ".arriving.*.tmp")
+	f, err := os.CreateTemp(dir, onItsWay)
 	if err != nil {
 		return nil, err
 	}

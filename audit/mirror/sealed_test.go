@@ -112,6 +112,32 @@ func TestImages(t *testing.T) {
 	}
 }
 
+// TestExpire: before-images end by policy where no more come, too, and what a process
+// was taking when it was killed takes no room.
+func TestExpire(t *testing.T) {
+	f := newFleet(t)
+	c := f.copy(0)
+	for _, action := range []string{"act-1", "act-2"} {
+		if _, err := bring(c.Images(), parts(action, []byte("x"), 10)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := bring(c.Images(), parts("act-3", []byte("xx"), 1)[:1]); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(f.dir, origin, "sealed")
+	old := f.now.Add(-60 * 24 * time.Hour)
+	if err := os.Chtimes(filepath.Join(dir, "act-1.age"), old, old); err != nil {
+		t.Fatal(err)
+	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	f.open(0).Expire(over)
+	if names, err := os.ReadDir(dir); err != nil || len(names) != 1 || names[0].Name() != "act-2.age" {
+		t.Errorf("%v, %v", names, err)
+	}
+}
+
 // TestPeers: agents are told of those of their own cluster only.
 func TestPeers(t *testing.T) {
 	f := newFleet(t)
