@@ -27,7 +27,9 @@ type Row struct {
 	EncryptionConfig []string
 	// Kubeconfigs are administrators', the most powerful first.
 	Kubeconfigs []string
-	Notes       []string
+	// Logs are where the components log, by component; see Components.
+	Logs  map[string]Logs
+	Notes []string
 }
 
 // TLSFiles are a CA and a client certificate with its key.
@@ -51,6 +53,7 @@ var rows = []Row{
 		},
 		// admin.conf is not exempt from flow control, super-admin.conf is.
 		Kubeconfigs: []string{"/etc/kubernetes/super-admin.conf", "/etc/kubernetes/admin.conf"},
+		Logs:        staticPods(Logs{Units: []string{"kubelet.service"}}),
 	},
 	{
 		Distribution:     "k3s",
@@ -63,6 +66,9 @@ var rows = []Row{
 		Credentials:      []TLSFiles{{"DATA/server/tls/etcd/server-ca.crt", "DATA/server/tls/etcd/client.crt", "DATA/server/tls/etcd/client.key"}},
 		EncryptionConfig: []string{"DATA/server/cred/encryption-config.json"},
 		Kubeconfigs:      []string{"/etc/rancher/k3s/k3s.yaml"},
+		// The file is that of OpenRC, or of the flag --log as its examples have it.
+		Logs: oneProcess(Logs{Files: []string{"/var/log/k3s.log"}, Units: []string{"k3s.service"},
+			Note: "k3s is one process: lines of all components are among these"}),
 	},
 	{
 		Distribution:     "rke2",
@@ -76,6 +82,7 @@ var rows = []Row{
 		Credentials:      []TLSFiles{{"DATA/server/tls/etcd/server-ca.crt", "DATA/server/tls/etcd/client.crt", "DATA/server/tls/etcd/client.key"}},
 		EncryptionConfig: []string{"DATA/server/cred/encryption-config.json"},
 		Kubeconfigs:      []string{"/etc/rancher/rke2/rke2.yaml"},
+		Logs:             staticPods(Logs{Files: []string{"DATA/agent/logs/kubelet.log"}, Units: []string{"rke2-server.service"}}),
 	},
 	{
 		Distribution: "openshift",
@@ -95,6 +102,13 @@ var rows = []Row{
 			},
 		},
 		Kubeconfigs: []string{"/etc/kubernetes/static-pod-resources/kube-apiserver-certs/secrets/node-kubeconfigs/localhost-recovery.kubeconfig"},
+		Logs: map[string]Logs{
+			"apiserver":          staticPod("openshift-kube-apiserver", "kube-apiserver", "kube-apiserver"),
+			"etcd":               staticPod("openshift-etcd", "etcd", "etcd"),
+			"controller-manager": staticPod("openshift-kube-controller-manager", "kube-controller-manager", "kube-controller-manager"),
+			"scheduler":          staticPod("openshift-kube-scheduler", "openshift-kube-scheduler", "kube-scheduler"),
+			"kubelet":            {Units: []string{"kubelet.service"}},
+		},
 	},
 	{
 		Distribution: "talos",
@@ -104,6 +118,7 @@ var rows = []Row{
 		// The API server is no file here: flags changed in the machine
 		// configuration are not seen.
 		EncryptionConfig: []string{"/system/secrets/kubernetes/kube-apiserver/encryptionconfig.yaml"},
+		Logs:             talosLogs,
 		Notes:            []string{"Talos keeps the API server's flags in its machine configuration: a changed etcd-prefix must be configured here"},
 	},
 }
