@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -175,6 +176,9 @@ func unpack(name string) (dir string, err error) {
 		}
 		if to == "." || h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeDir {
 			continue
+		}
+		if slices.ContainsFunc(slices.Collect(maps.Keys(h.PAXRecords)), func(name string) bool { return strings.HasPrefix(name, "GNU.sparse.") }) {
+			return dir, fmt.Errorf("the archive has a sparse file %q, which evidence is not", to) // a few bytes could fill the disk
 		}
 		if !fs.ValidPath(to) {
 			return dir, fmt.Errorf("the archive has a file %q", to)

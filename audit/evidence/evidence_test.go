@@ -734,6 +734,8 @@ func TestArchives(t *testing.T) {
 		}))
 		for _, h := range more {
 			w.must(out.WriteHeader(&h))
+			_, err := out.Write(append([]byte("0\n"), make([]byte, 512)...)[:h.Size])
+			w.must(err)
 		}
 		w.must(out.Close())
 		file := filepath.Join(t.TempDir(), "evidence.tar")
@@ -755,6 +757,12 @@ func TestArchives(t *testing.T) {
 	e, err := evidence.Open(pack("", tar.Header{Name: "cp-1.prod/recordings/x.cast", Linkname: "/etc/passwd", Typeflag: tar.TypeSymlink}))
 	w.must(err) // links are not unpacked
 	e.Close()
+	// GNU tar's sparse format 1.0, which the library does not write: no data, of 1 GiB.
+	sparse := pack("", tar.Header{Name: "cp-1.prod/x", Typeflag: tar.TypeReg, Size: 512, PAXRecords: map[string]string{"GNU_sparse.major": "1", "GNU_sparse.minor": "0", "GNU_sparse.name": "x", "GNU_sparse.realsize": "1073741824"}})
+	w.write(sparse, bytes.ReplaceAll(w.read(sparse), []byte("GNU_sparse."), []byte("GNU.sparse.")))
+	if _, err := evidence.Open(sparse); !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), "sparse") {
+		t.Errorf("a sparse file: %v", err)
+	}
 	w.write(filepath.Join(w.dir, "file"), []byte("nothing"))
 	for _, name := range []string{filepath.Join(w.dir, "file"), t.TempDir(), filepath.Join(w.dir, "absent")} {
 		if _, err := evidence.Open(name); !fault.Is(err, fault.Usage) {
@@ -899,6 +907,18 @@ func TestStoreOnlyGrows(t *testing.T) {
 	defer cancel()
 	if _, err := evidence.OpenStore(within, s.Dir()); err == nil {
 		t.Error("two have the same folder")
+	}
+}
+
+// TestEndless: a daemon that sends pieces of nothing without end is not heard to the end.
+func TestEndless(t *testing.T) {
+	w := newWorld(t)
+	s, err := evidence.OpenStore(t.Context(), filepath.Join(t.TempDir(), "kept"))
+	w.must(err)
+	defer s.Close()
+	_, err = s.Take(t.Context(), "cp-1.prod", w.trust(), func() (evidence.Part, error) { return evidence.Part{Path: "identity"}, nil })
+	if err == nil || !strings.Contains(err.Error(), "too many") {
+		t.Error(err)
 	}
 }
 

@@ -29,8 +29,12 @@ import (
 	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
-// maxTaken bounds what one daemon is let send at a time, in bytes.
-const maxTaken = 4 << 30
+// maxTaken bounds what one daemon is let send at a time, in bytes. Each piece counts
+// for minPart at least: a file of nothing takes room, too.
+const (
+	maxTaken = 4 << 30
+	minPart  = 64 << 10
+)
 
 // Store is an auditor's own folder of evidence, one folder for each daemon. It
 // takes only what goes on from what it has: what a daemon forgets or rewrites is
@@ -242,7 +246,7 @@ func receive(dir string, parts func() (Part, error)) error {
 		if !wanted.MatchString(p.Path) || !fs.ValidPath(p.Path) {
 			continue
 		}
-		if total += int64(len(p.Data)); total > maxTaken || p.Offset != sizes[p.Path] {
+		if total += max(int64(len(p.Data)), minPart); total > maxTaken || p.Offset != sizes[p.Path] {
 			return fault.New(fault.Failed, "report it: this is a bug, or the daemon is not to be trusted", "%.140q: pieces that do not follow one another, or too many", p.Path)
 		}
 		sizes[p.Path] += int64(len(p.Data))
