@@ -19,6 +19,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"github.com/halligan-io/halligan/agent/action"
+	"github.com/halligan-io/halligan/agent/diagnose"
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
 	"github.com/halligan-io/halligan/agent/storage"
@@ -92,6 +93,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
 		Encryption: encryption, Journal: records, Audit: evidence, Past: action.PastOf(evidence.Ledger), Sealed: images.seal(), Take: images.take(), Gone: filepath.Join(c.StateDir, "gone"), Policy: believed.Policy, Cluster: c.Cluster, Fresh: believed.Fresh, Approvals: believed, Alarm: evidence.Raise,
 		Now: clock.Now, Log: log})
+	look := diagnose.New(diagnose.Options{Node: c.Node, Prefix: c.Etcd.Prefix, Etcd: client, Encryption: encryption, Elsewhere: c.Etcd.Overrides, Policy: believed.Policy, Log: log})
 	// Ending, in this order: the doors close when every call has returned, then
 	// the settling of old actions, then what both stand on, the alarms last.
 	ctx, stop := context.WithCancel(ctx)
@@ -116,7 +118,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer stop()
 	log.Info().Str("version", version.String()).Str("distribution", distribution).Str("socket", c.Socket).
 		Strs("etcd", c.Etcd.Endpoints).Int("unfinished", len(records.Unfinished())).Msg("agent starts")
-	return serve(ctx, c, engine, believed, evidence, images, holder, alarms, log)
+	return serve(ctx, c, engine, look, believed, evidence, images, holder, alarms, log)
 }
 
 // mended waits until the state folder can be opened, or the context ends.

@@ -51,13 +51,13 @@ type doors struct {
 
 // serve opens the doors and serves until the context ends, then stops
 // gracefully.
-func serve(ctx context.Context, c Config, engine door.Engine, t *trusted, evidence *record.Evidence, images sealing, holder *service.Holder, alarms *alarm.Alarms, log zerolog.Logger) error {
+func serve(ctx context.Context, c Config, engine door.Engine, look door.Look, t *trusted, evidence *record.Evidence, images sealing, holder *service.Holder, alarms *alarm.Alarms, log zerolog.Logger) error {
 	socket, err := console.Listen(c.Socket)
 	if err != nil {
 		return err
 	}
 	d := &doors{Ways: ways.New(evidence.Raise, log), config: c, trusted: t, evidence: evidence, images: images, alarms: alarms, log: log}
-	o := door.Options{Engine: engine, Cluster: c.Cluster, Warnings: d.warnings, Audit: evidence.Status, Record: evidence, Alarms: evidence, Log: log,
+	o := door.Options{Engine: engine, Look: look, Cluster: c.Cluster, Warnings: d.warnings, Audit: evidence.Status, Record: evidence, Alarms: evidence, Log: log,
 		Evidence: service.New(service.Options{Ledger: evidence, Origin: c.origin(), Holder: holder, Identity: evidence.Identity, Sealed: images.service(), Bundle: t.Current, Now: t.clock.Now,
 			Stopping: func() context.Context { return d.server.Stopping() }, Log: log})}
 	if c.Trust != nil {

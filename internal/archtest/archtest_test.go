@@ -50,9 +50,10 @@ var links = []struct{ binary, forbidden, why string }{
 var inside = map[string][]string{
 	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/door": nil,
 	"agent/console": nil, "agent/sshd": nil, "agent/tunnel": nil,
-	"agent/journal": {"agent/storage"},
-	"agent/action":  {"agent/storage", "agent/etcd", "agent/journal"},
-	"agent":         {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/sshd", "agent/tunnel", "agent/journal", "agent/action"},
+	"agent/journal":  {"agent/storage"},
+	"agent/diagnose": {"agent/storage", "agent/etcd"},
+	"agent/action":   {"agent/storage", "agent/etcd", "agent/journal"},
+	"agent":          {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/sshd", "agent/tunnel", "agent/journal", "agent/action", "agent/diagnose"},
 
 	"bastion/relay": nil, "bastion/lobby": nil, "bastion/store": nil,
 	"bastion/push": nil, "bastion/witness": nil,
