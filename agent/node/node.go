@@ -39,8 +39,12 @@ type Layout struct {
 	EncryptionConfig string
 	// Overrides are resources that live in another etcd.
 	Overrides []EtcdOverride
-	// Kubeconfigs are administrators', the most powerful first.
+	// Kubeconfigs are administrators', the most powerful first, where the
+	// distribution keeps them: they need not be there yet.
 	Kubeconfigs []string
+	// APIServer is IP:port of the API server on this node, and APIServerName a name
+	// in its certificate; both are empty where none runs here.
+	APIServer, APIServerName string
 	// Notes are remarks for the operator: what was dropped, assumed or is odd.
 	Notes []string
 }
@@ -140,9 +144,10 @@ func (h host) layout(r Row, base string) (*Layout, error) {
 		}
 	}
 	for _, k := range r.Kubeconfigs {
-		if f := h.first(base, []string{k}); f != "" {
-			l.Kubeconfigs = append(l.Kubeconfigs, f)
-		}
+		l.Kubeconfigs = append(l.Kubeconfigs, h.path(inBase(base, k)))
+	}
+	if len(r.Manifest) == 0 && !s.without || h.first(base, r.Manifest) != "" {
+		l.APIServer, l.APIServerName = s.serves(), r.APIServerName
 	}
 	return l, nil
 }

@@ -200,7 +200,7 @@ var talos = map[string]string{
 func TestRows(t *testing.T) {
 	marks := map[string]string{}
 	for _, r := range Rows() {
-		if r.Distribution == "" || len(r.Marks) == 0 || len(r.Member) == 0 || len(r.Credentials) == 0 {
+		if r.Distribution == "" || len(r.Marks) == 0 || len(r.Member) == 0 || len(r.Credentials) == 0 || r.APIServerName == "" {
 			t.Errorf("row %q is not complete", r.Distribution)
 		}
 		if len(r.Manifest) == 0 && r.Config == "" && len(r.Notes) == 0 {
@@ -241,6 +241,7 @@ func TestDetect(t *testing.T) {
 			Distribution: "kubeadm", Endpoints: local, Prefix: "/registry",
 			CAFile: pki + "etcd/ca.crt", CertFile: pki + "etcd/healthcheck-client.crt", KeyFile: pki + "etcd/healthcheck-client.key",
 			Kubeconfigs: []string{"/etc/kubernetes/super-admin.conf", "/etc/kubernetes/admin.conf"},
+			APIServer:   "127.0.0.1:6443", APIServerName: "kubernetes",
 		}
 		change(l)
 		return l
@@ -250,6 +251,7 @@ func TestDetect(t *testing.T) {
 			Distribution: "k3s", Endpoints: local, Prefix: "/registry", EncryptionConfig: k3sd + "cred/encryption-config.json",
 			CAFile: k3sd + "tls/etcd/server-ca.crt", CertFile: k3sd + "tls/etcd/client.crt", KeyFile: k3sd + "tls/etcd/client.key",
 			Kubeconfigs: []string{"/etc/rancher/k3s/k3s.yaml"},
+			APIServer:   "127.0.0.1:6443", APIServerName: "kubernetes",
 		}
 		change(l)
 		return l
@@ -306,7 +308,7 @@ func TestDetect(t *testing.T) {
 		{"kubeadm, etcd host", with(kubeadm, map[string]string{
 			"/etc/kubernetes/manifests/kube-apiserver.yaml": "-", "/etc/kubernetes/super-admin.conf": "-", "/etc/kubernetes/admin.conf": "-"}),
 			kubeadmLayout(func(l *Layout) {
-				l.Kubeconfigs = nil
+				l.APIServer, l.APIServerName = "", ""
 				l.Notes = []string{"no API server's static pod is here: the default key prefix is assumed"}
 			})},
 		{"k3s", k3s, k3sLayout(func(*Layout) {})},
@@ -316,6 +318,10 @@ func TestDetect(t *testing.T) {
 			"/etc/rancher/k3s/config.yaml.d/20.yaml":  "kube-apiserver-arg+: [--etcd-prefix=/second]\n",
 			"/etc/rancher/k3s/config.yaml.d/30.saved": "{",
 		}), k3sLayout(func(l *Layout) { l.Prefix = "/second" })},
+		{"kubeadm, another port", with(kubeadm, api("--secure-port=8443", "'--bind-address=::'")), kubeadmLayout(func(l *Layout) { l.APIServer = "[::1]:8443" })},
+		{"kubeadm, one address", with(kubeadm, api("--bind-address=10.0.0.5")), kubeadmLayout(func(l *Layout) { l.APIServer = "10.0.0.5:6443" })},
+		{"k3s, another port", with(k3s, map[string]string{"/etc/rancher/k3s/config.yaml": "https-listen-port: 7443\n"}), k3sLayout(func(l *Layout) { l.APIServer = "127.0.0.1:7443" })},
+		{"k3s, no API server here", with(k3s, map[string]string{"/etc/rancher/k3s/config.yaml": "disable-apiserver: true\n"}), k3sLayout(func(l *Layout) { l.APIServer, l.APIServerName = "", "" })},
 		{"k3s, unit", with(k3s, map[string]string{"/etc/systemd/system/k3s.service": "[Service]\nExecStart=/usr/local/bin/k3s \\\n    server \\\n\t'--cluster-init' \\\n\t'--kube-apiserver-arg=etcd-prefix=/unit' \\\n"}),
 			k3sLayout(func(l *Layout) { l.Prefix = "/unit" })},
 		{"k3s, external etcd", with(k3s, elsewhere, map[string]string{
@@ -329,6 +335,7 @@ func TestDetect(t *testing.T) {
 			Distribution: "rke2", Endpoints: local, Prefix: "/registry", EncryptionConfig: rked + "cred/encryption-config.json",
 			CAFile: rked + "tls/etcd/server-ca.crt", CertFile: rked + "tls/etcd/client.crt", KeyFile: rked + "tls/etcd/client.key",
 			Overrides: []EtcdOverride{{"events", []string{"10.0.0.7:2382"}}}, Kubeconfigs: []string{"/etc/rancher/rke2/rke2.yaml"},
+			APIServer: "127.0.0.1:6443", APIServerName: "kubernetes",
 		}},
 		{"openshift", openshift, &Layout{
 			Distribution: "openshift", Endpoints: local, Prefix: "/kubernetes.io",
@@ -336,10 +343,12 @@ func TestDetect(t *testing.T) {
 			CAFile:           ocp + "etcd-certs/configmaps/etcd-all-bundles/server-ca-bundle.crt",
 			CertFile:         ocp + "etcd-certs/secrets/etcd-all-certs/etcd-peer-cp-2.crt", KeyFile: ocp + "etcd-certs/secrets/etcd-all-certs/etcd-peer-cp-2.key",
 			Kubeconfigs: []string{ocp + "kube-apiserver-certs/secrets/node-kubeconfigs/localhost-recovery.kubeconfig"},
+			APIServer:   "127.0.0.1:6443", APIServerName: "localhost-recovery",
 		}},
 		{"talos", talos, &Layout{
 			Distribution: "talos", Endpoints: local, Prefix: "/registry", EncryptionConfig: "/system/secrets/kubernetes/kube-apiserver/encryptionconfig.yaml",
 			CAFile: "/system/secrets/etcd/ca.crt", CertFile: "/system/secrets/etcd/admin.crt", KeyFile: "/system/secrets/etcd/admin.key",
+			APIServer: "127.0.0.1:6443", APIServerName: "kubernetes",
 			Notes: []string{"Talos keeps the API server's flags in its machine configuration: a changed etcd-prefix must be configured here"},
 		}},
 	} {

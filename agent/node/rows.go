@@ -25,8 +25,11 @@ type Row struct {
 	Credentials []TLSFiles
 	// EncryptionConfig is where it lies when no flag says so.
 	EncryptionConfig []string
-	// Kubeconfigs are administrators', the most powerful first.
+	// Kubeconfigs are administrators', the most powerful first; no patterns.
 	Kubeconfigs []string
+	// APIServerName is a name in the API server's certificate, which stands for it
+	// whatever its addresses are.
+	APIServerName string
 	// Logs are where the components log, by component; see Components.
 	Logs  map[string]Logs
 	Notes []string
@@ -52,8 +55,9 @@ var rows = []Row{
 			{"/etc/kubernetes/pki/etcd/ca.crt", "/etc/kubernetes/pki/apiserver-etcd-client.crt", "/etc/kubernetes/pki/apiserver-etcd-client.key"},
 		},
 		// admin.conf is not exempt from flow control, super-admin.conf is.
-		Kubeconfigs: []string{"/etc/kubernetes/super-admin.conf", "/etc/kubernetes/admin.conf"},
-		Logs:        staticPods(Logs{Units: []string{"kubelet.service"}}),
+		Kubeconfigs:   []string{"/etc/kubernetes/super-admin.conf", "/etc/kubernetes/admin.conf"},
+		APIServerName: "kubernetes",
+		Logs:          staticPods(Logs{Units: []string{"kubelet.service"}}),
 	},
 	{
 		Distribution:     "k3s",
@@ -69,6 +73,7 @@ var rows = []Row{
 		// The file is that of OpenRC, or of the flag --log as its examples have it.
 		Logs: oneProcess(Logs{Files: []string{"/var/log/k3s.log"}, Units: []string{"k3s.service"},
 			Note: "k3s is one process: lines of all components are among these"}),
+		APIServerName: "kubernetes",
 	},
 	{
 		Distribution:     "rke2",
@@ -83,6 +88,7 @@ var rows = []Row{
 		EncryptionConfig: []string{"DATA/server/cred/encryption-config.json"},
 		Kubeconfigs:      []string{"/etc/rancher/rke2/rke2.yaml"},
 		Logs:             staticPods(Logs{Files: []string{"DATA/agent/logs/kubelet.log"}, Units: []string{"rke2-server.service"}}),
+		APIServerName:    "kubernetes",
 	},
 	{
 		Distribution: "openshift",
@@ -109,6 +115,7 @@ var rows = []Row{
 			"scheduler":          staticPod("openshift-kube-scheduler", "openshift-kube-scheduler", "kube-scheduler"),
 			"kubelet":            {Units: []string{"kubelet.service"}},
 		},
+		APIServerName: "localhost-recovery", // which the server chooses its certificate by
 	},
 	{
 		Distribution: "talos",
@@ -119,6 +126,7 @@ var rows = []Row{
 		// configuration are not seen.
 		EncryptionConfig: []string{"/system/secrets/kubernetes/kube-apiserver/encryptionconfig.yaml"},
 		Logs:             talosLogs,
+		APIServerName:    "kubernetes", // administrators' kubeconfigs are made by its own API, and not kept
 		Notes:            []string{"Talos keeps the API server's flags in its machine configuration: a changed etcd-prefix must be configured here"},
 	},
 }

@@ -3,6 +3,7 @@ package node
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"net/url"
 	"path"
@@ -20,6 +21,8 @@ import (
 type settings struct {
 	flags  map[string][]string
 	mounts []mount // nil: it runs on the host itself
+	// without is of a server of k3s that only keeps etcd.
+	without bool
 }
 
 type mount struct{ inside, outside string }
@@ -168,6 +171,10 @@ func (h host) settings(r Row, base string, l *Layout) (*settings, error) {
 	for _, a := range own.flags["kube-apiserver-arg"] {
 		s.add([]string{"--" + strings.TrimPrefix(a, "--")})
 	}
+	s.without = own.flag("disable-apiserver") == "true"
+	if p := own.flag("https-listen-port"); p != "" {
+		s.flags["secure-port"] = []string{p} // its supervisor passes on what is the API server's
+	}
 	for from, to := range map[string]string{"datastore-endpoint": "etcd-servers", "datastore-cafile": "etcd-cafile", "datastore-certfile": "etcd-certfile", "datastore-keyfile": "etcd-keyfile"} {
 		if v := own.flag(from); v != "" {
 			s.flags[to] = []string{v}
@@ -298,6 +305,23 @@ func (h host) rancher(r Row) (*settings, error) {
 		}
 	}
 	return s, nil
+}
+
+// serves returns where the API server of this node can be reached on it
+// (apiserver/pkg/server/options/serving.go; k3s and RKE2 have the same default).
+func (s *settings) serves() string {
+	port := s.flag("secure-port")
+	if port == "" {
+		port = "6443"
+	}
+	name := s.flag("bind-address")
+	if name == "" {
+		name = "0.0.0.0"
+	}
+	if e, err := ipPort("https://" + net.JoinHostPort(name, port)); err == nil {
+		return e
+	}
+	return "127.0.0.1:6443"
 }
 
 // listens returns where the local member can be reached: its loopback address
