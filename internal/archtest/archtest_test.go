@@ -34,6 +34,7 @@ var links = []struct{ binary, forbidden, why string }{
 	{"cmd/halligan", module + "/agent", "it meets the agent in api"},
 	{"cmd/halligan", module + "/bastion", "it meets the bastion in api"},
 	{"cmd/halligan", "github.com/gliderlabs/ssh", "it serves nobody"},
+	{"cmd/halligan", "github.com/transparency-dev/tessera", "it reads logs, and keeps none"},
 	{"cmd/halligan-agent", "go.etcd.io/etcd/server", "it has little memory at rest, and runs no etcd"},
 	{"cmd/halligan-agent", module + "/internal/labpki", "a lab's keys have no place on a node"},
 	{"cmd/halligan-agent", module + "/internal/trust/issuer", "a node vouches for nobody"},
@@ -45,9 +46,20 @@ var links = []struct{ binary, forbidden, why string }{
 	{"cmd/halligan-bastion", module + "/internal/trust/issuer", "a bastion vouches for nobody"},
 }
 
-// inside is the order inside agent and bastion: which of its packages each of them may
-// import, outside of tests. What is not in it has no place there.
+// inside is the order inside audit, agent and bastion: which of its packages each of
+// them may import, outside of tests. What is not in it has no place there.
 var inside = map[string][]string{
+	"audit": nil, "audit/tiles": nil,
+	"audit/ledger":   {"audit", "audit/tiles"},
+	"audit/cast":     {"audit"},
+	"audit/evidence": {"audit", "audit/tiles"},
+	"audit/export":   {"audit"},
+	"audit/sealed":   {"audit", "audit/evidence"},
+	"audit/mirror":   {"audit", "audit/ledger", "audit/sealed", "audit/tiles"},
+	"audit/record":   {"audit", "audit/cast", "audit/ledger"},
+	"audit/report":   {"audit", "audit/cast", "audit/export"},
+	"audit/service":  {"audit", "audit/ledger", "audit/sealed", "audit/tiles"},
+
 	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/door": nil,
 	"agent/console": nil, "agent/sshd": nil, "agent/tunnel": nil,
 	"agent/journal":  {"agent/storage"},
@@ -112,10 +124,28 @@ var importers = []struct {
 	{"github.com/gliderlabs/ssh", []string{"internal/sshserver"}, "only there are its traps closed"},
 	{"github.com/hashicorp/yamux", []string{"api/mux"}, "both ends of a tunnel have the same bounds"},
 	{"github.com/hiddeco/sshsig", []string{"internal/trust/bundle", "internal/trust/approval"}, "only there are namespaces and hashes pinned"},
+	{"github.com/transparency-dev/tessera", []string{"audit/ledger", "cmd/internal/lab"}, "only there are its driver's traps closed; a lab has its fsck as an outsider"},
+	{"filippo.io/torchwood", []string{"audit/evidence", "audit/ledger", "audit/mirror", "audit/service", "audit/tiles", "internal/trust/logkey"},
+		"what a checkpoint and a countersignature are worth is decided in one place"},
+	{"golang.org/x/mod/sumdb", []string{"audit", "cmd/internal/lab", "internal/trust/logkey"}, "what signs and verifies notes is the evidence's"},
+	{"filippo.io/age", []string{"audit/sealed", "cmd/internal/evidence", "internal/trust/bundle"}, "before-images are sealed in one place, and opened there"},
+	{"k8s.io/klog/v2", []string{"audit/record", "cmd/internal/lab"}, "what libraries tell klog is silenced once"},
 	{"golang.org/x/crypto/ssh/agent", []string{"internal/sshclient", "internal/trust/issuer"}, "nothing that serves holds or forwards keys"},
 	{module + "/internal/trust/testfleet", nil, "a test's keys have no place with people, nor on a node"},
 	{module + "/internal/sshclient/testagent", nil, "a played token has no place with people"},
 	{"log", nil, "daemons log through internal/daemonlog"}, // log/slog too
+}
+
+// gate says who alone may mention a name of the audit package: what takes effect goes
+// through one gate, and its permits to who writes.
+var gate = map[string][]string{"Do": {"agent/action"}, "Permit": {"agent/action", "agent/etcd"}}
+
+// passes reports what goes through the gate in a package that is not of it.
+func passes(folder string) func(path, name string) bool {
+	return func(path, name string) bool {
+		allowed, is := gate[name]
+		return is && path == module+"/audit" && !slices.Contains(allowed, folder)
+	}
 }
 
 type pkg struct {
@@ -211,9 +241,9 @@ func TestArchitecture(t *testing.T) {
 			}
 		}
 	})
-	t.Run("daemons have an order", func(t *testing.T) {
+	t.Run("folders have an order", func(t *testing.T) {
 		for _, p := range all {
-			if p.folder() == "agent" || p.folder() == "bastion" {
+			if slices.Contains([]string{"audit", "agent", "bastion"}, p.folder()) {
 				for _, problem := range disorder(p) {
 					t.Error(problem)
 				}
@@ -233,6 +263,13 @@ func TestArchitecture(t *testing.T) {
 				continue
 			}
 			if err := mentions(p, writesFiles, func(where string) { t.Errorf("%s: this package writes no file", where) }); err != nil {
+				t.Errorf("%s: %v", p.path(), err)
+			}
+		}
+	})
+	t.Run("effects have one gate", func(t *testing.T) {
+		for _, p := range all {
+			if err := mentions(p, passes(p.path()), func(where string) { t.Errorf("%s: what takes effect does so in agent/action", where) }); err != nil {
 				t.Errorf("%s: %v", p.path(), err)
 			}
 		}
@@ -328,7 +365,7 @@ func documentation(p pkg) (doc string, generated bool, err error) {
 }
 
 // row returns the package's own row or that of the one that it is below, "" where
-// there is none. agent and bastion themselves have rows for nothing below them.
+// there is none. audit, agent and bastion themselves have rows for nothing below them.
 func row(path string) string {
 	best := ""
 	for r := range inside {
@@ -339,7 +376,7 @@ func row(path string) string {
 	return best
 }
 
-// disorder says what a package of agent or bastion imports against the order.
+// disorder says what a package of a folder that has an order imports against it.
 func disorder(p pkg) (problems []string) {
 	own := row(p.path())
 	if own == "" {
@@ -439,6 +476,7 @@ func TestRules(t *testing.T) {
 		of("agent/console", module+"/agent/action"), of("agent/console", module+"/agent"), of("agent/action", module+"/agent/node"),
 		of("agent/action", module+"/agent/console"), of("agent/new"),
 		of("bastion/relay", module+"/bastion/store"), of("bastion/lobby", module+"/bastion/rpc"), of("bastion/relay", module+"/bastion"), of("bastion/new"),
+		of("audit/tiles", module+"/audit"), of("audit", module+"/audit/ledger"), of("audit/service", module+"/audit/mirror"), of("audit/new"),
 	} {
 		if len(disorder(p)) != 1 {
 			t.Errorf("%s may import %v", p.path(), p.Imports)
@@ -468,6 +506,8 @@ import (
 	"io"
 	"os"
 	sys "os"
+
+	"github.com/halligan-io/halligan/audit"
 )
 
 func f(w io.Writer, x struct{ Stdout io.Writer }) {
@@ -479,13 +519,15 @@ func f(w io.Writer, x struct{ Stdout io.Writer }) {
 	println() // prints
 	sys.WriteFile("", nil, 0) // writes
 	os.ReadFile("")
+	audit.Do(nil, nil, audit.Event{}, nil) // passes
+	var _ audit.Permit // passes
 }
 `
 	p := pkg{ImportPath: module + "/agent/p", Dir: t.TempDir(), GoFiles: []string{"p.go"}}
 	if err := os.WriteFile(filepath.Join(p.Dir, "p.go"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for word, rule := range map[string]func(string, string) bool{"prints": prints, "writes": writesFiles} {
+	for word, rule := range map[string]func(string, string) bool{"prints": prints, "writes": writesFiles, "passes": passes("agent/p")} {
 		var want, got []string
 		for i, line := range strings.Split(text, "\n") {
 			if strings.HasSuffix(line, "// "+word) {
