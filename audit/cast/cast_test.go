@@ -543,6 +543,51 @@ func TestQuota(t *testing.T) {
 	}
 }
 
+// TestShares: whoever fills what there is for recordings pushes out the own ones, and
+// nobody else's, the process before included.
+func TestShares(t *testing.T) {
+	dir, log, now := filepath.Join(t.TempDir(), "recordings"), &ledger{}, time.Now()
+	o := Options{Dir: dir, Log: log, MaxBytes: 1 << 20, Now: func() time.Time { now = now.Add(time.Second); return now }}
+	r := open(t, o)
+	record := func(who trust.Identity, size int) *Session {
+		s := begin(t, r, who)
+		_ = s.Output(bytes.Repeat([]byte("x"), size)) // it says so where it is too much
+		return s
+	}
+	done := func(s *Session) {
+		s.End(0, nil)
+		settle(t, r, s)
+	}
+	var kept []string
+	for range 3 {
+		s := record(ada, 60<<10)
+		done(s)
+		kept = append(kept, s.name)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r = open(t, o)
+	for range 2 {
+		for range 12 {
+			done(record(robot, 100<<10))
+		}
+		var live []*Session
+		for range 12 {
+			live = append(live, record(robot, 100<<10))
+		}
+		for _, s := range live {
+			done(s)
+		}
+	}
+	for _, name := range kept {
+		read(t, dir, name)
+	}
+	if len(r.making) > 0 {
+		t.Errorf("still being made: %v", r.making)
+	}
+}
+
 // settle waits until the log has all of a session.
 func settle(t *testing.T, r *Recorder, s *Session) {
 	t.Helper()

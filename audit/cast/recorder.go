@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -48,8 +49,9 @@ type Options struct {
 	// Dir is the folder of the recordings, private, made if need be.
 	Dir string
 	Log audit.Log
-	// MaxBytes is what all recordings may take on disk; the oldest make room. One
-	// takes at most an eighth of it. Zero means 256 MiB.
+	// MaxBytes is what all recordings may take on disk; the oldest make room, of
+	// whoever has most. One takes at most an eighth of it, and those of one person
+	// that are being made a half. Zero means 256 MiB.
 	MaxBytes int64
 	// Input has what people type recorded, too.
 	Input bool
@@ -73,12 +75,57 @@ type Recorder struct {
 	whole   []file        // recordings that may be removed, oldest first
 	torn    []string      // those that an earlier process has left
 	problem string
+
+	shares sync.Mutex       // guards making; taken last
+	making map[string]int64 // bytes of recordings that are being made, by whose
 }
 
 // file is a recording on disk.
 type file struct {
 	name string
 	size int64
+	// of is whose session it was; empty: that was not looked up yet.
+	of string
+}
+
+// share reports whether there is room for so many bytes more of what somebody is
+// making, and takes it; less than none gives it back.
+func (r *Recorder) share(of string, n int64) bool {
+	r.shares.Lock()
+	defer r.shares.Unlock()
+	if n > 0 && r.making[of]+n > r.o.MaxBytes/2 {
+		return false
+	}
+	if r.making[of] += n; r.making[of] <= 0 {
+		delete(r.making, of)
+	}
+	return true
+}
+
+// owner is whose session a recording is of, by its title.
+func owner(title string) string {
+	at := max(0, strings.LastIndex(title, " at "))
+	of, _, _ := strings.Cut(title[:at], " as ")
+	return of
+}
+
+// ownerOf looks that up.
+func (r *Recorder) ownerOf(name string) string {
+	const nobody = "?"
+	f, err := os.Open(filepath.Join(r.o.Dir, name+suffix))
+	if err != nil {
+		return nobody
+	}
+	defer f.Close()
+	text, err := line(bufio.NewReaderSize(f, 8<<10))
+	if err != nil {
+		return nobody
+	}
+	h, err := header(text)
+	if err != nil {
+		return nobody
+	}
+	return cmp.Or(owner(h.Title), nobody)
 }
 
 // Open returns a Recorder, which has to be closed before its log is. That nothing
@@ -88,7 +135,7 @@ func Open(o Options) (*Recorder, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	r := &Recorder{o: o, wake: make(chan struct{}, 1), live: map[*Session]struct{}{}}
+	r := &Recorder{o: o, wake: make(chan struct{}, 1), live: map[*Session]struct{}{}, making: map[string]int64{}}
 	var failed *fs.PathError
 	if err := durable.Dir(o.Dir); err != nil && !errors.As(err, &failed) {
 		return nil, err
@@ -114,7 +161,7 @@ func (r *Recorder) find() error {
 		}
 		r.used.Add(st.Size())
 		if st.Mode().Perm()&0o200 == 0 {
-			r.whole = append(r.whole, file{name, st.Size()})
+			r.whole = append(r.whole, file{name: name, size: st.Size()})
 		} else {
 			r.torn = append(r.torn, name)
 		}
@@ -281,7 +328,8 @@ func (r *Recorder) finished(s *Session, size int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.ended = slices.DeleteFunc(r.ended, func(e *Session) bool { return e == s })
-	r.keep(file{s.name, size})
+	r.share(s.of, -size)
+	r.keep(file{s.name, size, s.of})
 }
 
 // keep adds to what may be removed; the lock is held.
@@ -290,19 +338,18 @@ func (r *Recorder) keep(f file) {
 	r.whole = slices.Insert(r.whole, at, f)
 }
 
-// prune removes the oldest recordings until there is room for those that are being
-// made. That one is removed is durable before it is.
+// prune removes recordings until there is room for those that are being made: the
+// oldest of whoever has most, so that nobody can push out what others did. That one is
+// removed is durable before it is.
 func (r *Recorder) prune() error {
 	for r.used.Load() > r.o.MaxBytes/8*7 {
-		r.mu.Lock()
-		if len(r.whole) == 0 {
-			r.mu.Unlock()
+		i := r.first()
+		if i < 0 {
 			return nil // what is live is bounded by itself
 		}
-		f := r.whole[0]
-		r.mu.Unlock()
+		f := r.whole[i] // only this removes any, and only what calls it adds some
 		if err := r.append(audit.Event{Kind: audit.Recording, Target: f.name, Outcome: Removed,
-			Text: fmt.Sprintf("the oldest recording, of %d bytes, was removed: all together may take %d", f.size, r.o.MaxBytes)}); err != nil {
+			Text: fmt.Sprintf("the oldest recording of %s, of %d bytes, was removed: all together may take %d", f.of, f.size, r.o.MaxBytes)}); err != nil {
 			return err
 		}
 		if err := os.Remove(filepath.Join(r.o.Dir, f.name+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -310,10 +357,36 @@ func (r *Recorder) prune() error {
 		}
 		r.used.Add(-f.size)
 		r.mu.Lock()
-		r.whole = r.whole[1:]
+		r.whole = slices.Delete(r.whole, i, i+1)
 		r.mu.Unlock()
 	}
 	return nil
+}
+
+// first returns the recording that goes first, -1: there is none. Nobody waits while
+// it looks up whose they are.
+func (r *Recorder) first() int {
+	r.shares.Lock()
+	has := maps.Clone(r.making)
+	r.shares.Unlock()
+	found := map[string]int{} // the oldest of each
+	for i := range r.whole {
+		f := &r.whole[i]
+		if f.of == "" {
+			f.of = r.ownerOf(f.name)
+		}
+		has[f.of] += f.size
+		if _, older := found[f.of]; !older {
+			found[f.of] = i
+		}
+	}
+	first, most := -1, int64(0)
+	for of, i := range found {
+		if has[of] > most || has[of] == most && i < first {
+			first, most = i, has[of]
+		}
+	}
+	return first
 }
 
 // settle makes a recording whole that an earlier process was writing: players
@@ -359,7 +432,7 @@ func (r *Recorder) settle(name string) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.keep(file{name, good})
+	r.keep(file{name: name, size: good})
 	return nil
 }
 

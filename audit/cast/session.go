@@ -54,6 +54,7 @@ const maxCommand = 4096
 type Session struct {
 	r      *Recorder
 	name   string
+	of     string // whose it is
 	about  About
 	begun  time.Time // of the monotonic clock
 	at     time.Time // of the daemon's
@@ -104,7 +105,7 @@ func (r *Recorder) Begin(ctx context.Context, about About) (*Session, error) {
 		r.o.Log.Note(e)
 		return s, nil
 	}
-	s.name = trust.NewSession(s.at)
+	s.name, s.of = trust.NewSession(s.at), owner(s.title())
 	e.Target = s.name
 	s.mu.Lock()
 	err := s.open()
@@ -336,6 +337,7 @@ func (s *Session) End(status int, why error) {
 	}
 	s.r.mu.Unlock()
 	if s.file != nil && !kept {
+		s.r.share(s.of, -s.size)
 		s.file.Close() // the next start settles it
 	}
 	s.mu.Unlock()
@@ -460,11 +462,15 @@ func (s *Session) write(kind string, p []byte) error {
 func (s *Session) add(line []byte) error {
 	all := s.r.used.Add(int64(len(line)))
 	err := errFull
-	if all <= s.r.o.MaxBytes && s.size+int64(len(line)) <= s.r.o.MaxBytes/8 {
+	shared := s.r.share(s.of, int64(len(line)))
+	if shared && all <= s.r.o.MaxBytes && s.size+int64(len(line)) <= s.r.o.MaxBytes/8 {
 		_, err = s.file.Write(line)
 	}
 	if err != nil {
 		s.r.used.Add(-int64(len(line)))
+		if shared {
+			s.r.share(s.of, -int64(len(line)))
+		}
 		// What of the line was written is taken back; that takes no room.
 		if cut := s.file.Truncate(s.size); cut == nil {
 			_, cut = s.file.Seek(s.size, 0)
