@@ -56,10 +56,43 @@ func (r *roamer) Undo(ctx context.Context, in *halliganv1.UndoRequest, opts ...g
 	if by := r.undoneBy(ctx, in.GetActionId()); by != "" {
 		return nil, fault.New(fault.Stale, "see: halligan history "+by, "action %s was taken back already, by %s", in.GetActionId(), by)
 	}
-	r.fleet.app.note("%s did it and cannot be asked: %s gets what bastions keep of it, and verifies that", node, r.host.ID())
 	in = proto.CloneOf(in)
 	in.Evidence = proof
-	return r.agent.Undo(ctx, in, opts...)
+	return r.bring(ctx, node, in, opts...)
+}
+
+// bring hands what bastions keep of an action to an agent of the cluster, and goes on
+// there. The node that did it is no such agent: one that was made anew under its name
+// has a new key, to which nothing was sealed.
+func (r *roamer) bring(ctx context.Context, node string, in *halliganv1.UndoRequest, opts ...grpc.CallOption) (*halliganv1.Plan, error) {
+	why := "has no record of it any more"
+	if r.mu.Lock(); slices.Contains(r.silent, node) {
+		why = "cannot be asked"
+	}
+	r.mu.Unlock()
+	var turn sync.Mutex // guards planned and failed
+	planned, failed := false, error(nil)
+	plan, err := seek(ctx, r, func(ctx context.Context, a *agent) (*halliganv1.Plan, error) {
+		turn.Lock()
+		defer turn.Unlock()
+		if planned || a.host.ID() == node {
+			return nil, fault.New(fault.NotFound, "", "not asked")
+		}
+		r.fleet.app.note("%s did it and %s: %s gets what bastions keep of it, and verifies that", node, why, a.host.ID())
+		plan, err := a.Undo(ctx, in, opts...)
+		if planned = err == nil; !planned {
+			failed = err
+		}
+		return plan, err
+	})
+	switch {
+	case err == nil || r.host.ID() != node:
+		return plan, err
+	case failed != nil:
+		return nil, failed
+	}
+	return nil, fault.New(fault.NotFound, "look at what it changed (halligan history "+in.GetActionId()+"), and change that back by hand",
+		"%s did it and %s, and no other agent of the cluster can be asked", node, why)
 }
 
 // Plan is Undo where that is the action.
