@@ -141,6 +141,12 @@ func (s *stage) asks() []ask {
 	scaled := func(namespace, name string) func(way) string {
 		return func(way) string { s.workload(namespace, name); return name }
 	}
+	worker := func(cordoned bool) func(way) string {
+		return func(way) string {
+			s.put("/registry/minions/worker", &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "worker", UID: "u1"}, Spec: corev1.NodeSpec{Unschedulable: cordoned}})
+			return ""
+		}
+	}
 	// own returns what becomes of a caller's own plan, and of felix's where the
 	// caller has none.
 	own := func(of string, become func(caller, *halliganv1.Plan) string) func(way) string {
@@ -169,6 +175,13 @@ func (s *stage) asks() []ask {
 			doing("scale", map[string]any{"target": "deploy/coredns", "namespace": "kube-system", "to": 0}), "rrrrrrrr", did},
 		{"scale", "scale what is not there", nil, "scale deploy/nothing -n shop --to 0 -y --reason because",
 			doing("scale", map[string]any{"target": "deploy/nothing", "namespace": "shop", "to": 0}), "rnnrnrrr", map[string]string{"n": "!Plan", "r": "-Plan"}},
+		{"pause", "pause", scaled("shop", "web"), "pause deploy/web -n shop -y --reason because", doing("pause", map[string]any{"target": "deploy/web", "namespace": "shop"}), "ryyryrrr", did},
+		{"resume", "resume", func(way) string {
+			s.put("/registry/deployments/shop/web", &appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web", UID: "u1"}, Spec: appsv1.DeploymentSpec{Paused: true}})
+			return ""
+		}, "resume deploy/web -n shop -y --reason because", doing("resume", map[string]any{"target": "deploy/web", "namespace": "shop"}), "ryyryrrr", did},
+		{"cordon", "cordon", worker(false), "cordon worker -y --reason because", doing("cordon", map[string]any{"target": "worker"}), "ryyryrrr", did},
+		{"uncordon", "uncordon", worker(true), "uncordon worker -y --reason because", doing("uncordon", map[string]any{"target": "worker"}), "ryyryrrr", did},
 		{"delete", "delete", func(way) string {
 			s.put(someMap, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "c", UID: "u1"}})
 			return ""

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/halligan-io/halligan/agent/journal"
@@ -40,6 +41,22 @@ func TestEveryActionOnRecord(t *testing.T) {
 		"revoke": func(l *lab) map[string]any {
 			l.put(binding("collector", account("telemetry", "collector")))
 			return map[string]any{"subject": "system:serviceaccount:telemetry:collector"}
+		},
+		"pause": func(l *lab) map[string]any {
+			l.put(&appsv1.Deployment{ObjectMeta: labelled("telemetry", "d")})
+			return map[string]any{"target": "deploy/d", "namespace": "telemetry"}
+		},
+		"resume": func(l *lab) map[string]any {
+			l.put(&appsv1.Deployment{ObjectMeta: labelled("telemetry", "d"), Spec: appsv1.DeploymentSpec{Paused: true}})
+			return map[string]any{"target": "deploy/d", "namespace": "telemetry"}
+		},
+		"cordon": func(l *lab) map[string]any {
+			l.put(&corev1.Node{ObjectMeta: labelled("", "telemetry-1")})
+			return map[string]any{"target": "telemetry-1"}
+		},
+		"uncordon": func(l *lab) map[string]any {
+			l.put(&corev1.Node{ObjectMeta: labelled("", "telemetry-1"), Spec: corev1.NodeSpec{Unschedulable: true}})
+			return map[string]any{"target": "node/telemetry-1"}
 		},
 		"undo": func(l *lab) map[string]any {
 			l.put(collector())

@@ -144,7 +144,7 @@ func listTyped[T any](ctx context.Context, p *planner, kindName, namespace strin
 // fights names what would work against the change of an object, and whether
 // those who have to carry it out seem alive.
 func (p *planner) fights(o *object, to int64, around *surroundings) error {
-	if owner := controllerOf(o); owner != "" && p.plan.Action == scaleName {
+	if owner := controllerOf(o); owner != "" && p.plan.Action != deleteName {
 		p.warn("%s owns it and may put it back: change the owner instead", owner)
 	}
 	for _, m := range managers(o) {

@@ -50,12 +50,9 @@ func planScale(ctx context.Context, p *planner, raw *structpb.Struct) error {
 	if *par.To < 0 || *par.To > maxReplicas {
 		return fault.New(fault.Usage, "choose from 0 to 100000", "%d replicas cannot be meant", *par.To)
 	}
-	kind, name, err := p.target(ctx, par.Target)
+	kind, name, err := p.one(ctx, par.Target)
 	if err != nil {
 		return err
-	}
-	if name == "" {
-		return fault.New(fault.Usage, "name one object, such as "+kind.Plural+"/NAME", "scale works on one object at a time")
 	}
 	if err := p.allow(kind, par.Namespace, name); err != nil {
 		return err

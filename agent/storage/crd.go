@@ -23,10 +23,12 @@ type storedCRD struct {
 		Names        crdNames         `json:"names"`
 		Version      string           `json:"version"`
 		Subresources *crdSubresources `json:"subresources"`
+		Validation   *crdSchema       `json:"validation"`
 		Versions     []struct {
 			Name         string           `json:"name"`
 			Storage      bool             `json:"storage"`
 			Subresources *crdSubresources `json:"subresources"`
+			Schema       *crdSchema       `json:"schema"`
 		} `json:"versions"`
 	} `json:"spec"`
 	Status struct {
@@ -45,6 +47,20 @@ type crdSubresources struct {
 	Scale *struct {
 		SpecReplicasPath string `json:"specReplicasPath"`
 	} `json:"scale"`
+}
+
+// crdSchema is what of a schema says whether objects can be paused.
+type crdSchema struct {
+	OpenAPIV3Schema struct {
+		Properties struct {
+			Spec struct {
+				Properties struct {
+					Paused  struct{ Type any } `json:"paused"`
+					Suspend struct{ Type any } `json:"suspend"`
+				} `json:"properties"`
+			} `json:"spec"`
+		} `json:"properties"`
+	} `json:"openAPIV3Schema"`
 }
 
 // AddCRD adds the custom kind that a CustomResourceDefinition defines, or puts
@@ -93,10 +109,14 @@ func (c *Catalogue) AddCRD(plain []byte) error {
 		if spec.Subresources != nil {
 			sub = spec.Subresources
 		}
-		k.addVersion(v.Name, v.Storage, sub)
+		schema := v.Schema
+		if spec.Validation != nil {
+			schema = spec.Validation
+		}
+		k.addVersion(v.Name, v.Storage, sub, schema)
 	}
 	if len(spec.Versions) == 0 {
-		k.addVersion(spec.Version, true, spec.Subresources)
+		k.addVersion(spec.Version, true, spec.Subresources, spec.Validation)
 	}
 	if k.Version == "" {
 		return fault.New(fault.Undecodable, next, "CustomResourceDefinition %s names no version to store", id)
@@ -115,7 +135,7 @@ func (c *Catalogue) AddCRD(plain []byte) error {
 }
 
 // addVersion adds the edit rows of one version of a custom kind.
-func (k *Kind) addVersion(name string, stored bool, sub *crdSubresources) {
+func (k *Kind) addVersion(name string, stored bool, sub *crdSubresources, schema *crdSchema) {
 	if name == "" {
 		return
 	}
@@ -123,6 +143,14 @@ func (k *Kind) addVersion(name string, stored bool, sub *crdSubresources) {
 	if sub != nil && sub.Scale != nil {
 		if p, ok := replicasPath(sub.Scale.SpecReplicasPath); ok {
 			rows[Replicas] = Field{Type: Int, JSON: p}
+		}
+	}
+	if schema != nil {
+		switch spec := schema.OpenAPIV3Schema.Properties.Spec.Properties; "boolean" {
+		case spec.Paused.Type:
+			rows[Paused] = Field{Type: Bool, JSON: []string{"spec", "paused"}}
+		case spec.Suspend.Type:
+			rows[Paused] = Field{Type: Bool, JSON: []string{"spec", "suspend"}}
 		}
 	}
 	k.versions[k.Group+"/"+name] = rows

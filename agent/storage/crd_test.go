@@ -79,6 +79,11 @@ func TestAddCRDAsTheAPIServerStoresIt(t *testing.T) {
 	scale := func(path string) *apiextensionsv1.CustomResourceSubresources {
 		return &apiextensionsv1.CustomResourceSubresources{Scale: &apiextensionsv1.CustomResourceSubresourceScale{SpecReplicasPath: path, StatusReplicasPath: ".status.replicas"}}
 	}
+	boolean := func(field string) *apiextensionsv1.CustomResourceValidation {
+		flag := map[string]apiextensionsv1.JSONSchemaProps{field: {Type: "boolean"}, "odd": {Type: "string"}}
+		return &apiextensionsv1.CustomResourceValidation{OpenAPIV3Schema: &apiextensionsv1.JSONSchemaProps{Type: "object",
+			Properties: map[string]apiextensionsv1.JSONSchemaProps{"spec": {Type: "object", Properties: flag}}}}
+	}
 	for name, test := range map[string]struct {
 		first, second  *apiextensionsv1.CustomResourceSubresources
 		wantV1, wantV2 string
@@ -95,8 +100,11 @@ func TestAddCRDAsTheAPIServerStoresIt(t *testing.T) {
 				t.Fatal(err)
 			}
 			crd.Spec.Versions = []apiextensionsv1.CustomResourceDefinitionVersion{
-				{Name: "v1", Served: true, Storage: true, Subresources: test.first},
-				{Name: "v2", Served: true, Subresources: test.second},
+				{Name: "v1", Served: true, Storage: true, Subresources: test.first, Schema: boolean("paused")},
+				{Name: "v2", Served: true, Subresources: test.second, Schema: boolean("suspend")},
+			}
+			if test.hoisted {
+				crd.Spec.Versions[1].Schema = boolean("paused")
 			}
 			internal, err := s.UnsafeConvertToVersion(crd, schema.GroupVersion{Group: v1beta1.GroupName, Version: runtime.APIVersionInternal})
 			if err != nil {
@@ -129,6 +137,11 @@ func TestAddCRDAsTheAPIServerStoresIt(t *testing.T) {
 			}
 			checkReplicas(t, k, "example.org/v1", test.wantV1)
 			checkReplicas(t, k, "example.org/v2", test.wantV2)
+			for version, want := range map[string]string{"v1": "paused", "v2": map[bool]string{true: "paused", false: "suspend"}[test.hoisted]} {
+				if f, ok := k.Field(Paused, "example.org/"+version); !ok || f.Type != Bool || strings.Join(f.JSON, ".") != "spec."+want {
+					t.Errorf("%s is paused by %+v, want spec.%s", version, f, want)
+				}
+			}
 		})
 	}
 }

@@ -23,6 +23,9 @@ var (
 	kubectlVerbs = map[string][]string{
 		"get":    {"describe", "list", "ls"},
 		"scale":  {"stop", "suspend", "rollout"},
+		"pause":  {"suspend", "rollout", "freeze", "hold"},
+		"resume": {"unpause", "unsuspend"},
+		"cordon": {"drain", "taint"},
 		"delete": {"rm", "remove", "kill"},
 		"revoke": {"deny", "ban"},
 		"undo":   {"rollback", "revert", "restore"},
