@@ -82,7 +82,6 @@ func lookAtConnections(ctx context.Context, s *scene) (*finding, error) {
 	type group struct {
 		row      *halliganv1.FindingRow
 		workload workload
-		account  string
 		peers    int
 		some     []string
 		kind     string

@@ -31,6 +31,8 @@ type fake struct {
 	stopped                chan string
 	hang                   chan struct{} // if set, applications last until it is closed
 	opened, closed         int
+	looks                  []*halliganv1.TopRequest
+	found                  []*halliganv1.TopEvent
 }
 
 func newFake() *fake {

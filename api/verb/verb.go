@@ -320,7 +320,8 @@ func (v *Verbs) Root(actions []*halliganv1.Action) *cobra.Command {
 	for _, action := range actions {
 		root.AddCommand(v.verb(action))
 	}
-	root.AddCommand(v.planCommand(), v.applyCommand(actions), v.whoamiCommand(),
+	root.AddCommand(v.logsCommand())
+	root.AddCommand(v.planCommand(), v.applyCommand(actions), v.whoamiCommand(), v.topCommand(),
 		&cobra.Command{
 			Use: "status", Short: "Show what the agent can do at this moment", Args: NoArguments,
 			RunE: func(cmd *cobra.Command, _ []string) error { return v.status(cmd.Context()) },
