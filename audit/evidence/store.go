@@ -147,7 +147,7 @@ func (s *Store) tree(name, lineage string, generation uint64) (*tiles.Tree, erro
 	if err := valid(name); err != nil || !logkey.ValidLineage(lineage) {
 		return nil, fault.New(fault.Refused, "", "%.140q is not the name of a log", name+"/"+lineage)
 	}
-	return tiles.Open(filepath.Join(s.dir, name, logsFolder, fmt.Sprintf("%s.%08d", lineage, generation)))
+	return tiles.Open(filepath.Join(s.dir, name, logsFolder, tiles.Folder(lineage, generation)))
 }
 
 // Contradicts says what is wrong with what is here where a checkpoint of the same

@@ -340,7 +340,7 @@ func (h *held) find(name string, keys *keyring) {
 	case err != nil:
 		h.problem(file, nil, "%v", err)
 		return
-	case fmt.Sprintf("%s.%08d", lineage, generation) != name:
+	case tiles.Folder(lineage, generation) != name:
 		h.problem(file, nil, "it is of lineage %s, generation %d: not what the folder's name says", lineage, generation)
 		return
 	case f.origin() != "" && f.origin() != origin:
@@ -444,7 +444,7 @@ func canonical(signed []byte) error {
 }
 
 // name is the folder of a generation.
-func (h *held) name(t *heldTree) string { return fmt.Sprintf("%s.%08d", h.Lineage, t.Number) }
+func (h *held) name(t *heldTree) string { return tiles.Folder(h.Lineage, t.Number) }
 
 // verify checks the trees of a lineage, and how each follows the one before.
 func (h *held) verify(ctx context.Context, casts *casts, keys *keyring) error {

@@ -39,8 +39,6 @@ const (
 	removed = ".removed-"
 )
 
-func folder(lineage string, number uint64) string { return fmt.Sprintf("%s.%08d", lineage, number) }
-
 func (l *Ledger) path(name string) string { return filepath.Join(l.o.Dir, name) }
 
 // load reads what is in the folder. What comes out of it is what the log goes on
@@ -696,7 +694,7 @@ func (l *Ledger) into(g *generation, next record) (*generation, error) {
 		number = g.number + 1
 	}
 	l.mu.Lock()
-	n := &generation{dir: filepath.Join(l.o.Dir, logs, folder(l.lineage, number)), lineage: l.lineage, number: number, origin: l.origin, first: next.seq}
+	n := &generation{dir: filepath.Join(l.o.Dir, logs, tiles.Folder(l.lineage, number)), lineage: l.lineage, number: number, origin: l.origin, first: next.seq}
 	l.mu.Unlock()
 	l.o.Steps("generation make")
 	if err := durable.Dir(n.dir); err != nil {

@@ -527,9 +527,8 @@ func (l *Ledger) Heads() []Head {
 // without it, the one with index to, all of which its checkpoint covers. It ends
 // with the first error.
 func (l *Ledger) Entries(ctx context.Context, lineage string, generation, from, to uint64) iter.Seq2[[]byte, error] {
-	name := folder(lineage, generation)
-	t, err := tiles.Open(filepath.Join(l.o.Dir, logs, name))
-	if !generationDir.MatchString(name) {
+	t, err := tiles.Open(filepath.Join(l.o.Dir, logs, tiles.Folder(lineage, generation)))
+	if !logkey.ValidLineage(lineage) {
 		err = fmt.Errorf("no name of a log: %q", lineage)
 	}
 	if err != nil {

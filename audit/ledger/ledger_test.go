@@ -137,7 +137,7 @@ func read(t testing.TB, l *Ledger) (all []audit.Event) {
 // outsiders verifies a generation with tessera's fsck and torchwood's client.
 func outsiders(t testing.TB, l *Ledger, h Head) {
 	t.Helper()
-	dir := filepath.Join(l.Dir(), logs, folder(h.Lineage, h.Generation))
+	dir := filepath.Join(l.Dir(), logs, tiles.Folder(h.Lineage, h.Generation))
 	name := logkey.Tree(l.State().Origin, h.Lineage, h.Generation)
 	v, err := logkey.Verifier(name, l.Key())
 	if err != nil {
@@ -412,7 +412,7 @@ func TestClockSetBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	future := time.Now().Add(1000 * time.Hour)
-	if err := os.Chtimes(filepath.Join(dir, logs, folder(l.Heads()[0].Lineage, 1), "checkpoint"), future, future); err != nil {
+	if err := os.Chtimes(filepath.Join(dir, logs, tiles.Folder(l.Heads()[0].Lineage, 1), "checkpoint"), future, future); err != nil {
 		t.Fatal(err)
 	}
 	l = opened(t, Options{Dir: dir})

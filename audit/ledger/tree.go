@@ -9,9 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -64,8 +62,6 @@ const (
 // at the driver's next look. It is less in tests that make the driver fail.
 var publishing = 3 * time.Second
 
-var generationDir = regexp.MustCompile(`^([0-9a-f]{8})\.([0-9]{8,20})$`)
-
 // readGenerations lists what lies in a folder, by lineage and number.
 func readGenerations(dir string) ([]*generation, error) {
 	names, err := os.ReadDir(dir)
@@ -74,15 +70,9 @@ func readGenerations(dir string) ([]*generation, error) {
 	}
 	var all []*generation
 	for _, n := range names {
-		m := generationDir.FindStringSubmatch(n.Name())
-		if m == nil || !n.IsDir() {
-			continue
+		if lineage, number, ok := tiles.ParseFolder(n.Name()); ok && n.IsDir() {
+			all = append(all, &generation{dir: filepath.Join(dir, n.Name()), lineage: lineage, number: number})
 		}
-		number, err := strconv.ParseUint(m[2], 10, 64)
-		if err != nil {
-			continue
-		}
-		all = append(all, &generation{dir: filepath.Join(dir, n.Name()), lineage: m[1], number: number})
 	}
 	return all, nil
 }

@@ -11,9 +11,7 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
@@ -89,9 +87,7 @@ type generation struct {
 	leftover int64
 }
 
-func (g *generation) name() string { return fmt.Sprintf("%s.%08d", g.lineage, g.number) }
-
-var generationForm = regexp.MustCompile(`^([0-9a-f]{8})\.([0-9]{8})$`)
+func (g *generation) name() string { return tiles.Folder(g.lineage, g.number) }
 
 // open reads a copy from its folder.
 func (m *Mirrors) open(origin string) (*Copy, error) {
@@ -123,12 +119,11 @@ func (c *Copy) loadLogs(logs string) error {
 		return err
 	}
 	for _, e := range entries {
-		found := generationForm.FindStringSubmatch(e.Name())
-		if !e.IsDir() || found == nil {
+		lineage, number, ok := tiles.ParseFolder(e.Name())
+		if !e.IsDir() || !ok {
 			continue
 		}
-		number, _ := strconv.ParseUint(found[2], 10, 64) // by its form
-		g := &generation{lineage: found[1], number: number, dir: filepath.Join(logs, e.Name())}
+		g := &generation{lineage: lineage, number: number, dir: filepath.Join(logs, e.Name())}
 		if err := c.load(g); err != nil {
 			if errors.Is(err, fs.ErrNotExist) { // begun, and no checkpoint came to be
 				continue

@@ -156,7 +156,7 @@ func (s *submitter) all() (list []submission) {
 		if err != nil {
 			continue
 		}
-		tree, err := tiles.Open(filepath.Join(s.own.Dir(), "logs", fmt.Sprintf("%s.%08d", h.Lineage, h.Generation)))
+		tree, err := tiles.Open(filepath.Join(s.own.Dir(), "logs", tiles.Folder(h.Lineage, h.Generation)))
 		if err != nil {
 			continue
 		}

@@ -36,10 +36,7 @@ const maxPart = 256 << 10
 // statements, checkpoints, proofs of problems.
 const maxSmall = 256 << 10
 
-var (
-	generationForm = regexp.MustCompile(`^([0-9a-f]{8})\.([0-9]{8,20})$`)
-	sessionForm    = regexp.MustCompile(`^[0-9A-Za-z][0-9A-Za-z._-]{0,127}$`)
-)
+var sessionForm = regexp.MustCompile(`^[0-9A-Za-z][0-9A-Za-z._-]{0,127}$`)
 
 // parts is a stream of files.
 type parts interface {
@@ -322,10 +319,8 @@ type generation struct {
 // generations lists those of an evidence folder, in order.
 func generations(root *os.Root) (list []generation) {
 	_ = eachFile(root, "logs", func(name string) error {
-		if m := generationForm.FindStringSubmatch(path.Base(name)); m != nil {
-			if n, err := strconv.ParseUint(m[2], 10, 64); err == nil {
-				list = append(list, generation{name, m[1], n})
-			}
+		if lineage, number, ok := tiles.ParseFolder(path.Base(name)); ok {
+			list = append(list, generation{name, lineage, number})
 		}
 		return nil
 	})
