@@ -7,8 +7,9 @@
 //
 // Whoever keeps the log may be hostile, and so may be all that comes from there:
 // copies have a quota each, and nothing of theirs is let go to make room for more
-// while it is young. The package dials nobody. It must never countersign what it
-// does not have, nor overwrite what it has. It stands on floor 2.
+// while it is young. Of all there is it dials only the witnesses of others that the
+// configuration names. It must never countersign what it does not have, nor overwrite
+// what it has. It stands on floor 2.
 package mirror
 
 import (
