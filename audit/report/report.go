@@ -255,6 +255,7 @@ func (s *Story) take(in Evidence) []told {
 	slices.SortStableFunc(list, func(a, b told) int {
 		return cmp.Or(a.Time.Compare(b.Time), strings.Compare(a.Origin, b.Origin), cmp.Compare(a.Seq, b.Seq))
 	})
+	list = passedOn(list)
 	for _, e := range list {
 		if reviews(e.Event.Event) {
 			continue
@@ -265,6 +266,44 @@ func (s *Story) take(in Evidence) []told {
 		s.Last = e.Time
 	}
 	return list
+}
+
+// passedOn leaves out the connections through bastions that belong to other logins
+// than those of the incident: of a person and a node, only the one that is nearest to
+// a login there does. Where no login is known, as of a lost node, all stay.
+func passedOn(list []told) []told {
+	key := func(who, node string) string { return who + " " + node }
+	through := func(e told) string { return e.Origin + " " + e.Session + " " + e.Target }
+	relays := map[string][]told{} // in order
+	for _, e := range list {
+		if e.Kind == audit.Relay {
+			relays[key(e.who(), e.Target)] = append(relays[key(e.who(), e.Target)], e)
+		}
+	}
+	logins, kept := map[string]bool{}, map[string]bool{}
+	for _, e := range list {
+		if e.Kind != audit.Login {
+			continue
+		}
+		known := key(e.who(), e.Origin)
+		logins[known] = true
+		all := relays[known]
+		i, _ := slices.BinarySearchFunc(all, e.Time, func(r told, at time.Time) int { return r.Time.Compare(at) })
+		if i == len(all) || i > 0 && e.Time.Sub(all[i-1].Time) <= all[i].Time.Sub(e.Time) {
+			i--
+		}
+		if i >= 0 {
+			kept[through(all[i])] = true
+		}
+	}
+	var out []told
+	for _, e := range list {
+		if (e.Kind == audit.Relay || e.Kind == audit.RelayEnd) && e.Incident == "" && logins[key(e.who(), e.Target)] && !kept[through(e)] {
+			continue
+		}
+		out = append(out, e)
+	}
+	return out
 }
 
 // maxText bounds each text in bytes.

@@ -92,6 +92,28 @@ func outage(t testing.TB) Evidence {
 		}}
 }
 
+// TestPassedOn: that somebody was at a node a minute earlier is not when they came in
+// for this incident.
+func TestPassedOn(t *testing.T) {
+	i := &incident{t: t}
+	anna := &audit.Actor{Person: "anna", Role: "responder", Door: "ssh", Source: "192.0.2.41:1"}
+	i.add(0, gate, audit.Event{Kind: audit.Relay, Actor: anna, Session: "b-1", Target: cp1})
+	i.add(1, gate, audit.Event{Kind: audit.RelayEnd, Actor: anna, Session: "b-1", Target: cp1})
+	i.add(44, gate, audit.Event{Kind: audit.Relay, Actor: anna, Session: "b-2", Target: cp1})
+	i.add(44.1, cp1, audit.Event{Kind: audit.Login, Actor: anna, Session: "a-1"})
+	i.add(45, gate, audit.Event{Kind: audit.Relay, Actor: anna, Session: "b-3", Target: cp2}) // of which no login is known
+	done := i.add(46, cp1, audit.Event{Kind: audit.Intent, Actor: anna, Session: "a-1", Incident: "INC-1", Action: "scale", PlanID: "p"})
+	i.add(46.5, cp1, audit.Event{Kind: audit.Outcome, Actor: anna, Session: "a-1", Of: done, Action: "scale", Outcome: "applied"})
+	i.add(60, gate, audit.Event{Kind: audit.RelayEnd, Actor: anna, Session: "b-2", Target: cp1})
+	s := New(Evidence{Incident: "INC-1", Made: begin, Events: i.events})
+	if want := begin.Add(44 * time.Second); !s.First.Equal(want) || !s.Actions[0].CameIn.Equal(want) {
+		t.Errorf("the story begins at %s, and they came in at %s, want %s", s.First, s.Actions[0].CameIn, want)
+	}
+	if n := len(s.take(Evidence{Events: i.events})); n != len(i.events)-2 {
+		t.Errorf("%d events are left, want all but the earlier connection", n)
+	}
+}
+
 func shell() []byte {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, `{"version":2,"width":90,"height":18,"timestamp":%d,"env":{"TERM":"xterm"}}`+"\n", begin.Unix()+1)
