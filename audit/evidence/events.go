@@ -12,6 +12,7 @@ import (
 
 	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
 )
 
 // Entry is an event that holds, and where it is.
@@ -38,8 +39,8 @@ type Filter struct {
 
 // origins reports whether the filter wants what is of a daemon.
 func (f Filter) origins(origin string) bool {
-	i := strings.LastIndexByte(origin, '.')
-	return f.Origin == "" || f.Origin == origin || i > 0 && f.Origin == origin[:i]
+	node, _, _ := trust.CutServer(origin)
+	return f.Origin == "" || f.Origin == origin || f.Origin == node
 }
 
 // about is what the filter asks of an event itself. An event that another log keeps

@@ -2,7 +2,6 @@ package mirror
 
 import (
 	"context"
-	"strings"
 
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/audit"
@@ -46,13 +45,4 @@ func (c *Copy) hold(ctx context.Context, log audit.Log, h *halliganv1.WitnessHol
 		return nil, fault.New(fault.Refused, "", "this bastion's own log takes nothing")
 	}
 	return logkey.SignReceipt(c.m.o.Server, c.m.o.Key, e.ID, h.GetEvent())
-}
-
-// cutServer splits NODE.CLUSTER.
-func cutServer(server string) (node, cluster string, ok bool) {
-	i := strings.LastIndexByte(server, '.')
-	if i < 0 {
-		return "", "", false
-	}
-	return server[:i], server[i+1:], true
 }

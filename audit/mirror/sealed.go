@@ -18,6 +18,7 @@ import (
 	"github.com/halligan-io/halligan/audit/sealed"
 	"github.com/halligan-io/halligan/internal/durable"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 )
 
@@ -193,7 +194,7 @@ func (m *Mirrors) Peers(of, cluster string) (statements [][]byte) {
 		return nil
 	}
 	for _, c := range m.all() {
-		if _, theirs, ok := cutServer(c.origin); ok && theirs == cluster && c.origin != of {
+		if _, theirs, ok := trust.CutServer(c.origin); ok && theirs == cluster && c.origin != of {
 			if data := c.Identity(); data != nil {
 				statements = append(statements, data)
 			}

@@ -15,7 +15,6 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -106,11 +105,10 @@ func (s *Service) sees(who trust.Identity, origin string) bool {
 	if origin == s.o.Origin {
 		return true
 	}
-	i := strings.LastIndexByte(origin, '.')
-	if s.o.Copies == "" || i < 0 {
+	node, cluster, ok := trust.CutServer(origin)
+	if s.o.Copies == "" || !ok {
 		return false
 	}
-	node, cluster := origin[:i], origin[i+1:]
 	return cluster == bundle.BastionDomain || slices.Contains(who.Clusters, cluster) && (len(who.Scope.Nodes) == 0 || slices.ContainsFunc(who.Scope.Nodes, func(pattern string) bool {
 		ok, _ := path.Match(pattern, node)
 		return ok

@@ -172,7 +172,7 @@ func (s *Server) Status(ctx context.Context, _ *halliganv1.BastionStatusRequest)
 	out := &halliganv1.BastionStatusResponse{Bastion: s.o.Bastion, Version: version.String(), Time: timestamppb.New(s.o.Now()), Person: c.Who.Person, Clusters: c.Who.Clusters,
 		Bundle: api.BundleStatus(s.o.Bundles.Current()), StoreDegraded: s.o.Store.Degraded(), Relays: s.o.Relays(), Tunnels: int64(len(s.o.Tunnels())), Warnings: s.o.Warnings(), Door: string(c.Who.Door), Audit: s.o.Audit()}
 	for _, m := range s.o.Mirrors() {
-		if _, cluster := cut(m.GetOrigin()); cluster == bundle.BastionDomain || slices.Contains(c.Who.Clusters, cluster) {
+		if _, cluster, _ := trust.CutServer(m.GetOrigin()); cluster == bundle.BastionDomain || slices.Contains(c.Who.Clusters, cluster) {
 			out.Mirrors = append(out.Mirrors, m)
 		}
 	}
@@ -217,19 +217,13 @@ func (s *Server) Sessions(ctx context.Context, _ *halliganv1.SessionsRequest) (*
 	out := &halliganv1.SessionsResponse{}
 	list, incomplete := s.o.Store.Sessions(ctx)
 	for _, x := range list {
-		_, cluster := cut(x.GetTarget())
+		_, cluster, _ := trust.CutServer(x.GetTarget())
 		if x.GetTarget() == "" || x.GetPerson() == c.Who.Person || slices.Contains(c.Who.Clusters, cluster) {
 			out.Sessions = append(out.Sessions, x)
 		}
 	}
 	out.Incomplete = incomplete
 	return out, nil
-}
-
-// cut parts NODE.CLUSTER, of which only the node may have dots.
-func cut(id string) (node, cluster string) {
-	i := strings.LastIndexByte(id, '.')
-	return id[:max(i, 0)], id[i+1:]
 }
 
 // node returns the node of the inventory that a plan is for.
@@ -327,7 +321,7 @@ func (s *Server) PostApproval(ctx context.Context, req *halliganv1.PostApprovalR
 	if err != nil {
 		return nil, err
 	}
-	_, cluster := cut(t.Statement.Node)
+	_, cluster, _ := trust.CutServer(t.Statement.Node)
 	h, known := s.node(t.Statement.Node, cluster)
 	switch {
 	case t.Statement.Approver != c.Who.Person || t.Certificate.KeyId != c.Who.Person:

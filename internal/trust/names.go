@@ -25,6 +25,16 @@ func ValidNode(name string) bool { return nodeForm.MatchString(name) }
 
 // ValidServer reports whether the name can be a server's, NODE.CLUSTER.
 func ValidServer(name string) bool {
+	node, cluster, ok := CutServer(name)
+	return ok && ValidNode(node) && ValidCluster(cluster)
+}
+
+// CutServer parts NODE.CLUSTER, of which only the node may have dots; ok is false
+// where there is none.
+func CutServer(name string) (node, cluster string, ok bool) {
 	i := strings.LastIndexByte(name, '.')
-	return i > 0 && ValidNode(name[:i]) && ValidCluster(name[i+1:])
+	if i < 0 {
+		return "", "", false
+	}
+	return name[:i], name[i+1:], true
 }

@@ -7,7 +7,6 @@ import (
 	"io"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 	halliganv1 "github.com/halligan-io/halligan/api/halligan/v1"
 	"github.com/halligan-io/halligan/audit/evidence"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/bundle"
 )
 
@@ -256,8 +256,8 @@ func (f *fetching) conflict(text string, args ...any) {
 func (f *fetching) compare(ctx context.Context) error {
 	cluster, asked := "", slices.Sorted(maps.Keys(f.got))
 	for _, origin := range append(asked, slices.Sorted(maps.Keys(f.failed))...) {
-		if i := strings.LastIndexByte(origin, '.'); i >= 0 && origin[i+1:] != bundle.BastionDomain {
-			cluster = origin[i+1:]
+		if _, of, ok := trust.CutServer(origin); ok && of != bundle.BastionDomain {
+			cluster = of
 		}
 	}
 	// meant reports whether a log is one of those: of a node that somebody has named,
@@ -265,8 +265,8 @@ func (f *fetching) compare(ctx context.Context) error {
 	meant := func(origin string) bool {
 		_, got := f.got[origin]
 		_, failed := f.failed[origin]
-		i := strings.LastIndexByte(origin, '.')
-		return got || failed || i >= 0 && (origin[i+1:] == bundle.BastionDomain || f.flag("node") == "" && (cluster == "" || origin[i+1:] == cluster))
+		_, of, ok := trust.CutServer(origin)
+		return got || failed || ok && (of == bundle.BastionDomain || f.flag("node") == "" && (cluster == "" || of == cluster))
 	}
 	wanted := map[string]map[string]bool{} // origins by bastion
 	apart := map[string]map[string]bool{}

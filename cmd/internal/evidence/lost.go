@@ -19,6 +19,7 @@ import (
 	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/audit/evidence"
 	"github.com/halligan-io/halligan/internal/fault"
+	"github.com/halligan-io/halligan/internal/trust"
 	"github.com/halligan-io/halligan/internal/trust/logkey"
 )
 
@@ -92,19 +93,11 @@ func copies(ctx context.Context, d Daemon, cluster string) (nodes []string) {
 		return nil // reading fails as well, and tells
 	}
 	for _, log := range all.GetLogs() {
-		if _, of, ok := cutLast(log.GetOrigin()); ok && of == cluster && !slices.Contains(nodes, log.GetOrigin()) {
+		if _, of, ok := trust.CutServer(log.GetOrigin()); ok && of == cluster && !slices.Contains(nodes, log.GetOrigin()) {
 			nodes = append(nodes, log.GetOrigin())
 		}
 	}
 	return nodes
-}
-
-func cutLast(server string) (node, cluster string, ok bool) {
-	i := strings.LastIndexByte(server, '.')
-	if i < 0 {
-		return "", "", false
-	}
-	return server[:i], server[i+1:], true
 }
 
 // take fetches what is new of one log.
