@@ -9,7 +9,6 @@ import (
 	"iter"
 	"os"
 	"path"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -67,7 +66,7 @@ func (s *Service) ListLogs(ctx context.Context, _ *halliganv1.ListLogsRequest) (
 			if err != nil {
 				continue
 			}
-			info := &halliganv1.LogInfo{Origin: origin, Lineage: g.lineage, Generation: g.number, Checkpoint: string(head), Bytes: size(filepath.Join(s.copyOf(origin), g.dir)), Copy: true, Problem: problem}
+			info := &halliganv1.LogInfo{Origin: origin, Lineage: g.lineage, Generation: g.number, Checkpoint: string(head), Copy: true, Problem: problem}
 			if cp, err := tiles.ParseCheckpoint(head); err == nil {
 				info.Size = uint64(max(0, cp.N))
 			}
@@ -351,20 +350,6 @@ func eachFile(root *os.Root, dir string, each func(name string) error) error {
 		}
 	}
 	return nil
-}
-
-// size returns what the files in a folder take.
-func size(dir string) (n int64) {
-	_ = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return nil // it was just replaced
-		}
-		if st, err := d.Info(); err == nil && st.Mode().IsRegular() {
-			n += st.Size()
-		}
-		return nil
-	})
-	return n
 }
 
 // open opens a plain file.

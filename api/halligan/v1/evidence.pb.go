@@ -119,7 +119,8 @@ type LogInfo struct {
 	// The newest checkpoint, a signed note, and the newest that was countersigned.
 	Checkpoint string `protobuf:"bytes,6,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
 	Cosigned   string `protobuf:"bytes,7,opt,name=cosigned,proto3" json:"cosigned,omitempty"`
-	Bytes      int64  `protobuf:"varint,8,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// What it takes on disk, of the daemon's own log; 0 for copies.
+	Bytes int64 `protobuf:"varint,8,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	// A copy of another daemon's log.
 	Copy bool `protobuf:"varint,9,opt,name=copy,proto3" json:"copy,omitempty"`
 	// What is wrong with it, such as a fork; empty: nothing.
