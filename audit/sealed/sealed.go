@@ -97,10 +97,13 @@ type Store struct {
 	keeping sync.WaitGroup
 	work    chan struct{} // for keeps
 	stop    chan struct{}
+	passed  zerolog.Logger // of statements, which others choose how often to bring
 
 	mu sync.Mutex // guards all below
 	// peers are the other agents of the cluster, by name.
 	peers map[string]peer
+	// under is the bundle that vouched for all of them.
+	under *bundle.Bundle
 	// sent says by action which witnesses have its file, and which file that was.
 	sent     map[string]sent
 	watchers map[chan struct{}]bool
@@ -130,7 +133,8 @@ func Open(o Options) (*Store, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	s := &Store{o: o, dir: filepath.Join(o.Dir, folder), peers: map[string]peer{}, sent: map[string]sent{}, watchers: map[chan struct{}]bool{}, work: make(chan struct{}, 1), stop: make(chan struct{})}
+	s := &Store{o: o, dir: filepath.Join(o.Dir, folder), peers: map[string]peer{}, sent: map[string]sent{}, watchers: map[chan struct{}]bool{}, work: make(chan struct{}, 1), stop: make(chan struct{}),
+		passed: o.Log.Sample(&zerolog.BurstSampler{Burst: 10, Period: time.Minute})}
 	for _, d := range []string{o.Dir, s.dir} {
 		if err := durable.Dir(d); err != nil {
 			return nil, fmt.Errorf("opening the folder of sealed before-images: %w", err)
@@ -222,26 +226,31 @@ func (s *Store) Meet(statements [][]byte) int {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	changed := false
+	changed, tried := false, map[string]bool{}
 	for _, data := range statements {
-		st, err := logkey.Verify(data, b, s.o.Now())
-		if err == nil && st.Server == s.o.Server {
+		// Whoever brings them can bring very many: one of each node is verified, if it
+		// would count.
+		claims, err := logkey.Parse(data)
+		if known := s.peers[claims.Server]; err == nil && (claims.Server == s.o.Server || tried[claims.Server] || !claims.Signed.After(known.signed)) {
 			continue
+		}
+		var st logkey.Statement
+		if err == nil && nodes[claims.Server] {
+			tried[claims.Server] = true
+			st, err = logkey.Verify(data, b, s.o.Now())
+		}
+		if err == nil && !nodes[claims.Server] {
+			err = fmt.Errorf("the inventory has no node %s in cluster %s", claims.Server, cluster)
 		}
 		var recipient *age.X25519Recipient
 		if err == nil {
 			recipient, err = age.ParseX25519Recipient(st.Age)
 		}
-		if err == nil && !nodes[st.Server] {
-			err = fmt.Errorf("the inventory has no node %s in cluster %s", st.Server, cluster)
-		}
 		if err != nil {
-			s.o.Log.Warn().Str("problem", neutral.Line(err.Error())).Msg("the statement of another agent is passed over")
+			s.passed.Warn().Str("problem", neutral.Line(err.Error())).Msg("the statement of another agent is passed over")
 			continue
 		}
-		if known, ok := s.peers[st.Server]; !ok || st.Signed.After(known.signed) {
-			s.peers[st.Server], changed = peer{recipient, st.Log, st.Signed, slices.Clone(data)}, true
-		}
+		s.peers[st.Server], changed = peer{recipient, st.Log, st.Signed, slices.Clone(data)}, true
 	}
 	for server := range s.peers {
 		if !nodes[server] { // it left the cluster
@@ -321,6 +330,7 @@ func (s *Store) recipients() (all []age.Recipient, names []string) {
 		s.recallPeers() // there was no bundle yet when the process began
 	}
 	s.mu.Lock()
+	s.doubt(b)
 	for _, server := range slices.Sorted(maps.Keys(s.peers)) {
 		add(s.peers[server].recipient)
 	}
@@ -331,6 +341,21 @@ func (s *Store) recipients() (all []age.Recipient, names []string) {
 		}
 	}
 	return all, names
+}
+
+// doubt forgets, under another bundle, whom that does not vouch for: nothing more is
+// sealed to who was revoked since. s.mu is held.
+func (s *Store) doubt(b *bundle.Bundle) {
+	if b == nil || b == s.under {
+		return
+	}
+	s.under = b
+	for server, p := range s.peers {
+		if _, err := logkey.Verify(p.statement, b, s.o.Now()); err != nil {
+			s.o.Log.Warn().Str("problem", neutral.Line(err.Error())).Msg("before-images are not sealed for " + server + " any more")
+			delete(s.peers, server)
+		}
+	}
 }
 
 // Seal seals the record of an action, up to its last before-image, and returns the

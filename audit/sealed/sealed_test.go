@@ -418,10 +418,42 @@ func TestMeet(t *testing.T) {
 	if !opens(offline) {
 		t.Error("the offline key does not open it")
 	}
+	// A node whose host was revoked.
+	w.use(w.Revoke(func(r *bundle.Revocations) { r.Keys = []string{gossh.FingerprintSHA256(two.host.PublicKey())} }))
+	if opens(later) {
+		t.Error("a node that was revoked opens it")
+	}
+	w.use(w.Revoke(func(r *bundle.Revocations) { r.Keys = nil }))
+	if n := one.store.Meet([][]byte{two.identity}); n != 1 || !opens(later) {
+		t.Errorf("%d known", n)
+	}
 	// A node that left the inventory.
 	w.use(w.Inventory(func(i *bundle.Inventory) { i.Clusters[0].Nodes = i.Clusters[0].Nodes[:1] }))
 	if n := one.store.Meet([][]byte{two.identity}); n != 0 || opens(later) {
 		t.Errorf("%d known: a node that left opens it", n)
+	}
+}
+
+// TestMeetMany: what a bastion can have an agent verify is bounded, however many
+// statements it brings.
+func TestMeetMany(t *testing.T) {
+	w := newWorld(t)
+	two := w.agent("cp-2.prod")
+	verified := 0
+	one, err := sealed.Open(sealed.Options{Dir: filepath.Join(t.TempDir(), "audit"), Server: "cp-1.prod", Bundle: func() *bundle.Bundle { verified++; return w.bundle }, Now: func() time.Time { verified++; return w.now }})
+	w.must(err)
+	defer one.Close()
+	forged := bytes.Replace(two.identity, []byte("\nage age1"), []byte("\nage age1q"), 1)
+	var many [][]byte
+	for range 500 {
+		many = append(many, forged)
+	}
+	verified = 0
+	if n := one.Meet(many); n != 0 || verified > 3 {
+		t.Errorf("%d are believed, after %d looks at clock and bundle", n, verified)
+	}
+	if n := one.Meet([][]byte{two.identity}); n != 1 {
+		t.Errorf("%d known after", n)
 	}
 }
 
