@@ -3,6 +3,10 @@ package audit_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"os"
 	"regexp"
 	"slices"
@@ -199,5 +203,23 @@ func TestSchema(t *testing.T) {
 		if name := string(m[1]) + string(m[2]); !strings.Contains(string(readme), "`"+name+"`") {
 			t.Errorf("README does not tell what %s is", name)
 		}
+	}
+}
+
+// TestKinds: whoever chooses events by their kind can name each.
+func TestKinds(t *testing.T) {
+	file, err := parser.ParseFile(token.NewFileSet(), "event.go", nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	ast.Inspect(file, func(node ast.Node) bool {
+		if spec, is := node.(*ast.ValueSpec); is && spec.Type != nil && fmt.Sprint(spec.Type) == "Kind" {
+			n += len(spec.Names)
+		}
+		return true
+	})
+	if n == 0 || n != len(audit.Kinds) {
+		t.Errorf("there are %d kinds, and %d are listed", n, len(audit.Kinds))
 	}
 }

@@ -16,6 +16,9 @@ const MaxEvent = 60 << 10
 // Kind is what an event is about.
 type Kind string
 
+// Kinds are all of them.
+var Kinds = []Kind{Start, Stop, Seam, Login, Logout, Session, SessionEnd, Relay, RelayEnd, Read, Secret, Intent, Objects, Outcome, Refusal, Alarm, Recording, Held, Adopted, Lost}
+
 // The kinds. README's table of them is the schema's documentation.
 const (
 	// Start is the first event of a process, Stop the last one of an orderly end.

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"strings"
 
 	"github.com/halligan-io/halligan/audit"
 	"github.com/halligan-io/halligan/internal/fault"
@@ -65,7 +66,7 @@ func FormatOf(name string) (Format, error) {
 		}
 		names = append(names, f.Name)
 	}
-	return Format{}, fault.New(fault.Usage, "use one of "+fmt.Sprint(names), "there is no format %q", neutral.LineMax(name, 40))
+	return Format{}, fault.New(fault.Usage, "use one of "+strings.Join(names, ", "), "there is no format %q", neutral.LineMax(name, 40))
 }
 
 // batch is how many events go out before the cursor moves: what a crash sends

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -225,7 +226,7 @@ func verdict(r *evidence.Report) error {
 	}
 	for _, l := range r.Logs {
 		if len(l.Problems) > 0 {
-			return fault.New(fault.Failed, "see: halligan audit verify", "the evidence does not hold: %s", l.Problems[0])
+			return fault.New(fault.Failed, "keep it as it is, and compare it with what bastions and other nodes have: halligan audit fetch NEW-FOLDER", "the evidence does not hold: %s", l.Problems[0])
 		}
 	}
 	return nil
@@ -267,6 +268,9 @@ func (t *tool) filter(f *filters) (evidence.Filter, error) {
 		f.Origin = t.flag("node")
 	}
 	for _, kind := range f.kinds {
+		if !slices.Contains(audit.Kinds, audit.Kind(kind)) {
+			return f.Filter, fault.New(fault.Usage, "use one of "+strings.Trim(fmt.Sprint(audit.Kinds), "[]"), "--kind: there are no events of the kind %.40q", kind)
+		}
 		f.Kinds = append(f.Kinds, audit.Kind(kind))
 	}
 	var err error

@@ -256,7 +256,7 @@ func TestAudit(t *testing.T) {
 	alice := &audit.Actor{Person: "alice", Role: "responder"}
 	other.record(audit.Event{Kind: audit.Start})
 	a.record(audit.Event{Kind: audit.Relay, Actor: alice, Target: "cp-1.prod"})
-	intent := node.record(audit.Event{Kind: audit.Intent, Actor: alice, Action: "scale", Incident: "INC-7", Reason: "it floods\x1b[2J the\nAPI",
+	intent := node.record(audit.Event{Kind: audit.Intent, Actor: alice, Action: "scale", PlanID: "20261123-120000-aaaaaaaa", Incident: "INC-7", Reason: "it floods\x1b[2J the\nAPI",
 		Objects: []audit.Object{{Key: "/registry/deployments/shop/web"}}})
 	node.record(audit.Event{Kind: audit.Outcome, Of: intent.ID, Actor: alice, Action: "scale", Outcome: "applied"})
 	a.copyOf(node)
@@ -306,6 +306,8 @@ func TestAudit(t *testing.T) {
 	must(t, os.WriteFile(event, bytes.Replace(data, []byte("alice"), []byte("mallo"), 1), 0o600))
 	w.want(1, []string{"the proof does not hold"}, check...)
 	w.want(1, []string{"no event has the ID"}, "prove", "nothing", dir)
+	w.want(2, []string{intent.ID + " (intent)"}, "prove", "20261123-120000-aaaaaaaa", dir)
+	w.want(2, []string{"no events of the kind", "refusal"}, "show", "--kind", "refused", dir)
 
 	// Wrong usage, and nobody to believe.
 	for _, args := range [][]string{{"nothing"}, {"fetch"}, {"verify", dir, dir}, {"verify", "--proof", proof}, {"verify", filepath.Join(dir, "absent")}, {"show", "--since", "yesterday"},

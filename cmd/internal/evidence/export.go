@@ -74,7 +74,7 @@ func (t *tool) export() *cobra.Command {
 func formats() string {
 	text := ""
 	for _, f := range export.Formats {
-		text += "  " + f.Name + "  " + f.About + "\n"
+		text += fmt.Sprintf("  %-8s  %s\n", f.Name, f.About)
 	}
 	return text
 }
@@ -106,7 +106,7 @@ func (t *tool) cursorOf(x exporting) (string, error) {
 	}
 	to, err := netip.ParseAddrPort(x.to)
 	if err != nil {
-		return "", usage(t.cmd, "--to is IP:PORT: %w", err)
+		return "", fault.New(fault.Usage, "name it as IP:PORT, such as 192.0.2.10:6514; names are not looked up", "--to: %.80q is no IP address with a port", x.to)
 	}
 	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		return "", err

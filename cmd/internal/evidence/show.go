@@ -115,6 +115,9 @@ func line(e audit.Event) string {
 	if e.Incident != "" {
 		words = append(words, "incident="+e.Incident)
 	}
+	if e.PlanID != "" && (e.Kind == audit.Intent || e.Kind == audit.Outcome) {
+		words = append(words, "action="+e.PlanID)
+	}
 	switch e.Kind {
 	case audit.Intent, audit.Secret:
 		words = append(words, "id="+e.ID)
