@@ -290,7 +290,7 @@ func (e *Engine) closeIntents(ctx context.Context) error {
 			open[ev.ID], order = ev, append(order, ev.ID)
 		case ev.Outcome != resultUnknown || ev.Settled: // else it is settled yet
 			delete(open, ev.Of)
-			if _, unfinished := final[ev.PlanID]; unfinished {
+			if _, unfinished := final[ev.PlanID]; unfinished && ev.Action != trust.ActionStop {
 				final[ev.PlanID] = true // the process ended between the two
 			}
 		}
@@ -336,6 +336,8 @@ func (e *Engine) closeIntent(intent audit.Event) error {
 		PlanID: intent.PlanID, PlanSHA256: intent.PlanSHA256, Undoes: intent.Undoes, Settled: true}
 	record, err := e.journal.Read(intent.PlanID)
 	switch {
+	case intent.Action == trust.ActionStop: // of the action that has the record
+		out.Outcome, out.ErrorCode, out.Text = resultUnknown, string(fault.Unknown), "the agent ended while it stopped the action"
 	case errors.Is(err, fs.ErrNotExist) && e.now().Sub(intent.Time) < e.journal.Keeps():
 		out.Outcome, out.Text = notApplied, "the agent ended before it began"
 	case err != nil:

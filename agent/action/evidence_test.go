@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 
@@ -49,6 +50,10 @@ func TestEveryActionOnRecord(t *testing.T) {
 		"resume": func(l *lab) map[string]any {
 			l.put(&appsv1.Deployment{ObjectMeta: labelled("telemetry", "d"), Spec: appsv1.DeploymentSpec{Paused: true}})
 			return map[string]any{"target": "deploy/d", "namespace": "telemetry"}
+		},
+		"webhook": func(l *lab) map[string]any {
+			l.put(hooks("telemetry", admissionv1.Fail))
+			return map[string]any{"operation": "open", "target": "telemetry"}
 		},
 		"cordon": func(l *lab) map[string]any {
 			l.put(&corev1.Node{ObjectMeta: labelled("", "telemetry-1")})
@@ -286,6 +291,44 @@ func TestIntentsOfBefore(t *testing.T) {
 	l.recover(time.Second)
 	if all := l.events(""); len(all) != before {
 		t.Errorf("said again: %+v", all[before:])
+	}
+}
+
+// TestStoppedBeforeTheEnd: that somebody has stopped an action is not its outcome, and
+// that is told when it is found out.
+func TestStoppedBeforeTheEnd(t *testing.T) {
+	l := newLab(t, 1)
+	l.put(collector())
+	p, err := l.plan("scale", stopCollector)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := l.log
+	intent, _ := log.Append(l.ctx(), audit.Event{Kind: audit.Intent, Action: p.Action, PlanID: p.Id})
+	record, err := l.engine.journal.Begin(journal.Access{Intent: intent.ID}, p, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	record.Release()
+	stopped, _ := log.Append(l.ctx(), audit.Event{Kind: audit.Intent, Action: trust.ActionStop, PlanID: p.Id})
+	_, _ = log.Append(l.ctx(), audit.Event{Kind: audit.Outcome, Of: stopped.ID, Action: trust.ActionStop, PlanID: p.Id, Outcome: "ok"})
+	again, _ := log.Append(l.ctx(), audit.Event{Kind: audit.Intent, Action: trust.ActionStop, PlanID: p.Id})
+	before := len(log.all())
+	l.engine.past, l.engine.closed, l.engine.told = log.past(), false, map[string]bool{}
+	for _, step := range []func(context.Context) error{l.engine.closeIntents, func(ctx context.Context) error { return l.engine.settleOne(ctx, p.Id) }, l.engine.pay} {
+		if err := step(l.ctx()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := map[string]string{intent.ID: resultFailed, again.ID: resultUnknown}
+	for _, e := range log.all()[before:] {
+		if !e.Settled || e.Outcome != want[e.Of] {
+			t.Errorf("%+v", e)
+		}
+		delete(want, e.Of)
+	}
+	if len(want) > 0 {
+		t.Errorf("left open: %v", want)
 	}
 }
 
