@@ -29,6 +29,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/protobuf/types/known/structpb"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -147,6 +148,11 @@ func (s *stage) asks() []ask {
 			return ""
 		}
 	}
+	webhook := func(way) string {
+		s.put("/registry/validatingwebhookconfigurations/guard", &admissionv1.ValidatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: "guard", UID: "u1"},
+			Webhooks: []admissionv1.ValidatingWebhook{{Name: "guard.example.com"}}})
+		return ""
+	}
 	// own returns what becomes of a caller's own plan, and of felix's where the
 	// caller has none.
 	own := func(of string, become func(caller, *halliganv1.Plan) string) func(way) string {
@@ -180,6 +186,8 @@ func (s *stage) asks() []ask {
 			s.put("/registry/deployments/shop/web", &appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web", UID: "u1"}, Spec: appsv1.DeploymentSpec{Paused: true}})
 			return ""
 		}, "resume deploy/web -n shop -y --reason because", doing("resume", map[string]any{"target": "deploy/web", "namespace": "shop"}), "ryyryrrr", did},
+		{"webhook", "open a webhook", webhook, "webhook open guard -y --reason because", doing("webhook", map[string]any{"operation": "open", "target": "guard"}), "ryyryrrr", did},
+		{"webhook", "delete a webhook", webhook, "webhook delete guard -y --reason because", doing("webhook", map[string]any{"operation": "delete", "target": "guard"}), "ryyryrrr", did},
 		{"cordon", "cordon", worker(false), "cordon worker -y --reason because", doing("cordon", map[string]any{"target": "worker"}), "ryyryrrr", did},
 		{"uncordon", "uncordon", worker(true), "uncordon worker -y --reason because", doing("uncordon", map[string]any{"target": "worker"}), "ryyryrrr", did},
 		{"delete", "delete", func(way) string {
@@ -232,6 +240,10 @@ func (s *stage) asks() []ask {
 			_, err := c.ExchangeBundle(context.Background(), &halliganv1.ExchangeBundleRequest{})
 			return err
 		}, "yyyyyyyy", nil},
+		{"", "read a component's log", nil, "logs etcd", func(c caller, _ string) error {
+			stream, err := c.Logs(context.Background(), &halliganv1.LogsRequest{Component: "etcd"})
+			return drain(stream, err)
+		}, "ryyryrrr", answered("Logs")},
 		{"", "list logs", nil, "", func(c caller, _ string) error {
 			_, err := c.evidence().ListLogs(context.Background(), &halliganv1.ListLogsRequest{})
 			return err

@@ -332,6 +332,27 @@ func TestStoppedBeforeTheEnd(t *testing.T) {
 	}
 }
 
+// TestSettledOfHeldIntent: what came of an action is recorded although only bastions
+// have its intent.
+func TestSettledOfHeldIntent(t *testing.T) {
+	l := newLab(t, 1)
+	l.put(collector())
+	p, err := l.plan("scale", stopCollector)
+	if err != nil {
+		t.Fatal(err)
+	}
+	record, err := l.engine.journal.Begin(journal.Access{Intent: "held-1"}, p, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	record.Release()
+	l.engine.past, l.engine.closed, l.engine.told = l.log.past(), false, map[string]bool{}
+	l.recover(time.Second)
+	if all := l.events(p.Id); len(all) != 1 || all[0].Of != "held-1" || all[0].Outcome != resultFailed || !all[0].Settled {
+		t.Errorf("%+v", all)
+	}
+}
+
 // TestManyObjectsOnRecord: what does not fit into one event follows in others, and
 // each object is there once.
 func TestManyObjectsOnRecord(t *testing.T) {

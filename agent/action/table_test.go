@@ -42,7 +42,7 @@ func TestSnapshot(t *testing.T) {
 
 func TestRowsAreComplete(t *testing.T) {
 	structs := map[string]any{"get": getParameters{}, "scale": scaleParameters{}, "delete": deleteParameters{}, "revoke": revokeParameters{},
-		"pause": pauseParameters{}, "resume": pauseParameters{}, "cordon": cordonParameters{}, "uncordon": cordonParameters{}, "undo": undoParameters{}, "history": nil}
+		"pause": pauseParameters{}, "resume": pauseParameters{}, "webhook": webhookParameters{}, "cordon": cordonParameters{}, "uncordon": cordonParameters{}, "undo": undoParameters{}, "history": nil}
 	seen := map[string]bool{}
 	for _, r := range table {
 		if seen[r.name] {

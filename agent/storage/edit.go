@@ -26,7 +26,7 @@ const maxValueBytes = MaxRequestBytes - 2048
 // Edit asks for one field to be changed.
 type Edit struct {
 	Field FieldName
-	// Entry is the key of the entry, for a Map.
+	// Entry is the key of the entry, for a Map, or the name of the element.
 	Entry string
 	// Index is the element to remove, for a List; it counts in the object as it
 	// is before any of the edits.
@@ -56,12 +56,17 @@ type Change struct {
 	Others int `json:"others,omitempty"`
 }
 
+// keyed reports whether there is a value for each entry.
+func (f Field) keyed() bool { return f.Type == Map || f.Type == Named }
+
 // document is a value opened for edits of single fields. Values go in and out
 // as JSON; nil is an absent value. Errors are faults.
 type document interface {
 	bytes() []byte
 	get(f Field, entry string) (json.RawMessage, error)
 	set(f Field, entry string, value json.RawMessage) error
+	// names returns the names of the elements that have a field.
+	names(f Field) ([]string, error)
 	// elements returns a list's elements as they are stored, show one as JSON
 	// and with a key that elements of equal meaning share.
 	elements(f Field) ([][]byte, error)
@@ -77,6 +82,19 @@ type insertion struct {
 	before  int
 	element []byte
 }
+
+// path writes where a field is; of what is Named, with the name where it belongs.
+func (f Field) path(entry string) string {
+	if f.Type == Named && entry != "" {
+		return pathString(f.JSON[:1], entry) + "." + pathString(f.JSON[1:], "")
+	}
+	return pathString(f.JSON, entry)
+}
+
+// bumping are what, besides spec, an API server counts a generation up for: the
+// webhooks of a configuration (pkg/registry/admissionregistration/
+// {mutating,validating}webhookconfiguration/strategy.go).
+var bumping = []string{"spec", "webhooks"}
 
 // pathString writes a path, and in brackets an entry or index if there is one.
 func pathString(path []string, entry string) string {
@@ -163,7 +181,7 @@ func (e *editor) set(name FieldName, f Field, entry string, value json.RawMessag
 	if err := e.doc.set(f, entry, value); err != nil {
 		return err
 	}
-	e.record(f, Change{Path: pathString(f.JSON, entry), Field: name, Entry: entry, Before: current, After: value})
+	e.record(f, Change{Path: f.path(entry), Field: name, Entry: entry, Before: current, After: value})
 	return nil
 }
 
@@ -274,7 +292,7 @@ func (k *Kind) Apply(plain []byte, edits ...Edit) (out []byte, changes []Change,
 		}
 		id := target{edit.Field, edit.Entry, edit.Index}
 		if seen[id] {
-			return nil, nil, fault.New(fault.Usage, "ask for each change once", "%s is to be changed twice", pathString(f.JSON, edit.Entry))
+			return nil, nil, fault.New(fault.Usage, "ask for each change once", "%s is to be changed twice", f.path(edit.Entry))
 		}
 		seen[id] = true
 		if f.Type == List {
@@ -306,14 +324,14 @@ func (edit Edit) value(f Field) (json.RawMessage, error) {
 	case bool:
 		ok = f.Type == Bool
 	case string:
-		ok = f.Type == Map && utf8.ValidString(v)
+		ok = f.keyed() && utf8.ValidString(v)
 	}
-	if (f.Type == Map) != (edit.Entry != "") || (f.Type != List && edit.Index != 0) || !utf8.ValidString(edit.Entry) {
+	if f.keyed() != (edit.Entry != "") || (f.Type != List && edit.Index != 0) || !utf8.ValidString(edit.Entry) {
 		ok = false
 	}
 	if !ok {
 		return nil, fault.New(fault.Usage, "see what kind of value the field takes",
-			"%s cannot be set to %v", pathString(f.JSON, edit.Entry), edit.Value)
+			"%s cannot be set to %v", f.path(edit.Entry), edit.Value)
 	}
 	if edit.Value == nil {
 		return nil, nil
@@ -550,7 +568,7 @@ func (e *editor) finish() ([]byte, []Change, error) {
 	if len(e.changes) == 0 {
 		return e.before.plain, nil, nil
 	}
-	inSpec := slices.ContainsFunc(e.fields, func(f Field) bool { return f.JSON[0] == "spec" })
+	inSpec := slices.ContainsFunc(e.fields, func(f Field) bool { return slices.Contains(bumping, f.JSON[0]) })
 	if inSpec && e.kind.counts(e.before) {
 		current := e.before.Meta.Generation
 		if current < 0 || current == math.MaxInt64 {
@@ -691,6 +709,13 @@ func (e *editor) verifyDecoded(after *Object) error {
 	}
 	for i, c := range e.changes {
 		path := jsonPath(e.fields[i], c.Entry)
+		want, got := want, got
+		if e.fields[i].Type == Named {
+			want, got, path = elementOf(want, path[0], c.Entry), elementOf(got, path[0], c.Entry), path[1:]
+			if want == nil || got == nil {
+				return undecodable("%s cannot be checked", c.Path)
+			}
+		}
 		if e.fields[i].Type == List {
 			// The elements were compared byte by byte.
 			unset(want, path)
@@ -711,6 +736,21 @@ func (e *editor) verifyDecoded(after *Object) error {
 		return undecodable("the edit would change %s too", at)
 	}
 	return nil
+}
+
+// elementOf returns the one element of a list of that name; nil where there is none
+// or more.
+func elementOf(object map[string]any, list, name string) (found map[string]any) {
+	all, _ := object[list].([]any)
+	for _, one := range all {
+		if element, ok := one.(map[string]any); ok && element["name"] == name {
+			if found != nil {
+				return nil
+			}
+			found = element
+		}
+	}
+	return found
 }
 
 // redo sets the value at path in the generic form of an object; nil removes it.

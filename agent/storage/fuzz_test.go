@@ -92,6 +92,20 @@ func readAgrees(t *testing.T, o *Object, f Field) {
 	if err != nil || !known {
 		return
 	}
+	if f.Type == Named {
+		names, err := o.Names(f)
+		if err != nil {
+			return
+		}
+		for _, name := range names {
+			got, present, err := o.Entry(f, name)
+			element := elementOf(object, f.JSON[0], name)
+			if w, _ := element[f.JSON[1]].(string); err == nil && present && element != nil && got != w {
+				t.Fatalf("%v of %q is %q, want %q", f.JSON, name, got, w)
+			}
+		}
+		return
+	}
 	for _, step := range f.JSON[:len(f.JSON)-1] {
 		object, _ = object[step].(map[string]any)
 	}
@@ -136,6 +150,8 @@ func fuzzedEdit(name FieldName, f Field, value int64, index uint8) Edit {
 		edit.Value = "true"
 	case List:
 		edit.Index = int(index)
+	case Named:
+		edit.Entry, edit.Value = "nameValue", "Ignore"
 	}
 	if value == -7 {
 		edit.Value = nil
@@ -169,7 +185,7 @@ func FuzzApplyProtobuf(f *testing.F) {
 				}
 				continue
 			}
-			want := expected(t, plain, field, edit, k.counts(o) && field.JSON[0] == "spec")
+			want := expected(t, plain, field, edit, k.counts(o) && (field.JSON[0] == "spec" || field.Type == Named))
 			// As JSON, since text that is not UTF-8 does not survive in want.
 			got, _ := json.Marshal(typedOracle(t, out))
 			if want, _ := json.Marshal(want); !same(got, want) {

@@ -132,7 +132,10 @@ func (d *jsonDocument) text(n *jsonNode) json.RawMessage { return d.data[n.start
 // reached and how many steps of the path remain below it. A null on the way is
 // reached, but nothing is below it.
 func (d *jsonDocument) find(path []string) (n *jsonNode, rest []string, err error) {
-	n = &d.root
+	return d.findIn(&d.root, path)
+}
+
+func (d *jsonDocument) findIn(n *jsonNode, path []string) (_ *jsonNode, rest []string, err error) {
 	for i, key := range path {
 		if n.kind != '{' {
 			if isNull(d.text(n)) {
@@ -156,8 +159,50 @@ func jsonPath(f Field, entry string) []string {
 	return f.JSON
 }
 
+// place returns the node that a field's path begins at, and that path. The node is
+// nil where there is no element of the name.
+func (d *jsonDocument) place(f Field, entry string) (*jsonNode, []string, error) {
+	if f.Type != Named {
+		return &d.root, jsonPath(f, entry), nil
+	}
+	names, err := d.names(f)
+	at := slices.Index(names, entry)
+	if err != nil || at < 0 {
+		return nil, nil, err
+	}
+	if slices.Contains(names[at+1:], entry) {
+		return nil, nil, twice(f, entry)
+	}
+	list, err := d.list(Field{Type: List, JSON: f.JSON[:1]})
+	if err != nil {
+		return nil, nil, err
+	}
+	return &list.items[at], f.JSON[1:], nil
+}
+
+func (d *jsonDocument) names(f Field) (names []string, err error) {
+	list, err := d.list(Field{Type: List, JSON: f.JSON[:1]})
+	if list == nil {
+		return nil, err
+	}
+	for i := range list.items {
+		n, name := &list.items[i], ""
+		if at := n.member("name"); n.kind == '{' && at >= 0 {
+			if json.Unmarshal(d.text(&n.members[at].value), &name) != nil {
+				return nil, undecodable("a name in %s is not a string", pathString(f.JSON[:1], ""))
+			}
+		}
+		names = append(names, name)
+	}
+	return names, nil
+}
+
 func (d *jsonDocument) get(f Field, entry string) (json.RawMessage, error) {
-	n, rest, err := d.find(jsonPath(f, entry))
+	in, path, err := d.place(f, entry)
+	if in == nil || err != nil {
+		return nil, err
+	}
+	n, rest, err := d.findIn(in, path)
 	if err != nil || len(rest) > 0 {
 		return nil, err
 	}
@@ -190,8 +235,14 @@ func (d *jsonDocument) replace(from, to int, with []byte) error {
 }
 
 func (d *jsonDocument) set(f Field, entry string, value json.RawMessage) error {
-	path := jsonPath(f, entry)
-	n, rest, err := d.find(path)
+	in, path, err := d.place(f, entry)
+	if err == nil && in == nil {
+		err = missing(f, entry)
+	}
+	if err != nil {
+		return err
+	}
+	n, rest, err := d.findIn(in, path)
 	if err != nil {
 		return err
 	}
@@ -199,7 +250,7 @@ func (d *jsonDocument) set(f Field, entry string, value json.RawMessage) error {
 	case value == nil && len(rest) > 0:
 		return nil
 	case value == nil:
-		parent, _, err := d.find(path[:len(path)-1])
+		parent, _, err := d.findIn(in, path[:len(path)-1])
 		if err != nil {
 			return err
 		}

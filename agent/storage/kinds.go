@@ -33,10 +33,12 @@ var nativeKinds = []Kind{
 
 	{Group: "admissionregistration.k8s.io", Version: "v1", Kind: "MutatingAdmissionPolicy", Plural: "mutatingadmissionpolicies", Generation: true, Authority: true, Forbids: true},
 	{Group: "admissionregistration.k8s.io", Version: "v1", Kind: "MutatingAdmissionPolicyBinding", Plural: "mutatingadmissionpolicybindings", Generation: true, Authority: true, Forbids: true},
-	{Group: "admissionregistration.k8s.io", Version: "v1", Kind: "MutatingWebhookConfiguration", Plural: "mutatingwebhookconfigurations", Generation: true, Authority: true, Forbids: true},
+	{Group: "admissionregistration.k8s.io", Version: "v1", Kind: "MutatingWebhookConfiguration", Plural: "mutatingwebhookconfigurations", Generation: true, Authority: true, Forbids: true,
+		Fields: map[FieldName]Field{FailurePolicy: failurePolicyField}, versions: alsoAs("admissionregistration.k8s.io/v1beta1")},
 	{Group: "admissionregistration.k8s.io", Version: "v1", Kind: "ValidatingAdmissionPolicy", Plural: "validatingadmissionpolicies", Generation: true, Authority: true, Forbids: true},
 	{Group: "admissionregistration.k8s.io", Version: "v1", Kind: "ValidatingAdmissionPolicyBinding", Plural: "validatingadmissionpolicybindings", Generation: true, Authority: true, Forbids: true},
-	{Group: "admissionregistration.k8s.io", Version: "v1", Kind: "ValidatingWebhookConfiguration", Plural: "validatingwebhookconfigurations", Generation: true, Authority: true, Forbids: true},
+	{Group: "admissionregistration.k8s.io", Version: "v1", Kind: "ValidatingWebhookConfiguration", Plural: "validatingwebhookconfigurations", Generation: true, Authority: true, Forbids: true,
+		Fields: map[FieldName]Field{FailurePolicy: failurePolicyField}, versions: alsoAs("admissionregistration.k8s.io/v1beta1")},
 
 	// These two have storage of their own, which keeps the group in the key and
 	// writes JSON.
@@ -145,6 +147,10 @@ var computedKinds = map[string]bool{
 
 // subjectsField is the list of whom a role binding names, the same in both kinds.
 var subjectsField = Field{Type: List, JSON: []string{"subjects"}, Wire: []protowire.Number{2}}
+
+// failurePolicyField is what the API server does where a webhook does not answer,
+// the same in both kinds.
+var failurePolicyField = Field{Type: Named, JSON: []string{"webhooks", "failurePolicy"}, Wire: []protowire.Number{2, 4}}
 
 // specField is the place of a field of spec, which is field 2 in every kind
 // that has edit rows there.

@@ -144,6 +144,8 @@ func TestFieldRowsFitTheGeneratedTypes(t *testing.T) {
 				Bool: last.Kind() == reflect.Bool,
 				Map:  last == reflect.TypeFor[map[string]string](),
 				List: last.Kind() == reflect.Slice && last.Elem().Kind() == reflect.Struct,
+
+				Named: last.Kind() == reflect.String,
 			}
 			if !fits[f.Type] {
 				t.Errorf("%v: field %s is a %v, the row says type %d", gvk, name, last, f.Type)
@@ -329,6 +331,9 @@ func TestAuthorityRows(t *testing.T) {
 func walkTags(t *testing.T, typ reflect.Type, path []string) (numbers []protowire.Number, last reflect.Type) {
 	t.Helper()
 	for _, name := range path {
+		if typ.Kind() == reflect.Slice { // of what is named
+			typ = typ.Elem()
+		}
 		found := false
 		for i := range typ.NumField() {
 			f := typ.Field(i)

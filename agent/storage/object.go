@@ -327,3 +327,13 @@ func (o *Object) Subjects(f Field) ([]rbacv1.Subject, error) {
 	}
 	return subjects, nil
 }
+
+// Names returns the names of a list's elements, of which each has a Named field, in
+// the order in which they are stored.
+func (o *Object) Names(f Field) ([]string, error) {
+	d, err := o.document()
+	if err != nil {
+		return nil, err
+	}
+	return d.names(f)
+}

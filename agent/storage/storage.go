@@ -37,10 +37,11 @@ const (
 	NodeSelector  FieldName = "nodeSelector"  // map of strings in a DaemonSet's pod template
 	Subjects      FieldName = "subjects"      // list of messages: RoleBinding, ClusterRoleBinding
 	Generation    FieldName = "generation"    // int: metadata.generation
-	Paused        FieldName = "paused"        // bool: Deployment
+	Paused        FieldName = "paused"        // bool: Deployment; custom kinds with spec.paused or spec.suspend
 	Unschedulable FieldName = "unschedulable" // bool: Node
 	MinReplicas   FieldName = "minReplicas"   // int: HorizontalPodAutoscaler
 	MaxReplicas   FieldName = "maxReplicas"   // int: HorizontalPodAutoscaler
+	FailurePolicy FieldName = "failurePolicy" // of each webhook by its name: webhook configurations
 )
 
 // FieldType says how a field is encoded.
@@ -48,10 +49,11 @@ type FieldType int
 
 // The types of fields.
 const (
-	Int  FieldType = iota + 1 // varint; JSON number
-	Bool                      // varint; JSON true, false
-	Map                       // map<string,string> entries
-	List                      // repeated messages
+	Int   FieldType = iota + 1 // varint; JSON number
+	Bool                       // varint; JSON true, false
+	Map                        // map<string,string> entries
+	List                       // repeated messages
+	Named                      // a string in each of repeated messages, which their name tells apart
 )
 
 // Field is the place of a field inside an object.
@@ -60,7 +62,9 @@ type Field struct {
 	// JSON is the path in the JSON form, such as spec, replicas.
 	JSON []string
 	// Wire is the same path as protobuf field numbers inside runtime.Unknown's
-	// raw; nil for kinds that are stored as JSON.
+	// raw; nil for kinds that are stored as JSON. Of what is Named, both begin
+	// with the list, which lies at the top, and their elements have their name as
+	// "name", field 1.
 	Wire []protowire.Number
 }
 

@@ -11,6 +11,8 @@ import (
 
 	"google.golang.org/protobuf/encoding/protowire"
 	rbacv1 "k8s.io/api/rbac/v1"
+
+	"github.com/halligan-io/halligan/internal/fault"
 )
 
 const (
@@ -200,7 +202,11 @@ func (d *wireDocument) add(parent []protowire.Number, num protowire.Number, fiel
 		message := protowire.AppendTag(nil, parent[last], bytesType)
 		return d.add(parent[:last], parent[last], protowire.AppendBytes(message, field))
 	}
-	p := parents[len(parents)-1]
+	return d.addTo(parents[len(parents)-1], num, field)
+}
+
+// addTo is add for a message that is there.
+func (d *wireDocument) addTo(p place, num protowire.Number, field []byte) error {
 	if p.typ != bytesType {
 		return fmt.Errorf("field %d is not a message", p.num)
 	}
@@ -243,12 +249,26 @@ func wireType(f Field) protowire.Type {
 	return bytesType
 }
 
-// matching narrows the occurrences of a map to those with the key entry.
+// matching narrows the occurrences of a map to those with the key entry, and of
+// what is named to those in the one element of that name.
 func (d *wireDocument) matching(all []place, f Field, entry string) ([]place, error) {
-	if f.Type != Map {
+	var found []place
+	switch f.Type {
+	case Map:
+	case Named:
+		element, err := d.element(f, entry)
+		if err != nil || element == nil {
+			return nil, err
+		}
+		for _, p := range all {
+			if p.chain[len(p.chain)-1].start == element.start {
+				found = append(found, p)
+			}
+		}
+		return found, nil
+	default:
 		return all, nil
 	}
-	var found []place
 	for _, p := range all {
 		key, _, err := mapEntry(d.data[p.value:p.end])
 		if err != nil {
@@ -259,6 +279,59 @@ func (d *wireDocument) matching(all []place, f Field, entry string) ([]place, er
 		}
 	}
 	return found, nil
+}
+
+// named returns the elements of the list that a named field lies in, and their names.
+func (d *wireDocument) named(f Field) (all []place, names []string, err error) {
+	if len(f.Wire) < 2 {
+		return nil, nil, undecodable("%s has no known place in protobuf", pathString(f.JSON, ""))
+	}
+	if all, err = d.places(f.Wire[:1]); err != nil {
+		return nil, nil, undecodable("the stored object is damaged: %v", err)
+	}
+	for _, p := range all {
+		if p.typ != bytesType {
+			return nil, nil, undecodable("%s is not made of messages", pathString(f.JSON[:1], ""))
+		}
+		name, err := nameOf(d.data[p.value:p.end])
+		if err != nil {
+			return nil, nil, undecodable("%s is damaged: %v", pathString(f.JSON[:1], ""), err)
+		}
+		names = append(names, name)
+	}
+	return all, names, nil
+}
+
+// nameOf reads field 1 of an element, the last one of it.
+func nameOf(message []byte) (name string, err error) {
+	err = each(message, 0, len(message), func(f wireField) error {
+		if f.num == 1 && f.typ != bytesType {
+			return errors.New("a name is not a string")
+		}
+		if f.num == 1 {
+			name = string(message[f.value:f.end])
+		}
+		return nil
+	})
+	return name, err
+}
+
+func (d *wireDocument) names(f Field) ([]string, error) {
+	_, names, err := d.named(f)
+	return names, err
+}
+
+// element returns the one element of that name; nil where there is none.
+func (d *wireDocument) element(f Field, name string) (*place, error) {
+	all, names, err := d.named(f)
+	at := slices.Index(names, name)
+	if err != nil || at < 0 {
+		return nil, err
+	}
+	if slices.Contains(names[at+1:], name) {
+		return nil, twice(f, name)
+	}
+	return &all[at], nil
 }
 
 // mapEntry reads an entry of a map of strings: key=1, value=2, absent is empty.
@@ -283,6 +356,14 @@ func mapEntry(message []byte) (key, value []byte, err error) {
 	return key, value, nil
 }
 
+func twice(f Field, name string) error {
+	return undecodable("%s has %q twice", pathString(f.JSON[:1], ""), name)
+}
+
+func missing(f Field, name string) error {
+	return fault.New(fault.Usage, "look at the object again", "there is no %s", pathString(f.JSON[:1], name))
+}
+
 func (d *wireDocument) get(f Field, entry string) (json.RawMessage, error) {
 	found, err := d.occurrences(f)
 	if err != nil {
@@ -292,10 +373,13 @@ func (d *wireDocument) get(f Field, entry string) (json.RawMessage, error) {
 		return nil, err
 	}
 	last := found[len(found)-1]
-	if f.Type == Map {
-		_, value, _ := mapEntry(d.data[last.value:last.end])
+	if f.keyed() {
+		value := d.data[last.value:last.end]
+		if f.Type == Map {
+			_, value, _ = mapEntry(value)
+		}
 		if !utf8.Valid(value) {
-			return nil, undecodable("%s is not text", pathString(f.JSON, entry))
+			return nil, undecodable("%s is not text", f.path(entry))
 		}
 		return json.Marshal(string(value))
 	}
@@ -333,11 +417,21 @@ func (d *wireDocument) set(f Field, entry string, value json.RawMessage) error {
 		d.splice(last.chain, last.length, last.end, payload)
 		return nil
 	}
+	field := protowire.AppendTag(nil, f.Wire[len(f.Wire)-1], wireType(f))
+	if f.Type == Named {
+		element, err := d.element(f, entry)
+		if err == nil && element == nil {
+			err = missing(f, entry)
+		}
+		if err != nil {
+			return err
+		}
+		return d.addTo(*element, f.Wire[1], append(field, payload...))
+	}
 	before := slices.IndexFunc(all, func(p place) bool {
 		key, _, _ := mapEntry(d.data[p.value:p.end])
 		return f.Type == Map && string(key) > entry
 	})
-	field := protowire.AppendTag(nil, f.Wire[len(f.Wire)-1], wireType(f))
 	return d.insertBefore(f, all, before, append(field, payload...))
 }
 
@@ -372,7 +466,10 @@ func wireValue(f Field, entry string, value json.RawMessage) ([]byte, error) {
 	}
 	var text string
 	if err := json.Unmarshal(value, &text); err != nil {
-		return nil, undecodable("%s is not a string", pathString(f.JSON, entry))
+		return nil, undecodable("%s is not a string", f.path(entry))
+	}
+	if f.Type == Named {
+		return protowire.AppendString(nil, text), nil
 	}
 	message := protowire.AppendString(protowire.AppendTag(nil, 1, bytesType), entry)
 	message = protowire.AppendString(protowire.AppendTag(message, 2, bytesType), text)
@@ -516,6 +613,12 @@ func setApart(message []byte, targets []target) (rest []byte, inner map[protowir
 		for _, t := range targets {
 			if t.path[0] != f.num {
 				continue
+			}
+			if len(t.path) == 2 && t.field.Type == Named {
+				// Only the element of that name holds the target.
+				if name, err := nameOf(message[f.value:f.end]); err != nil || name != t.entry {
+					continue
+				}
 			}
 			if len(t.path) > 1 {
 				inner[f.num] = append(inner[f.num], message[f.value:f.end])

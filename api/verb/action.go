@@ -54,6 +54,9 @@ func (v *Verbs) verb(action *halliganv1.Action) *cobra.Command {
 	if cmd.Long == "" {
 		cmd.Long = cmd.Short + "."
 	}
+	if words := choices(action); words != nil {
+		cmd.ValidArgs = words
+	}
 	cmd.SuggestFor = kubectlVerbs[action.GetName()]
 	for _, e := range action.GetExamples() {
 		cmd.Example += "  halligan " + neutral.Line(strings.TrimPrefix(e, "halligan ")) + "\n"
@@ -90,6 +93,20 @@ func (v *Verbs) verb(action *halliganv1.Action) *cobra.Command {
 		return read(v, cmd, action, parameters)
 	}
 	return cmd
+}
+
+// choices are the words that the first argument is one of, which its placeholder
+// says: open|delete; nil where it is anything else.
+func choices(action *halliganv1.Action) []string {
+	for _, p := range action.GetParameters() {
+		if p.GetPositional() {
+			if words := strings.Split(p.GetPlaceholder(), "|"); len(words) > 1 {
+				return words
+			}
+			return nil
+		}
+	}
+	return nil
 }
 
 // collect gathers the parameters of a call.

@@ -20,7 +20,7 @@ func (v *Verbs) Complete(words []string, beginning string) []string {
 	}
 	root := v.Root(actions)
 	root.InitDefaultHelpCmd()
-	cmd, _, err := root.Find(words)
+	cmd, rest, err := root.Find(words)
 	if err != nil {
 		return nil
 	}
@@ -39,6 +39,10 @@ func (v *Verbs) Complete(words []string, beginning string) []string {
 		}
 		cmd.LocalFlags().VisitAll(offer)
 		cmd.InheritedFlags().VisitAll(offer)
+	case len(cmd.ValidArgs) > 0:
+		if !slices.ContainsFunc(rest, func(w string) bool { return slices.Contains(cmd.ValidArgs, w) }) {
+			all = slices.Clone(cmd.ValidArgs)
+		}
 	case cmd == root || cmd.Name() == "help":
 		for _, c := range root.Commands() {
 			if c.IsAvailableCommand() || c.Name() == "help" {
