@@ -22,6 +22,7 @@ import (
 	"github.com/halligan-io/halligan/agent/diagnose"
 	"github.com/halligan-io/halligan/agent/etcd"
 	"github.com/halligan-io/halligan/agent/journal"
+	"github.com/halligan-io/halligan/agent/localapi"
 	"github.com/halligan-io/halligan/agent/storage"
 	"github.com/halligan-io/halligan/audit/record"
 	"github.com/halligan-io/halligan/audit/service"
@@ -90,7 +91,11 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	}
 	defer client.Close()
 
-	engine := action.New(action.Options{Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
+	var local *localapi.Endpoint // a nil one asks nobody
+	if l := c.LocalAPI; l.asked() {
+		local = localapi.Open(localapi.Options{Kubeconfigs: l.Kubeconfigs, Address: l.Endpoint, ServerName: l.ServerName, Now: clock.Now, Log: log})
+	}
+	engine := action.New(action.Options{LocalAPI: local.Status, Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
 		Encryption: encryption, Journal: records, Audit: evidence, Past: action.PastOf(evidence.Ledger), Sealed: images.seal(), Take: images.take(), Gone: filepath.Join(c.StateDir, "gone"), Policy: believed.Policy, Cluster: c.Cluster, Fresh: believed.Fresh, Approvals: believed, Alarm: evidence.Raise,
 		Now: clock.Now, Log: log})
 	look := diagnose.New(diagnose.Options{Node: c.Node, Prefix: c.Etcd.Prefix, Etcd: client, Encryption: encryption, Elsewhere: c.Etcd.Overrides, Policy: believed.Policy, Log: log})
@@ -102,6 +107,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer background.Wait()
 	background.Go(func() { engine.Recover(ctx) })
 	background.Go(func() { engine.WatchGone(ctx) })
+	background.Go(func() { local.Run(ctx) })
 	background.Go(func() { expire(ctx, records, believed, clock.Now, log) })
 	if err := records.Ready(); err != nil {
 		log.Error().Msg("nothing can be changed: " + neutral.Line(fault.Of(err).Error()))
@@ -118,7 +124,7 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	defer stop()
 	log.Info().Str("version", version.String()).Str("distribution", distribution).Str("socket", c.Socket).
 		Strs("etcd", c.Etcd.Endpoints).Int("unfinished", len(records.Unfinished())).Msg("agent starts")
-	return serve(ctx, c, engine, look, believed, evidence, images, holder, alarms, log)
+	return serve(ctx, c, engine, look, believed, evidence, images, holder, local, alarms, log)
 }
 
 // mended waits until the state folder can be opened, or the context ends.

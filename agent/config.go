@@ -13,6 +13,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"github.com/halligan-io/halligan/agent/hostlogs"
 	"github.com/halligan-io/halligan/agent/node"
 	"github.com/halligan-io/halligan/api"
 	"github.com/halligan-io/halligan/audit/record"
@@ -44,6 +45,8 @@ type Config struct {
 	Socket string `json:"socket,omitempty"`
 	// Etcd says how etcd is reached.
 	Etcd EtcdConfig `json:"etcd,omitempty"`
+	// LocalAPI says how the API server of this node is reached.
+	LocalAPI LocalAPIConfig `json:"localAPI,omitzero"`
 	// EncryptionConfig is the API server's --encryption-provider-config.
 	EncryptionConfig string `json:"encryptionConfig,omitempty"`
 	// PolicyFile tightens the shipped policy; see trust.LocalRules.
@@ -65,6 +68,11 @@ type Config struct {
 	Audit record.Config `json:"audit,omitzero"`
 	// Alarms are told of logins, refusals and what goes around the usual rules.
 	Alarms []alarm.Config `json:"alarms,omitempty"`
+	// Logs are files in which components of the control plane log, which are then
+	// read instead of where the distribution has them: apiserver, etcd,
+	// controller-manager, scheduler or kubelet, each with absolute paths, which may
+	// be patterns. Audit logs are refused.
+	Logs map[string][]string `json:"logs,omitempty"`
 	// LogLevel is debug, info (default), warn or error.
 	LogLevel string `json:"logLevel,omitempty"`
 }
@@ -90,6 +98,26 @@ type EtcdConfig struct {
 	// plural.group, or *.group for all of a group. The agent refuses to look
 	// for them here.
 	Overrides map[string][]string `json:"overrides,omitempty"`
+}
+
+// LocalAPIConfig is how the API server of this node is reached, which the agent asks
+// every few seconds how it is. Where etcd.endpoints is set nothing is looked up on the
+// node, and it is asked only if kubeconfig is set.
+type LocalAPIConfig struct {
+	// Disabled: it is not asked.
+	Disabled bool `json:"disabled,omitempty"`
+	// Kubeconfig is an administrator's. Of system:masters, flow control lets it pass;
+	// what the file says of the server does not count. It is read again when it
+	// changes.
+	Kubeconfig string `json:"kubeconfig,omitempty"`
+	// Endpoint is IP:PORT; default 127.0.0.1:6443, or where its flags say.
+	Endpoint string `json:"endpoint,omitempty"`
+	// ServerName is expected in its certificate; default kubernetes.
+	ServerName string `json:"serverName,omitempty"`
+
+	// Kubeconfigs are the files, the most powerful first: Kubeconfig, or what the
+	// distribution has; nil where no API server is known of.
+	Kubeconfigs []string `json:"-"`
 }
 
 // TrustConfig is the signed bundle, and what a fresh node starts from.
@@ -173,6 +201,9 @@ func load(file string, required bool, root string) (c Config, notes []string, di
 		return c, nil, "", fault.New(fault.Usage, "mend the file", "configuration %s: %w", file, err)
 	}
 	distribution = "manual"
+	if c.LocalAPI.Kubeconfig != "" {
+		c.LocalAPI.Kubeconfigs = []string{c.LocalAPI.Kubeconfig}
+	}
 	keys := []string{c.Etcd.KeyFile} // node tells of those that it finds
 	if len(c.Etcd.Endpoints) == 0 {
 		layout, err := node.Detect(root, c.Distribution)
@@ -186,6 +217,7 @@ func load(file string, required bool, root string) (c Config, notes []string, di
 		}
 		fill(&c.Etcd.Prefix, layout.Prefix)
 		fill(&c.EncryptionConfig, layout.EncryptionConfig)
+		c.LocalAPI.found(layout)
 		if c.Etcd.Overrides == nil && len(layout.Overrides) > 0 {
 			c.Etcd.Overrides = map[string][]string{}
 			for _, o := range layout.Overrides {
@@ -196,7 +228,10 @@ func load(file string, required bool, root string) (c Config, notes []string, di
 			notes = append(notes, fmt.Sprintf("%s lives in another etcd (%v), which this agent does not reach", o.Resource, o.Servers))
 		}
 	}
-	for _, f := range append(keys, c.EncryptionConfig) {
+	if c.LocalAPI.asked() {
+		fill(&c.LocalAPI.Endpoint, "127.0.0.1:6443")
+	}
+	for _, f := range slices.Concat(keys, []string{c.EncryptionConfig}, c.LocalAPI.Kubeconfigs) {
 		if st, err := os.Stat(f); f != "" && err == nil && st.Mode().Perm()&^0o640 != 0 {
 			notes = append(notes, fmt.Sprintf("%s holds a key and has mode %04o: others may use it", f, st.Mode().Perm()))
 		}
@@ -204,11 +239,28 @@ func load(file string, required bool, root string) (c Config, notes []string, di
 	return c, notes, distribution, nil
 }
 
+// found takes over what the node tells, where an API server runs on it.
+func (l *LocalAPIConfig) found(layout *node.Layout) {
+	if layout.APIServer == "" {
+		return
+	}
+	fill(&l.Endpoint, layout.APIServer)
+	if len(l.Kubeconfigs) == 0 {
+		fill(&l.ServerName, layout.APIServerName)
+		if l.Kubeconfigs = layout.Kubeconfigs; l.Kubeconfigs == nil {
+			l.Kubeconfigs = []string{} // it runs, and there is none
+		}
+	}
+}
+
+// asked reports whether there is an API server to ask.
+func (l *LocalAPIConfig) asked() bool { return !l.Disabled && l.Kubeconfigs != nil }
+
 // check refuses values that cannot be meant, and normalises the prefix.
 func (c *Config) check() error {
 	for _, p := range []struct{ key, path string }{
 		{"stateDir", c.StateDir}, {"socket", c.Socket}, {"encryptionConfig", c.EncryptionConfig}, {"policyFile", c.PolicyFile},
-		{"etcd.caFile", c.Etcd.CAFile}, {"etcd.certFile", c.Etcd.CertFile}, {"etcd.keyFile", c.Etcd.KeyFile},
+		{"localAPI.kubeconfig", c.LocalAPI.Kubeconfig}, {"etcd.caFile", c.Etcd.CAFile}, {"etcd.certFile", c.Etcd.CertFile}, {"etcd.keyFile", c.Etcd.KeyFile},
 		{"trust.bundle", c.trust().Bundle},
 	} {
 		if p.path != "" && !filepath.IsAbs(p.path) {
@@ -217,6 +269,11 @@ func (c *Config) check() error {
 	}
 	if c.JournalMaxBytes < 0 {
 		return fmt.Errorf("journalMaxBytes: %d is negative", c.JournalMaxBytes)
+	}
+	for component, files := range c.Logs {
+		if err := hostlogs.Check(component, files); err != nil {
+			return fmt.Errorf("logs: %w", err)
+		}
 	}
 	if err := c.Audit.Check(); err != nil {
 		return err
@@ -233,6 +290,11 @@ func (c *Config) check() error {
 	for _, e := range c.Etcd.Endpoints {
 		if ap, err := netip.ParseAddrPort(e); err != nil || ap.Port() == 0 {
 			return fmt.Errorf("etcd.endpoints: %q is not IP:PORT; a name would need DNS, which may be what failed", e)
+		}
+	}
+	if e := c.LocalAPI.Endpoint; e != "" {
+		if ap, err := netip.ParseAddrPort(e); err != nil || ap.Port() == 0 {
+			return fmt.Errorf("localAPI.endpoint: %q is not IP:PORT; a name would need DNS, which may be what failed", e)
 		}
 	}
 	for resource := range c.Etcd.Overrides {

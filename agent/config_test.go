@@ -53,7 +53,8 @@ etcd:
   serverName: etcd
   prefix: other/
   overrides: {events: ["10.0.0.9:2379"], "*.apps": []}
-`, Config{Node: "cp-1", StateDir: "/state", JournalMaxBytes: 1000000, Socket: "/s/console.sock", EncryptionConfig: "/e.yaml", PolicyFile: "/p.yaml", LogLevel: "debug",
+localAPI: {kubeconfig: /admin.conf, endpoint: "[::1]:8443", serverName: api}
+`, Config{LocalAPI: LocalAPIConfig{Kubeconfig: "/admin.conf", Endpoint: "[::1]:8443", ServerName: "api", Kubeconfigs: []string{"/admin.conf"}}, Node: "cp-1", StateDir: "/state", JournalMaxBytes: 1000000, Socket: "/s/console.sock", EncryptionConfig: "/e.yaml", PolicyFile: "/p.yaml", LogLevel: "debug",
 			Etcd: EtcdConfig{Endpoints: []string{"10.0.0.1:2379", "[fd00::1]:2379"}, CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", ServerName: "etcd", Prefix: "/other",
 				Overrides: map[string][]string{"events": {"10.0.0.9:2379"}, "*.apps": {}}}}},
 	} {
@@ -70,7 +71,7 @@ etcd:
 // TestDefaultSocket: an agent and a command line that are told nothing meet, where
 // the README says.
 func TestDefaultSocket(t *testing.T) {
-	c, _, _, err := load("/nonexistent", false, kubeadmNode(t, ""))
+	c, _, _, err := load(filepath.Join(t.TempDir(), "none.yaml"), false, kubeadmNode(t, ""))
 	if err != nil || c.Socket != api.DefaultSocket {
 		t.Errorf("%q, want %q; %v", c.Socket, api.DefaultSocket, err)
 	}
@@ -93,6 +94,8 @@ func TestLoadConfigRefused(t *testing.T) {
 		"policyFile: p.yaml":                "policyFile",
 		"encryptionConfig: e.yaml":          "encryptionConfig",
 		"etcd: {keyFile: key}":              "etcd.keyFile",
+		"localAPI: {kubeconfig: a.conf}":    "localAPI.kubeconfig",
+		"localAPI: {endpoint: 'api:6443'}":  `localAPI.endpoint: "api:6443" is not IP:PORT; a name would need DNS`,
 		"journalMaxBytes: -1":               "journalMaxBytes",
 		"journalMaxBytes: 2Gi":              "cannot unmarshal",
 		"logLevel: loud":                    "logLevel",
@@ -228,6 +231,24 @@ func TestLoadConfigDetects(t *testing.T) {
 		t.Errorf("%v, %q, %s", err, distribution, d)
 	}
 
+	// The API server: where its flags say, with the kubeconfigs that the distribution
+	// has, there or not, or the one that is named.
+	other := kubeadmNode(t, "    - --secure-port=8443\n")
+	for text, want := range map[string]LocalAPIConfig{
+		"": {Endpoint: "127.0.0.1:8443", ServerName: "kubernetes", Kubeconfigs: []string{other + "/etc/kubernetes/super-admin.conf", other + "/etc/kubernetes/admin.conf"}},
+		"localAPI: {kubeconfig: /a.conf, endpoint: '10.0.0.5:6443'}": {Kubeconfig: "/a.conf", Endpoint: "10.0.0.5:6443", Kubeconfigs: []string{"/a.conf"}},
+	} {
+		c, _, _, err := load(write(t, filepath.Join(t.TempDir(), "agent.yaml"), text, 0o600), true, other)
+		if d := cmp.Diff(want, c.LocalAPI); d != "" || err != nil || !c.LocalAPI.asked() {
+			t.Errorf("%q: %v, %s", text, err, d)
+		}
+	}
+	for _, text := range []string{"localAPI: {disabled: true}", "etcd: {endpoints: ['127.0.0.1:2379']}"} {
+		if c, _, _, err := load(write(t, filepath.Join(t.TempDir(), "agent.yaml"), text, 0o600), true, other); err != nil || c.LocalAPI.asked() {
+			t.Errorf("%q: %v, %+v", text, err, c.LocalAPI)
+		}
+	}
+
 	// Nothing to be found: the default file may be missing, and the error says
 	// what would help.
 	_, _, _, err = load(none, false, t.TempDir())
@@ -274,7 +295,7 @@ func TestLoadConfigTellsOfLaxKeys(t *testing.T) {
 	if err := os.Chmod(root+"/etc/kubernetes/pki/etcd/healthcheck-client.key", 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, notes, _, err = load("/nonexistent", false, root); err != nil || len(notes) != 1 {
+	if _, notes, _, err = load(filepath.Join(t.TempDir(), "none.yaml"), false, root); err != nil || len(notes) != 1 {
 		t.Errorf("%q, %v", notes, err)
 	}
 }

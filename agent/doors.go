@@ -13,6 +13,8 @@ import (
 
 	"github.com/halligan-io/halligan/agent/console"
 	"github.com/halligan-io/halligan/agent/door"
+	"github.com/halligan-io/halligan/agent/hostlogs"
+	"github.com/halligan-io/halligan/agent/localapi"
 	"github.com/halligan-io/halligan/agent/sshd"
 	"github.com/halligan-io/halligan/agent/tunnel"
 	"github.com/halligan-io/halligan/api/mtls"
@@ -39,6 +41,7 @@ type doors struct {
 	trusted  *trusted
 	evidence *record.Evidence
 	images   sealing
+	local    *localapi.Endpoint
 	alarms   *alarm.Alarms
 	log      zerolog.Logger
 	server   *door.Server
@@ -51,13 +54,15 @@ type doors struct {
 
 // serve opens the doors and serves until the context ends, then stops
 // gracefully.
-func serve(ctx context.Context, c Config, engine door.Engine, look door.Look, t *trusted, evidence *record.Evidence, images sealing, holder *service.Holder, alarms *alarm.Alarms, log zerolog.Logger) error {
+func serve(ctx context.Context, c Config, engine door.Engine, look door.Look, t *trusted, evidence *record.Evidence, images sealing, holder *service.Holder, local *localapi.Endpoint, alarms *alarm.Alarms, log zerolog.Logger) error {
 	socket, err := console.Listen(c.Socket)
 	if err != nil {
 		return err
 	}
-	d := &doors{Ways: ways.New(evidence.Raise, log), config: c, trusted: t, evidence: evidence, images: images, alarms: alarms, log: log}
-	o := door.Options{Engine: engine, Look: look, Cluster: c.Cluster, Warnings: d.warnings, Audit: evidence.Status, Record: evidence, Alarms: evidence, Log: log,
+	d := &doors{Ways: ways.New(evidence.Raise, log), config: c, trusted: t, evidence: evidence, images: images, local: local, alarms: alarms, log: log}
+	o := door.Options{Engine: engine, Look: look, Cluster: c.Cluster,
+		Logs:     hostlogs.New(hostlogs.Options{Root: "/", Distribution: c.Distribution, Files: c.Logs, Now: time.Now}),
+		Warnings: d.warnings, Audit: evidence.Status, Record: evidence, Alarms: evidence, Log: log,
 		Evidence: service.New(service.Options{Ledger: evidence, Origin: c.origin(), Holder: holder, Identity: evidence.Identity, Sealed: images.service(), Bundle: t.Current, Now: t.clock.Now,
 			Stopping: func() context.Context { return d.server.Stopping() }, Log: log})}
 	if c.Trust != nil {
@@ -207,6 +212,7 @@ func (d *doors) newSSH() (*sshserver.Server, error) {
 func (d *doors) warnings() []string {
 	all := append(d.evidence.Warnings(), d.images.warnings()...)
 	all = append(all, d.trusted.warnings()...)
+	all = append(all, d.local.Warnings()...)
 	all = append(all, d.Shut()...)
 	d.mu.Lock()
 	certificate, host, tunnels := d.certificate, d.host, d.tunnels

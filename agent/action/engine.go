@@ -37,6 +37,9 @@ type Options struct {
 	Prefix       string
 	Distribution string
 	Etcd         *etcd.Client
+	// LocalAPI tells how the node's own API server is; nil where the agent does not
+	// ask it.
+	LocalAPI func() *halliganv1.LocalAPIStatus
 	// Elsewhere are resources that live in another etcd, with its addresses:
 	// plural.group, or plural alone for the core group; plural may be *.
 	Elsewhere  map[string][]string
@@ -92,6 +95,7 @@ type Engine struct {
 	node, version, prefix, distribution string
 
 	etcd       *etcd.Client
+	localAPI   func() *halliganv1.LocalAPIStatus
 	elsewhere  map[string][]string
 	encryption *storage.Transformers
 	journal    *journal.Journal
@@ -184,10 +188,13 @@ func New(o Options) *Engine {
 	if o.SettleAfter == 0 {
 		o.SettleAfter = 16 * time.Second
 	}
+	if o.LocalAPI == nil {
+		o.LocalAPI = func() *halliganv1.LocalAPIStatus { return nil }
+	}
 	if o.Steps == nil {
 		o.Steps = func(string) {}
 	}
-	return &Engine{audit: o.Audit, past: o.Past, closed: o.Past == nil, sealed: o.Sealed, opens: o.Take, node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, elsewhere: o.Elsewhere, encryption: o.Encryption,
+	return &Engine{audit: o.Audit, past: o.Past, closed: o.Past == nil, sealed: o.Sealed, opens: o.Take, node: o.Node, version: o.Version, prefix: o.Prefix, distribution: o.Distribution, etcd: o.Etcd, localAPI: o.LocalAPI, elsewhere: o.Elsewhere, encryption: o.Encryption,
 		journal: o.Journal, policy: o.Policy, name: o.Cluster, fresh: o.Fresh, approvals: o.Approvals, alarm: o.Alarm, now: o.Now,
 		log: o.Log, planTTL: o.PlanTTL, approveTTL: o.ApprovalTTL, settle: o.SettleAfter, pace: o.Pace, steps: o.Steps,
 		gone: gone{path: o.Gone}, kinds: catalogue{Catalogue: storage.NewCatalogue()}, doing: map[string]tally{}, running: map[string]running{}, told: map[string]bool{}}
@@ -536,7 +543,7 @@ func (e *Engine) Status(ctx context.Context, who trust.Identity) (*halliganv1.St
 	st := e.etcd.Status(ctx)
 	out := &halliganv1.StatusResponse{
 		Node: e.node, Version: e.version, Time: timestamppb.New(e.now()), Cluster: e.name, Actor: who.Person, Role: who.Role.String(), Distribution: e.distribution,
-		Encryption: e.encryption.Providers(),
+		Encryption: e.encryption.Providers(), LocalApi: e.localAPI(),
 		Etcd: &halliganv1.EtcdStatus{Endpoint: st.Endpoint, Version: st.Version, MemberId: hexID(st.MemberID), LeaderId: hexID(st.LeaderID),
 			Revision: st.Revision, DbSizeBytes: st.DBSize, DbQuotaBytes: st.DBQuota, Alarms: st.Alarms, Quorum: st.Quorum,
 			LatencyMs: float64(st.Latency) / float64(time.Millisecond)},

@@ -142,8 +142,9 @@ func TestWhoami(t *testing.T) {
 	s := newStand()
 	s.fake.status = &halliganv1.StatusResponse{Node: "cp-1", Cluster: "lab", Actor: "anna", Role: "responder", Door: "ssh", Version: "v0.1.0",
 		CredentialExpires: timestamppb.New(noon.Add(50 * time.Hour)), Warnings: []string{"the bundle is \x1b[31mstale"}, Etcd: &halliganv1.EtcdStatus{Version: "3.7.3"},
-		Audit:  &halliganv1.AuditStatus{Events: 12, Signed: 11, Witnessed: map[string]uint64{"b.bastion": 9, "a.bastion\x1b": 10}, Bytes: 2048, Reserve: 2048},
-		Bundle: &halliganv1.BundleStatus{PolicyVersion: 3, InventoryVersion: 4, RevocationsVersion: 5, Signed: timestamppb.New(noon), FreshUntil: timestamppb.New(noon.Add(time.Hour))}}
+		LocalApi: &halliganv1.LocalAPIStatus{Endpoint: "127.0.0.1:6443\x1b", Probed: timestamppb.New(noon), LatencyMs: 3.14159, Ready: true, FlowControl: "on", Exempt: true},
+		Audit:    &halliganv1.AuditStatus{Events: 12, Signed: 11, Witnessed: map[string]uint64{"b.bastion": 9, "a.bastion\x1b": 10}, Bytes: 2048, Reserve: 2048},
+		Bundle:   &halliganv1.BundleStatus{PolicyVersion: 3, InventoryVersion: 4, RevocationsVersion: 5, Signed: timestamppb.New(noon), FreshUntil: timestamppb.New(noon.Add(time.Hour))}}
 	status, out, _ := s.run(t.Context(), "whoami")
 	if status != 0 || out != "anna\n  role      responder\n  door      ssh\n  agent     cp-1 (lab)\n  until     credential ends in 2d2h, at 2026-11-25T14:00:00Z\n" {
 		t.Errorf("%d: %s", status, out)
@@ -153,10 +154,25 @@ func TestWhoami(t *testing.T) {
 	}
 	_, out, _ = s.run(t.Context(), "status")
 	want(t, out, "cluster   lab\n", "anna as responder through ssh, credential ends in 2d2h", "policy 3, inventory 4, revocations 5", "warning: the bundle is \\x1b[31mstale\n",
+		"  local API 127.0.0.1:6443\\x1b ready, 3.142 ms, flow control on, exempt\n",
 		"  evidence  12 events, 11 signed, 10 witnessed by a.bastion\\x1b, 9 witnessed by b.bastion; 2.0 KiB, and room for 2048 events when the disk is full\n",
 		"warning: your credential ends in 2d2h, at 2026-11-25T14:00:00Z; have it renewed: halligan ca renew\n")
 	if s.opened != s.closed {
 		t.Errorf("%d connections, %d closed", s.opened, s.closed)
+	}
+	for want, a := range map[string]*halliganv1.LocalAPIStatus{
+		"":                                 nil,
+		"127.0.0.1:6443 was not asked yet": {},
+		"127.0.0.1:6443 cannot be used":    {Probed: timestamppb.New(noon), Error: "nothing listens"},
+		"127.0.0.1:6443 not ready, 2000 ms, flow control off, not exempt": {Probed: timestamppb.New(noon), LatencyMs: 2000, FlowControl: "off"},
+		"127.0.0.1:6443 not ready, 5 ms":                                  {Probed: timestamppb.New(noon), LatencyMs: 5},
+	} {
+		if a != nil {
+			a.Endpoint = "127.0.0.1:6443"
+		}
+		if got := LocalAPI(a); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }
 

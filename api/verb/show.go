@@ -480,6 +480,7 @@ func (v *Verbs) showStatus(s *halliganv1.StatusResponse) {
 	} else {
 		showEtcd(&b, e)
 	}
+	row(&b, "local API", LocalAPI(s.GetLocalApi()))
 	records := fmt.Sprintf("%s used, %s free", size(s.GetStateUsedBytes()), size(s.GetStateFreeBytes()))
 	if n := s.GetStateSlots(); n > 0 {
 		records += fmt.Sprintf(", room for %d more on a full disk", n)
@@ -547,6 +548,35 @@ func Evidence(a *halliganv1.AuditStatus) string {
 		text += fmt.Sprintf(", %d witnessed by %s", a.GetWitnessed()[witness], line(witness))
 	}
 	return text + fmt.Sprintf("; %s, and room for %d events when the disk is full", size(a.GetBytes()), a.GetReserve())
+}
+
+// LocalAPI says in one line how the node's own API server is, "" where it is not
+// asked. What is wrong with it stands among the warnings.
+func LocalAPI(a *halliganv1.LocalAPIStatus) string {
+	if a == nil {
+		return ""
+	}
+	text := line(a.GetEndpoint()) + " "
+	switch {
+	case a.GetProbed() == nil:
+		return text + "was not asked yet"
+	case a.GetLatencyMs() == 0:
+		return text + "cannot be used"
+	case a.GetReady():
+		text += "ready"
+	default:
+		text += "not ready"
+	}
+	text += fmt.Sprintf(", %.4g ms", a.GetLatencyMs())
+	if a.GetFlowControl() != "" {
+		text += ", flow control " + line(a.GetFlowControl())
+		if a.GetExempt() {
+			text += ", exempt"
+		} else {
+			text += ", not exempt"
+		}
+	}
+	return text
 }
 
 // showBundle shows which signed bundle is in force.

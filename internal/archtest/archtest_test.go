@@ -61,11 +61,12 @@ var inside = map[string][]string{
 	"audit/service":  {"audit", "audit/ledger", "audit/sealed", "audit/tiles"},
 
 	"agent/storage": nil, "agent/etcd": nil, "agent/node": nil, "agent/door": nil,
-	"agent/console": nil, "agent/sshd": nil, "agent/tunnel": nil,
+	"agent/console": nil, "agent/sshd": nil, "agent/tunnel": nil, "agent/localapi": nil,
 	"agent/journal":  {"agent/storage"},
 	"agent/diagnose": {"agent/storage", "agent/etcd"},
+	"agent/hostlogs": {"agent/node"},
 	"agent/action":   {"agent/storage", "agent/etcd", "agent/journal"},
-	"agent":          {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/sshd", "agent/tunnel", "agent/journal", "agent/action", "agent/diagnose"},
+	"agent":          {"agent/storage", "agent/etcd", "agent/node", "agent/door", "agent/console", "agent/sshd", "agent/tunnel", "agent/journal", "agent/action", "agent/localapi", "agent/diagnose", "agent/hostlogs"},
 
 	"bastion/relay": nil, "bastion/lobby": nil, "bastion/store": nil,
 	"bastion/push": nil, "bastion/witness": nil,
@@ -106,6 +107,7 @@ var mustNot = []struct{ path, forbidden, why string }{
 	{"audit/report", "net/http", "a report asks nobody for anything"},
 	{"audit/report", "os", "it writes into what it is given"}, // os/exec too
 	{"agent/node", "net/http", "it only reads files, since what runs may be what failed"},
+	{"agent/localapi", "os/exec", "it starts nothing, whatever a kubeconfig names"},
 	{"agent/node", "os/exec", "it only reads files, since what runs may be what failed"},
 }
 
@@ -121,6 +123,7 @@ var importers = []struct {
 }{
 	{"go.etcd.io/etcd/client/v3", []string{"agent/etcd", "bastion/store", "cmd", "internal/etcdcluster"},
 		"agent/etcd has the deadlines and knows which writes may be retried; bastion/store has an etcd of its own"},
+	{"k8s.io/client-go/rest", []string{"agent/localapi", "cmd"}, "agent/localapi has the deadlines, and never asks DNS"},
 	{"github.com/gliderlabs/ssh", []string{"internal/sshserver"}, "only there are its traps closed"},
 	{"github.com/hashicorp/yamux", []string{"api/mux"}, "both ends of a tunnel have the same bounds"},
 	{"github.com/hiddeco/sshsig", []string{"internal/trust/bundle", "internal/trust/approval"}, "only there are namespaces and hashes pinned"},

@@ -190,7 +190,7 @@ func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 func (a *app) showSurvey(f *fleet, answers []answer) error {
 	var b bytes.Buffer
 	w := tabwriter.NewWriter(&b, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(w, "NODE\tAGENT\tETCD\tMUTATIONS\tANSWER\tCLOCK\tCREDENTIAL\tBUNDLE\tNOTE")
+	fmt.Fprintln(w, "NODE\tAGENT\tETCD\tAPI\tMUTATIONS\tANSWER\tCLOCK\tCREDENTIAL\tBUNDLE\tNOTE")
 	var ends time.Time
 	for _, r := range answers {
 		if r.err != nil {
@@ -199,7 +199,7 @@ func (a *app) showSurvey(f *fleet, answers []answer) error {
 			if e.Code == fault.Unauthenticated {
 				state = "no entry"
 			}
-			fmt.Fprintf(w, "%s\t%s\t-\t-\t-\t-\t-\t-\t%s\n", r.host.ID(), state, cell(e.Message))
+			fmt.Fprintf(w, "%s\t%s\t-\t-\t-\t-\t-\t-\t-\t%s\n", r.host.ID(), state, cell(e.Message))
 			continue
 		}
 		left := "-"
@@ -209,7 +209,7 @@ func (a *app) showSurvey(f *fleet, answers []answer) error {
 				ends = t.AsTime()
 			}
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%.3g ms\t%+.1fs\t%s\t%s\t%s\n", r.host.ID(), cell(r.status.GetVersion()), etcdCell(r.status.GetEtcd()), mutations(r.status),
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%.3g ms\t%+.1fs\t%s\t%s\t%s\n", r.host.ID(), cell(r.status.GetVersion()), etcdCell(r.status.GetEtcd()), apiCell(r.status.GetLocalApi()), mutations(r.status),
 			ms(r.took), math.Round(10*r.skew().Seconds())/10+0, left, bundleCell(r.status.GetBundle()), cell(strings.Join(remarks(r), "; ")))
 	}
 	if err := w.Flush(); err != nil {
@@ -251,6 +251,19 @@ func etcdCell(e *halliganv1.EtcdStatus) string {
 		return "leader"
 	}
 	return "follower"
+}
+
+// apiCell says how the node's own API server is.
+func apiCell(a *halliganv1.LocalAPIStatus) string {
+	switch {
+	case a.GetProbed() == nil: // nobody asks it, or nobody has yet
+		return "-"
+	case a.GetLatencyMs() == 0:
+		return "no answer"
+	case !a.GetReady():
+		return "not ready"
+	}
+	return fmt.Sprintf("%.4g ms", a.GetLatencyMs())
 }
 
 func mutations(s *halliganv1.StatusResponse) string {
