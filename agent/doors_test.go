@@ -84,6 +84,8 @@ func newNetwork(t *testing.T, cluster *etcdcluster.Cluster) *network {
 	n.config.GRPC = &GRPCConfig{Listen: []string{freeAddress(t)}, CertFile: certFile, KeyFile: keyFile}
 	n.config.SSH = n.hostFiles()
 	n.config.Alarms, n.config.LogLevel = []alarm.Config{{Webhook: hook.URL}}, "info"
+	n.config.Logs = map[string][]string{"etcd": {filepath.Join(n.fleet.Dir, "etcd.log")}}
+	write(t, n.config.Logs["etcd"][0], "{}\n", 0o600)
 	if err := n.config.check(); err != nil {
 		t.Fatal(err)
 	}
