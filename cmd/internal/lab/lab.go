@@ -354,6 +354,9 @@ func (l *Lab) agentConfig(i int) ([]byte, error) {
 	if l.encryption != "" {
 		config["encryptionConfig"] = l.encryption
 	}
+	if l.kube != nil && i < l.kube.o.APIServers {
+		config["localAPI"] = map[string]any{"kubeconfig": l.kube.AdminKubeconfig(), "endpoint": l.API(i), "serverName": l.ip(i)}
+	}
 	doors, err := l.trustConfig(i)
 	if err != nil {
 		return nil, err
