@@ -43,12 +43,12 @@ PATIENT := ^(TestKill|TestKillBulk|TestLongNames|TestQuorumLost|TestQuorumLostMi
 
 .PHONY: race
 race: $(TOOLS)/etcdctl $(TOOLS)/grpcurl ## run the tests of concurrent code under the race detector
-	$(GO) test -buildvcs=false -race -skip '$(PATIENT)' -timeout 20m ./agent ./agent/action ./agent/console ./agent/door ./agent/etcd ./agent/journal ./agent/sshd ./agent/tunnel ./api/grpcdoor ./api/mtls ./api/mux ./api/verb ./audit/cast ./audit/sealed ./bastion/... \
+	$(GO) test -buildvcs=false -race -skip '$(PATIENT)' -timeout 20m ./agent ./agent/action ./agent/console ./agent/diagnose ./agent/door ./agent/etcd ./agent/journal ./agent/sshd ./agent/tunnel ./api/grpcdoor ./api/mtls ./api/mux ./api/verb ./audit/cast ./audit/sealed ./bastion/... \
 		$(addprefix ./internal/,admission alarm daemonlog reload sshclient sshserver trust trust/bundle trust/credential trust/inforce ways)
 
 .PHONY: bench
 bench: build kube $(TOOLS)/etcdctl ## measure beside the raw references, as ratios
-	$(GO) test -buildvcs=false -run '^$$' -bench . -benchtime 1x -timeout 30m ./agent/action ./audit/sealed ./agent/sshd ./cmd/internal/lab ./cmd/internal/netlab
+	$(GO) test -buildvcs=false -run '^$$' -bench . -benchtime 1x -timeout 30m ./agent/action ./agent/diagnose ./audit/sealed ./agent/sshd ./cmd/internal/lab ./cmd/internal/netlab
 
 .PHONY: lint
 lint: $(TOOLS)/staticcheck ## gofmt, go vet and staticcheck
