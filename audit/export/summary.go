@@ -51,7 +51,10 @@ func Summary(e audit.Event) string {
 	case audit.Intent:
 		say("%s is about to %s", who, what)
 	case audit.Objects:
-		say("%d more objects of %s", len(e.Objects), e.Of)
+		if len(e.Objects) > 0 {
+			say("%d more objects ", len(e.Objects))
+		}
+		say("of %s", e.Of)
 	case audit.Outcome:
 		say("%s of %s: %s", strings.TrimSpace("outcome of "+e.Action), who, e.Outcome)
 		if e.Settled {

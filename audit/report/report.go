@@ -263,7 +263,9 @@ func (s *Story) take(in Evidence) []told {
 		if s.First.IsZero() {
 			s.First = e.Time
 		}
-		s.Last = e.Time
+		if e.Kind != audit.Objects || s.Last.IsZero() { // they can be told of days later
+			s.Last = e.Time
+		}
 	}
 	return list
 }

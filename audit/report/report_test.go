@@ -105,9 +105,13 @@ func TestPassedOn(t *testing.T) {
 	done := i.add(46, cp1, audit.Event{Kind: audit.Intent, Actor: anna, Session: "a-1", Incident: "INC-1", Action: "scale", PlanID: "p"})
 	i.add(46.5, cp1, audit.Event{Kind: audit.Outcome, Actor: anna, Session: "a-1", Of: done, Action: "scale", Outcome: "applied"})
 	i.add(60, gate, audit.Event{Kind: audit.RelayEnd, Actor: anna, Session: "b-2", Target: cp1})
+	i.add(5000, cp1, audit.Event{Kind: audit.Objects, Of: done, Text: "its before-images were sealed once more"})
 	s := New(Evidence{Incident: "INC-1", Made: begin, Events: i.events})
 	if want := begin.Add(44 * time.Second); !s.First.Equal(want) || !s.Actions[0].CameIn.Equal(want) {
 		t.Errorf("the story begins at %s, and they came in at %s, want %s", s.First, s.Actions[0].CameIn, want)
+	}
+	if want := begin.Add(time.Minute); !s.Last.Equal(want) {
+		t.Errorf("the story ends at %s, want %s", s.Last, want)
 	}
 	if n := len(s.take(Evidence{Events: i.events})); n != len(i.events)-2 {
 		t.Errorf("%d events are left, want all but the earlier connection", n)
