@@ -355,7 +355,7 @@ func TestHelp(t *testing.T) {
 
 func TestComplete(t *testing.T) {
 	for _, c := range []struct{ before, beginning, want string }{
-		{"", "sc", "scale"}, {"", "h", "help history"}, {"help", "w", "whoami"}, {"scale ds/x", "--t", "--timeout --to"}, {"scale", "--al", "--alone"}, {"get", "--al", "--all-namespaces"},
+		{"", "sc", "scale"}, {"", "h", "help history"}, {"help", "who", "whoami"}, {"webhook", "", "delete open"}, {"webhook open", "", ""}, {"scale ds/x", "--t", "--timeout --to"}, {"scale", "--al", "--alone"}, {"get", "--al", "--all-namespaces"},
 		{"get -o", "", "json table yaml"}, {"get --output", "j", "json"}, {"scale --reason", "", ""}, {"scale", "", ""}, {"nothing", "x", ""}, {"--yes", "undo", "undo"},
 	} {
 		got := New(Terminal{Env: func(string) string { return "" }}, Options{Within: true}).Complete(strings.Fields(c.before), c.beginning)
