@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"iter"
+	"slices"
 	"strings"
 	"time"
 
@@ -271,13 +272,14 @@ func actorOf(r *journal.Record) *audit.Actor {
 
 // closeIntents looks for intents of earlier processes without an outcome, and owes
 // the log what became of each: what the action's record says, or that it never
-// began.
-func (e *Engine) closeIntents(ctx context.Context) error {
+// began. Of the actions that were settled before, those have none there whose intent
+// only bastions keep.
+func (e *Engine) closeIntents(ctx context.Context, settled []string) error {
 	if err := e.journal.Ready(); err != nil {
 		return err // that an action never began would be a lie
 	}
 	open, order, final := map[string]audit.Event{}, []string(nil), map[string]bool{}
-	for _, id := range e.journal.Unfinished() {
+	for _, id := range slices.Concat(e.journal.Unfinished(), settled) {
 		final[id] = false
 	}
 	for raw, err := range e.past(ctx) {
@@ -300,6 +302,15 @@ func (e *Engine) closeIntents(ctx context.Context) error {
 			if err := e.closeIntent(ev); err != nil {
 				return err
 			}
+		}
+	}
+	for _, id := range settled {
+		record, err := e.journal.Read(id)
+		if err != nil {
+			return err
+		}
+		if !final[id] && !slices.Contains(order, record.Intent) {
+			e.oweSettled(record, actorOf(record))
 		}
 	}
 	e.mu.Lock()

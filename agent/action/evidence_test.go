@@ -315,7 +315,7 @@ func TestStoppedBeforeTheEnd(t *testing.T) {
 	again, _ := log.Append(l.ctx(), audit.Event{Kind: audit.Intent, Action: trust.ActionStop, PlanID: p.Id})
 	before := len(log.all())
 	l.engine.past, l.engine.closed, l.engine.told = log.past(), false, map[string]bool{}
-	for _, step := range []func(context.Context) error{l.engine.closeIntents, func(ctx context.Context) error { return l.engine.settleOne(ctx, p.Id) }, l.engine.pay} {
+	for _, step := range []func(context.Context) error{func(ctx context.Context) error { return l.engine.closeIntents(ctx, nil) }, func(ctx context.Context) error { return l.engine.settleOne(ctx, p.Id) }, l.engine.pay} {
 		if err := step(l.ctx()); err != nil {
 			t.Fatal(err)
 		}

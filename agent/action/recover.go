@@ -15,10 +15,11 @@ import (
 // Recover settles what an earlier process, or an outage of etcd, left
 // unfinished. Nothing is written to etcd: each object whose before-image is on
 // record is looked up in etcd's history and ends as applied, failed (not done)
-// or unknown; what came of it goes into the evidence log. It runs until the context ends, since an outcome can become unknown
-// at any time.
+// or unknown; what came of it goes into the evidence log. It runs until the context
+// ends, since an outcome can become unknown at any time.
 func (e *Engine) Recover(ctx context.Context) {
 	wait := 200 * time.Millisecond
+	var early []string // settled before the log was looked through
 	for {
 		left := 0
 		if err := e.journal.Refill(); err != nil {
@@ -28,10 +29,12 @@ func (e *Engine) Recover(ctx context.Context) {
 			if err := e.settleOne(ctx, id); err != nil {
 				left++
 				e.log.Warn().Str("action", id).Str("problem", neutral.Line(err.Error())).Msg("unfinished action could not be settled yet")
+			} else if !e.allClosed() {
+				early = append(early, id)
 			}
 		}
 		if !e.allClosed() {
-			if err := e.closeIntents(ctx); err != nil && ctx.Err() == nil {
+			if err := e.closeIntents(ctx, early); err != nil && ctx.Err() == nil {
 				left++
 				e.log.Warn().Str("problem", neutral.Line(err.Error())).Msg("the evidence log could not be looked through for what was begun before this start")
 			}
