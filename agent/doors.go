@@ -61,8 +61,6 @@ func serve(ctx context.Context, c Config, engine door.Engine, look door.Look, t 
 	}
 	d := &doors{Ways: ways.New(evidence.Raise, log), config: c, trusted: t, evidence: evidence, images: images, local: local, alarms: alarms, log: log}
 	o := door.Options{Engine: engine, Look: look, Cluster: c.Cluster,
-		Logs: hostlogs.New(hostlogs.Options{Root: "/", Distribution: c.Distribution, Files: c.Logs, Now: time.Now}),
-
 		Logs:     hostlogs.New(hostlogs.Options{Root: "/", Distribution: c.Distribution, Files: c.Logs, Now: time.Now}),
 		Warnings: d.warnings, Audit: evidence.Status, Record: evidence, Alarms: evidence, Log: log,
 		Evidence: service.New(service.Options{Ledger: evidence, Origin: c.origin(), Holder: holder, Identity: evidence.Identity, Sealed: images.service(), Bundle: t.Current, Now: t.clock.Now,
