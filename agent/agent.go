@@ -10,6 +10,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -98,7 +99,9 @@ func Run(ctx context.Context, c Config, distribution string, log zerolog.Logger)
 	engine := action.New(action.Options{LocalAPI: local.Status, Node: c.Node, Version: version.String(), Prefix: c.Etcd.Prefix, Distribution: distribution, Etcd: client, Elsewhere: c.Etcd.Overrides,
 		Encryption: encryption, Journal: records, Audit: evidence, Past: action.PastOf(evidence.Ledger), Sealed: images.seal(), Take: images.take(), Gone: filepath.Join(c.StateDir, "gone"), Policy: believed.Policy, Cluster: c.Cluster, Fresh: believed.Fresh, Approvals: believed, Alarm: evidence.Raise,
 		Now: clock.Now, Log: log})
-	look := diagnose.New(diagnose.Options{Node: c.Node, Prefix: c.Etcd.Prefix, Etcd: client, Encryption: encryption, Elsewhere: c.Etcd.Overrides, Policy: believed.Policy, Log: log})
+	served, _ := netip.ParseAddrPort(c.LocalAPI.Endpoint) // empty: the usual port
+	look := diagnose.New(diagnose.Options{Node: c.Node, Prefix: c.Etcd.Prefix, Etcd: client, Encryption: encryption, Elsewhere: c.Etcd.Overrides,
+		API: local, APIPort: served.Port(), Policy: believed.Policy, Log: log})
 	// Ending, in this order: the doors close when every call has returned, then
 	// the settling of old actions, then what both stand on, the alarms last.
 	ctx, stop := context.WithCancel(ctx)

@@ -1,5 +1,6 @@
-// Package diagnose finds who overloads a control plane, without asking the API
-// server: from etcd's keys and writes and from the sockets of this node.
+// Package diagnose finds who overloads a control plane, without needing the API
+// server: from etcd's keys and writes, from the sockets of this node, and, while it still
+// answers, from what the local API server tells of its requests.
 //
 // A way to look is one file and one row of the table: a time limit, what it keeps in
 // memory, what it cannot see, and a function that looks. Ranking puts what they
@@ -89,6 +90,8 @@ type Options struct {
 	Encryption *storage.Transformers
 	// Elsewhere are resources that live in another etcd, which is not looked at.
 	Elsewhere map[string][]string
+	// API is the way to this node's API server, where there is one; nil: none.
+	API API
 	// APIPort is that of the API server on this node; default 6443.
 	APIPort uint16
 	// Policy returns the policy in force.
