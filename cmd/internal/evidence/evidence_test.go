@@ -422,3 +422,14 @@ func TestFollow(t *testing.T) {
 		t.Errorf("status %d: %q %q", status, lines, errs.String())
 	}
 }
+
+// TestConflictOnce: what bastions say of each lineage of a log is told once.
+func TestConflictOnce(t *testing.T) {
+	f := &fetching{}
+	f.conflict("%s says so", "a.bastion")
+	f.conflict("%s says so", "a.bastion")
+	f.conflict("%s says so", "b.bastion")
+	if len(f.conflicts) != 2 {
+		t.Errorf("%q", f.conflicts)
+	}
+}

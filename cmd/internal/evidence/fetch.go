@@ -248,7 +248,10 @@ func (f *fetching) fail(name string, err error) {
 func (f *fetching) conflict(text string, args ...any) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.conflicts = append(f.conflicts, fmt.Sprintf(text, args...))
+	// A bastion says the same of each lineage of a log.
+	if said := fmt.Sprintf(text, args...); !slices.Contains(f.conflicts, said) {
+		f.conflicts = append(f.conflicts, said)
+	}
 }
 
 // compare holds what nodes have shown against what bastions have seen of it, and
