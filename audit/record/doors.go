@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"path"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
@@ -44,12 +45,31 @@ const (
 	strangersEvery = time.Minute
 )
 
+// What one person asks or is refused is written down one by one up to so many at once
+// and a second, and counted beyond: whoever may only look would push what others did
+// out of the log within minutes. Effects, secrets and sessions are not meant by it.
+const (
+	questionsBurst = 2000
+	questionsEvery = time.Second / 2
+	// maxPeople bounds those that are remembered.
+	maxPeople = 1024
+)
+
+// asker is somebody's room for questions, and how many had none.
+type asker struct {
+	*rate.Limiter
+	unsaid int
+}
+
 // Doors writes down what happens at them. Its methods never block, and may be
 // called concurrently.
 type Doors struct {
 	log       audit.Log
 	strangers *rate.Limiter
 	unsaid    atomic.Int64 // of strangers
+
+	mu     sync.Mutex // guards askers
+	askers map[string]*asker
 }
 
 var (
@@ -59,7 +79,7 @@ var (
 
 // NewDoors returns Doors that writes into the log.
 func NewDoors(log audit.Log) *Doors {
-	return &Doors{log: log, strangers: rate.NewLimiter(rate.Every(strangersEvery), strangersBurst)}
+	return &Doors{log: log, strangers: rate.NewLimiter(rate.Every(strangersEvery), strangersBurst), askers: map[string]*asker{}}
 }
 
 func event(kind audit.Kind, who trust.Identity) audit.Event {
@@ -77,7 +97,11 @@ func failed(e audit.Event, outcome string, err error) audit.Event {
 func (d *Doors) Login(who trust.Identity) (logout func(why error)) {
 	began := time.Now()
 	d.log.Note(event(audit.Login, who))
-	return func(why error) { d.log.Note(ended(event(audit.Logout, who), began, why)) }
+	return func(why error) {
+		e := ended(event(audit.Logout, who), began, why)
+		d.unasked(&e)
+		d.log.Note(e)
+	}
 }
 
 func ended(e audit.Event, began time.Time, why error) audit.Event {
@@ -94,10 +118,54 @@ func (d *Doors) Refused(who trust.Identity, err error) {
 }
 
 func (d *Doors) refused(e audit.Event, err error) {
-	if e.Actor.Person == "" && !d.stranger(&e) {
+	if e.Actor.Person == "" && !d.stranger(&e) || e.Actor.Person != "" && !d.question(&e) {
 		return
 	}
 	d.log.Note(failed(e, "refused", err))
+}
+
+// question reports whether there is room for what somebody asks, and counts it where
+// there is not.
+func (d *Doors) question(e *audit.Event) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	who := askerOf(e)
+	a := d.askers[who]
+	if a == nil {
+		for other := range d.askers {
+			if len(d.askers) < maxPeople {
+				break
+			}
+			delete(d.askers, other)
+		}
+		a = &asker{Limiter: rate.NewLimiter(rate.Every(questionsEvery), questionsBurst)}
+		d.askers[who] = a
+	}
+	if !a.Allow() {
+		a.unsaid++
+		return false
+	}
+	a.tell(e)
+	return true
+}
+
+// unasked adds to somebody's event what there was no room for.
+func (d *Doors) unasked(e *audit.Event) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if a := d.askers[askerOf(e)]; a != nil {
+		a.tell(e)
+	}
+}
+
+// askerOf tells automation from the person whose name it happens to have.
+func askerOf(e *audit.Event) string { return e.Actor.Credential + " " + e.Actor.Person }
+
+func (a *asker) tell(e *audit.Event) {
+	if a.unsaid > 0 {
+		e.Text = join(e.Text, fmt.Sprintf("%d more questions before it were too many to be told one by one", a.unsaid))
+		a.unsaid = 0
+	}
 }
 
 // stranger reports whether there is room for an event about one, and counts it where
@@ -127,7 +195,9 @@ func (d *Doors) Called(who trust.Identity, method string, request proto.Message,
 	default:
 		e = failed(e, "failed", err)
 	}
-	d.log.Note(e)
+	if d.question(&e) {
+		d.log.Note(e)
+	}
 }
 
 // Relayed writes down a connection to a door of a node that a bastion passes on.

@@ -118,6 +118,39 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
+// TestAskers: whoever may look cannot fill the log, and how much was asked is on record.
+func TestAskers(t *testing.T) {
+	log := &kept{}
+	r := NewDoors(log)
+	logout := r.Login(alice)
+	bob := alice
+	bob.Person = "bob"
+	const more = 1000
+	for i := range questionsBurst + more {
+		req := &halliganv1.GetRequest{Parameters: &structpb.Struct{Fields: map[string]*structpb.Value{"target": structpb.NewStringValue(fmt.Sprint("pods/", i))}}}
+		r.Called(alice, "/x/Get", req, []error{nil, errors.New("x"), fault.New(fault.Refused, "", "no")}[i%3])
+	}
+	r.Called(bob, "/x/Get", nil, nil)
+	logout(nil)
+	events := log.take()
+	if n := len(events); n < questionsBurst+3 || n > questionsBurst+100 || events[n-2].Actor.Person != "bob" {
+		t.Errorf("%d events", n)
+	}
+	told := 0
+	for _, e := range events {
+		var n int
+		if _, text, ok := strings.Cut(e.Text, ": "); ok && e.Kind == audit.Logout {
+			e.Text = text
+		}
+		if _, err := fmt.Sscanf(e.Text, "%d more questions", &n); err == nil {
+			told += n
+		}
+	}
+	if told+len(events)-3 != questionsBurst+more {
+		t.Errorf("%d events tell of %d more", len(events), told)
+	}
+}
+
 // TestHostile: whatever is asked for, what is written down is bounded, valid and
 // says what it leaves out.
 func TestHostile(t *testing.T) {
