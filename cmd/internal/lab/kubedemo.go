@@ -224,6 +224,10 @@ func (d *kubeDemo) story(ctx context.Context) error {
 		_, err := d.run(ctx, offenderName, "get", "ds/"+offenderName, "-n", offenderNamespace)
 		return err
 	})
+	d.step(ctx, "the API server's log, from its node's files", func(ctx context.Context) error {
+		_, err := d.run(ctx, apiServerName(0)+".log", "logs", "apiserver", "--tail", "3")
+		return err
+	})
 
 	var revoked, hard, scaled string
 	d.title("Rung 1: its rights are taken away")

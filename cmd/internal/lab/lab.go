@@ -335,6 +335,24 @@ func exports(pairs ...string) []byte {
 	return []byte(b.String())
 }
 
+// logs are where what runs on a node logs. All are named, so that an agent reads
+// none of the machine's own.
+func (l *Lab) logs(i int) map[string][]string {
+	kube := func(name string) []string { return []string{filepath.Join(l.opts.Dir, "log", name+".log")} }
+	own := map[string][]string{
+		"etcd":      {filepath.Join(l.opts.Dir, "etcd", nodeName(i)+".log")},
+		"apiserver": kube(apiServerName(i)),
+		"kubelet":   kube("kubelet-" + nodeName(i)), // kwok's nodes have none
+	}
+	for component, name := range map[string]string{"controller-manager": managerName, "scheduler": schedulerName} {
+		if i > 0 { // they run on the first
+			name += "-" + nodeName(i)
+		}
+		own[component] = kube(name)
+	}
+	return own
+}
+
 // agentConfig is the part of an agent's configuration that a lab writes.
 func (l *Lab) agentConfig(i int) ([]byte, error) {
 	c := l.cluster
@@ -350,6 +368,7 @@ func (l *Lab) agentConfig(i int) ([]byte, error) {
 			"certFile":  c.CertFile(),
 			"keyFile":   c.KeyFile(),
 		},
+		"logs": l.logs(i),
 	}
 	if l.encryption != "" {
 		config["encryptionConfig"] = l.encryption
