@@ -43,7 +43,7 @@ PATIENT := ^(TestKill|TestKillBulk|TestLongNames|TestQuorumLost|TestQuorumLostMi
 
 .PHONY: race
 race: $(TOOLS)/etcdctl $(TOOLS)/grpcurl ## run the tests of concurrent code under the race detector
-	$(GO) test -buildvcs=false -race -skip '$(PATIENT)' -timeout 20m ./agent ./agent/action ./agent/console ./agent/diagnose ./agent/door ./agent/etcd ./agent/journal ./agent/sshd ./agent/tunnel ./api/grpcdoor ./api/mtls ./api/mux ./api/verb ./audit/cast ./audit/sealed ./bastion/... \
+	$(GO) test -buildvcs=false -race -skip '$(PATIENT)' -timeout 20m ./agent ./agent/action ./agent/console ./agent/diagnose ./agent/door ./agent/etcd ./agent/journal ./agent/localapi ./agent/sshd ./agent/tunnel ./api/grpcdoor ./api/mtls ./api/mux ./api/verb ./audit/cast ./audit/sealed ./bastion/... \
 		$(addprefix ./internal/,admission alarm daemonlog reload sshclient sshserver trust trust/bundle trust/credential trust/inforce ways)
 
 .PHONY: bench
