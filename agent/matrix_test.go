@@ -148,6 +148,10 @@ func (s *stage) asks() []ask {
 			return ""
 		}
 	}
+	bare := func(way) string {
+		s.put(someMap, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "c", UID: "u1"}})
+		return ""
+	}
 	webhook := func(way) string {
 		s.put("/registry/validatingwebhookconfigurations/guard", &admissionv1.ValidatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: "guard", UID: "u1"},
 			Webhooks: []admissionv1.ValidatingWebhook{{Name: "guard.example.com"}}})
@@ -188,6 +192,10 @@ func (s *stage) asks() []ask {
 		}, "resume deploy/web -n shop -y --reason because", doing("resume", map[string]any{"target": "deploy/web", "namespace": "shop"}), "ryyryrrr", did},
 		{"webhook", "open a webhook", webhook, "webhook open guard -y --reason because", doing("webhook", map[string]any{"operation": "open", "target": "guard"}), "ryyryrrr", did},
 		{"webhook", "delete a webhook", webhook, "webhook delete guard -y --reason because", doing("webhook", map[string]any{"operation": "delete", "target": "guard"}), "ryyryrrr", did},
+		{"label", "label", bare, "label cm/c -n shop tier=web -y --reason because", doing("label", map[string]any{"target": "cm/c", "namespace": "shop", "changes": []any{"tier=web"}}), "ryyryrrr", did},
+		{"label", "label what adds authority", worker(false), "label node/worker node-role.kubernetes.io/infra= -y --reason because",
+			doing("label", map[string]any{"target": "node/worker", "changes": []any{"node-role.kubernetes.io/infra="}}), "rrararrr", map[string]string{"a": "Plan", "r": "-Plan"}},
+		{"annotate", "annotate", bare, "annotate cm c -n shop note=x -y --reason because", doing("annotate", map[string]any{"target": "cm/c", "namespace": "shop", "changes": []any{"note=x"}}), "ryyryrrr", did},
 		{"cordon", "cordon", worker(false), "cordon worker -y --reason because", doing("cordon", map[string]any{"target": "worker"}), "ryyryrrr", did},
 		{"uncordon", "uncordon", worker(true), "uncordon worker -y --reason because", doing("uncordon", map[string]any{"target": "worker"}), "ryyryrrr", did},
 		{"delete", "delete", func(way) string {

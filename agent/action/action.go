@@ -63,7 +63,7 @@ type row struct {
 }
 
 // table is the inventory of actions, in the order of a help text.
-var table = []row{getRow, scaleRow, pauseRow, resumeRow, deleteRow, revokeRow, webhookRow, cordonRow, uncordonRow, undoRow, historyRow}
+var table = []row{getRow, scaleRow, pauseRow, resumeRow, deleteRow, revokeRow, webhookRow, cordonRow, uncordonRow, labelRow, annotateRow, undoRow, historyRow}
 
 func rowOf(name string) (*row, error) {
 	for i := range table {

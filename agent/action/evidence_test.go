@@ -55,6 +55,14 @@ func TestEveryActionOnRecord(t *testing.T) {
 			l.put(hooks("telemetry", admissionv1.Fail))
 			return map[string]any{"operation": "open", "target": "telemetry"}
 		},
+		"label": func(l *lab) map[string]any {
+			l.put(&corev1.ConfigMap{ObjectMeta: labelled("telemetry", "c")})
+			return map[string]any{"target": "cm/c", "namespace": "telemetry", "changes": []any{"a=b"}}
+		},
+		"annotate": func(l *lab) map[string]any {
+			l.put(&corev1.ConfigMap{ObjectMeta: labelled("telemetry", "c")})
+			return map[string]any{"target": "cm/c", "namespace": "telemetry", "changes": []any{"a=b"}}
+		},
 		"cordon": func(l *lab) map[string]any {
 			l.put(&corev1.Node{ObjectMeta: labelled("", "telemetry-1")})
 			return map[string]any{"target": "telemetry-1"}

@@ -144,7 +144,7 @@ func listTyped[T any](ctx context.Context, p *planner, kindName, namespace strin
 // fights names what would work against the change of an object, and whether
 // those who have to carry it out seem alive.
 func (p *planner) fights(o *object, to int64, around *surroundings) error {
-	if owner := controllerOf(o); owner != "" && p.plan.Action != deleteName {
+	if owner := controllerOf(o); owner != "" && !slices.Contains([]string{deleteName, labelName, annotateName}, p.plan.Action) {
 		p.warn("%s owns it and may put it back: change the owner instead", owner)
 	}
 	for _, m := range managers(o) {
@@ -201,6 +201,9 @@ func (p *planner) fieldManagers(o *object) {
 			continue
 		}
 		name := f.JSON[len(f.JSON)-1]
+		if f.JSON[0] == "metadata" { // of labels and annotations everybody has some
+			name = c.Entry
+		}
 		for _, m := range whole.Metadata.ManagedFields {
 			if m.Subresource != "" || m.FieldsV1 == nil || strings.HasPrefix(m.Manager, "kubectl") || m.Manager == "kube-controller-manager" {
 				continue

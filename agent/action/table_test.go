@@ -42,7 +42,7 @@ func TestSnapshot(t *testing.T) {
 
 func TestRowsAreComplete(t *testing.T) {
 	structs := map[string]any{"get": getParameters{}, "scale": scaleParameters{}, "delete": deleteParameters{}, "revoke": revokeParameters{},
-		"pause": pauseParameters{}, "resume": pauseParameters{}, "webhook": webhookParameters{}, "cordon": cordonParameters{}, "uncordon": cordonParameters{}, "undo": undoParameters{}, "history": nil}
+		"pause": pauseParameters{}, "resume": pauseParameters{}, "webhook": webhookParameters{}, "cordon": cordonParameters{}, "uncordon": cordonParameters{}, "label": markParameters{}, "annotate": markParameters{}, "undo": undoParameters{}, "history": nil}
 	seen := map[string]bool{}
 	for _, r := range table {
 		if seen[r.name] {
@@ -71,11 +71,14 @@ func TestRowsAreComplete(t *testing.T) {
 			if typ.Kind() == reflect.Pointer {
 				typ = typ.Elem()
 			}
-			fields[strings.Split(f.Tag.Get("json"), ",")[0]] = map[reflect.Kind]string{reflect.String: "string", reflect.Bool: "bool", reflect.Int64: "int"}[typ.Kind()]
+			fields[strings.Split(f.Tag.Get("json"), ",")[0]] = map[reflect.Kind]string{reflect.String: "string", reflect.Bool: "bool", reflect.Int64: "int", reflect.Slice: "strings"}[typ.Kind()]
 		}
 		for _, p := range r.parameters {
 			if fields[p.Name] != p.Type || p.Description == "" {
 				t.Errorf("row %s: parameter %s (%s) is decoded as %q", r.name, p.Name, p.Type, fields[p.Name])
+			}
+			if last := r.parameters[len(r.parameters)-1]; p.Type == "strings" && (!p.Positional || last != p && last.Positional) {
+				t.Errorf("row %s: %s takes all further arguments and is not the last", r.name, p.Name)
 			}
 			delete(fields, p.Name)
 		}

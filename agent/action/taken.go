@@ -155,5 +155,18 @@ func (p *planner) onceMore(entry journal.Entry) (err error) {
 	if fault.Is(err, fault.NotFound) {
 		return p.addAuthority(fmt.Sprintf("taking back %s, which took back an action that this node has no record of,", entry.ID))
 	}
+	if err != nil || p.request.Again == "" {
+		return err
+	}
+	// What added authority does so once more.
+	for entry.Undoes != "" {
+		if entry, err = p.engine.journal.Find(entry.Undoes); err != nil {
+			return err
+		}
+	}
+	record, err := p.engine.journal.Read(entry.ID)
+	if err == nil && record.Plan.AddsAuthority {
+		err = p.addAuthority(fmt.Sprintf("doing %s once more, which added it,", entry.ID))
+	}
 	return err
 }

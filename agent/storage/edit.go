@@ -568,7 +568,9 @@ func (e *editor) finish() ([]byte, []Change, error) {
 	if len(e.changes) == 0 {
 		return e.before.plain, nil, nil
 	}
-	inSpec := slices.ContainsFunc(e.fields, func(f Field) bool { return slices.Contains(bumping, f.JSON[0]) })
+	inSpec := slices.ContainsFunc(e.fields, func(f Field) bool {
+		return slices.Contains(bumping, f.JSON[0]) || e.kind.annotated && slices.Equal(f.JSON, metadataFields[Annotations].JSON)
+	})
 	if inSpec && e.kind.counts(e.before) {
 		current := e.before.Meta.Generation
 		if current < 0 || current == math.MaxInt64 {

@@ -213,6 +213,55 @@ func TestCorpusEdits(t *testing.T) {
 	}
 }
 
+// TestCorpusMarks changes a label and an annotation of objects of every kind, and more
+// of them in two small kinds of every release.
+func TestCorpusMarks(t *testing.T) {
+	t.Parallel()
+	edits := 0
+	for name, plain := range corpus(t, ".pb") {
+		o, err := Decode(plain)
+		if err != nil {
+			continue
+		}
+		k := nativeRow(o)
+		if k == nil || !strings.HasPrefix(name, "HEAD/") && !slices.Contains([]string{"Namespace", "Deployment"}, k.Kind) {
+			continue
+		}
+		for _, field := range []FieldName{Labels, Annotations} {
+			f, ok := k.Field(field, o.APIVersion)
+			if !ok {
+				t.Fatalf("%s has no %s", name, field)
+			}
+			here := someEdits(t, o, field, f)
+			if strings.HasPrefix(name, "HEAD/") {
+				here = here[:1]
+			}
+			for _, edit := range here[:min(3, len(here))] {
+				edits++
+				at := fmt.Sprintf("%s %+v", name, edit)
+				out, changes, err := k.Apply(plain, edit)
+				if err != nil {
+					t.Fatalf("%s: %v", at, err)
+				}
+				bump := k.Kind == "Deployment" && field == Annotations && len(changes) > 0
+				if f.Wire != nil {
+					want := expected(t, plain, f, edit, bump)
+					if !bytes.Equal(reencoded(t, typedOracle(t, out)), reencoded(t, want)) {
+						t.Fatalf("%s: %s", at, cmp.Diff(want, typedOracle(t, out)))
+					}
+				}
+				if len(changes) != map[bool]int{true: 2, false: 1}[bump] {
+					t.Fatalf("%s: changes %+v", at, changes)
+				}
+				checkRevert(t, at, k, o, plain, out, changes)
+			}
+		}
+	}
+	if edits < 150 {
+		t.Errorf("only %d edits", edits)
+	}
+}
+
 // checkRevert reverts changes, sent through JSON as the agent stores them.
 func checkRevert(t testing.TB, at string, k *Kind, o *Object, plain, out []byte, changes []Change) {
 	t.Helper()

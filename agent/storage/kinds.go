@@ -54,7 +54,7 @@ var nativeKinds = []Kind{
 			Wire: []protowire.Number{2, 2, 2, 7},
 		}},
 		versions: alsoAs("apps/v1beta2", "extensions/v1beta1")},
-	{Group: "apps", Version: "v1", Kind: "Deployment", Plural: "deployments", ShortNames: []string{"deploy"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager, state: deploymentState,
+	{Group: "apps", Version: "v1", Kind: "Deployment", Plural: "deployments", ShortNames: []string{"deploy"}, Namespaced: true, Generation: true, annotated: true, PodTemplate: true, Carrier: ControllerManager, state: deploymentState,
 		Fields:   map[FieldName]Field{Replicas: specField(Int, "replicas", 1), Paused: specField(Bool, "paused", 7)},
 		versions: alsoAs("apps/v1beta1", "apps/v1beta2", "extensions/v1beta1")},
 	{Group: "apps", Version: "v1", Kind: "ReplicaSet", Plural: "replicasets", ShortNames: []string{"rs"}, Namespaced: true, Generation: true, PodTemplate: true, Carrier: ControllerManager, state: replicaSetState,
@@ -191,19 +191,26 @@ func (k *Kind) apiVersion() string {
 	return k.Group + "/" + k.Version
 }
 
+// metadataFields are those of ObjectMeta, which is field 1 of every kind and the same
+// in every version (apimachinery pkg/apis/meta/v1/generated.proto).
+var metadataFields = map[FieldName]Field{
+	Generation:  generation,
+	Labels:      {Type: Map, JSON: []string{"metadata", "labels"}, Wire: []protowire.Number{1, 11}},
+	Annotations: {Type: Map, JSON: []string{"metadata", "annotations"}, Wire: []protowire.Number{1, 12}},
+}
+
 // Field returns where a field lies in an object that is stored with apiVersion,
 // and false where the kind has no such field or the numbers of that version are
 // not known for sure.
 func (k *Kind) Field(name FieldName, apiVersion string) (Field, bool) {
+	if f, ok := metadataFields[name]; ok {
+		if k.storedAsJSON() {
+			f.Wire = nil
+		}
+		return f, name != Generation || k.Generation
+	}
 	rows, known := k.versions[apiVersion]
 	switch {
-	case name == Generation:
-		// ObjectMeta is the same in every version: metadata 1, generation 7.
-		f := Field{Type: Int, JSON: []string{"metadata", "generation"}}
-		if !k.storedAsJSON() {
-			f.Wire = []protowire.Number{1, 7}
-		}
-		return f, k.Generation
 	case rows != nil:
 		f, ok := rows[name]
 		return f, ok

@@ -122,7 +122,7 @@ func TestFieldRowsFitTheGeneratedTypes(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		names := []FieldName{}
+		names := []FieldName{Labels, Annotations}
 		for name := range k.Fields {
 			names = append(names, name)
 		}

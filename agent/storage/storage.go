@@ -42,6 +42,8 @@ const (
 	MinReplicas   FieldName = "minReplicas"   // int: HorizontalPodAutoscaler
 	MaxReplicas   FieldName = "maxReplicas"   // int: HorizontalPodAutoscaler
 	FailurePolicy FieldName = "failurePolicy" // of each webhook by its name: webhook configurations
+	Labels        FieldName = "labels"        // map of strings: metadata.labels, in every kind
+	Annotations   FieldName = "annotations"   // map of strings: metadata.annotations, in every kind
 )
 
 // FieldType says how a field is encoded.
@@ -91,6 +93,9 @@ type Kind struct {
 	// Generation says that the API server counts metadata.generation up when
 	// the spec changes.
 	Generation bool
+	// annotated says that it does so when the annotations changed, too
+	// (pkg/registry/apps/deployment/strategy.go).
+	annotated bool
 	// youngGeneration says that it does so only since one of the releases 1.28
 	// to 1.37: an object without a generation is left without.
 	youngGeneration bool

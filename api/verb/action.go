@@ -132,6 +132,18 @@ func collect(cmd *cobra.Command, action *halliganv1.Action, args []string, value
 			}
 			continue
 		}
+		if p.GetType() == "strings" { // all that is left
+			list := &structpb.ListValue{}
+			for _, a := range args {
+				v := value{kind: "string"}
+				if err := v.Set(a); err != nil {
+					return nil, Usage(cmd, "%s: %w", placeholder(p), err)
+				}
+				list.Values = append(list.Values, v.set)
+			}
+			out.Fields[p.GetName()], args = structpb.NewListValue(list), nil
+			continue
+		}
 		v := value{kind: p.GetType()}
 		if err := v.Set(args[0]); err != nil {
 			return nil, Usage(cmd, "%s: %w", placeholder(p), err)
@@ -146,6 +158,11 @@ func collect(cmd *cobra.Command, action *halliganv1.Action, args []string, value
 
 // joinKindAndName takes KIND NAME for KIND/NAME, as kubectl does.
 func joinKindAndName(action *halliganv1.Action, args []string) []string {
+	for _, p := range action.GetParameters() {
+		if p.GetType() == "strings" && len(args) > 2 && !strings.ContainsAny(args[0], "/=") && !strings.ContainsAny(args[1], "/=") {
+			return append([]string{args[0] + "/" + args[1]}, args[2:]...)
+		}
+	}
 	for _, p := range action.GetParameters() {
 		if p.GetPositional() && strings.HasPrefix(p.GetPlaceholder(), "KIND") && strings.Contains(p.GetPlaceholder(), "/NAME") &&
 			len(args) == 2 && !strings.Contains(args[0]+args[1], "/") {

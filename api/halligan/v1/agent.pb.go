@@ -239,7 +239,8 @@ type Parameter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Key in the Struct; also the long flag, written with dashes.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// "string", "int" or "bool".
+	// "string", "int" or "bool"; of the last argument also "strings", which takes all
+	// that is left.
 	Type        string `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
 	Description string `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
 	Required    bool   `protobuf:"varint,4,opt,name=required,proto3" json:"required,omitempty"`
