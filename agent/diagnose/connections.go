@@ -87,6 +87,7 @@ func lookAtConnections(ctx context.Context, s *scene) (*finding, error) {
 		kind     string
 	}
 	groups := map[string]*group{}
+	own := 0.0
 	order := slices.SortedFunc(maps.Keys(peers), func(a, b netip.Addr) int {
 		return cmp.Or(cmp.Compare(peers[b].connections, peers[a].connections), a.Compare(b))
 	})
@@ -117,6 +118,7 @@ func lookAtConnections(ctx context.Context, s *scene) (*finding, error) {
 			}
 			id = "node/" + g.row.Detail
 		case addr.IsLoopback():
+			own += float64(p.connections)
 			id, g.kind = "loopback", "loopback address"
 			g.row.Detail = "this node itself"
 		}
@@ -137,7 +139,7 @@ func lookAtConnections(ctx context.Context, s *scene) (*finding, error) {
 		g.row.Detail = strings.TrimSuffix(some+"; "+g.row.Detail, "; ")
 		f.rows = append(f.rows, g.row)
 		if g.workload.kind != nil {
-			share := g.row.Value / f.total
+			share := g.row.Value / (f.total - own) // the control plane's own are no storm
 			f.leads = append(f.leads, lead{workload: g.workload, user: g.workload.user(), weight: 0.6 * share * min(1, g.row.Value/20),
 				evidence: fmt.Sprintf("%s to the API server from %s, %s of all", counted(int(g.row.Value), "connection"), counted(g.peers, "pod"), percent(g.row.Value, f.total))})
 		}

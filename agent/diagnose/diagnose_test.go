@@ -206,7 +206,7 @@ func TestCensus(t *testing.T) {
 		if b := findings["bytes"]; b.GetTotal() < 100*many || b.GetRows()[0].GetSubject() != "configmaps" || b.GetUnit() != "bytes" {
 			t.Errorf("%v", b)
 		}
-		if len(suspects) == 0 || suspects[0].GetWorkload() != "DaemonSet/collector" || suspects[0].GetUser() != "system:serviceaccount:telemetry:collector" || len(suspects[0].GetEvidence()) != 2 {
+		if len(suspects) == 0 || suspects[0].GetWorkload() != "DaemonSet/collector" || suspects[0].GetUser() != "system:serviceaccount:telemetry:collector" || len(suspects[0].GetEvidence()) != 1 {
 			t.Fatalf("%v", suspects)
 		}
 		for _, other := range suspects[1:] {

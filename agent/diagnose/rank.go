@@ -36,6 +36,8 @@ func rank(leads []lead, reasoned bool) (out []*halliganv1.Suspect) {
 	for _, l := range leads {
 		i := id{user: l.user}
 		switch {
+		case l.weight < 0.01: // as every cluster has of everybody
+			continue
 		case l.workload.kind != nil:
 			i = id{workload: l.workload.kind.Resource() + "/" + l.workload.namespace + "/" + l.workload.name}
 		case l.user == "" && l.objects != nil:
@@ -60,13 +62,16 @@ func rank(leads []lead, reasoned bool) (out []*halliganv1.Suspect) {
 	}
 	slices.SortStableFunc(order, func(a, b *suspect) int { return cmp.Compare(a.clear, b.clear) })
 	for _, s := range order[:min(len(order), maxSuspects)] {
-		if 1-s.clear < 0.01 {
+		if 1-s.clear < worthTelling {
 			break
 		}
 		out = append(out, s.message(reasoned))
 	}
 	return out
 }
+
+// worthTelling is the least score: below it are those whom every calm cluster has.
+const worthTelling = 0.05
 
 func boolOrder(a, b bool) int {
 	switch {

@@ -2,6 +2,7 @@ package verb
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -27,7 +28,7 @@ const lookWithin = 100 * time.Second
 // Of a look for people: rows of each way, and suspects with their command lines.
 // -o json has all.
 const (
-	topRows     = 6
+	topRows     = 5
 	topRemedied = 3
 )
 
@@ -87,9 +88,23 @@ func (v *Verbs) top(ctx context.Context, req *halliganv1.TopRequest) error {
 	}
 	var b bytes.Buffer
 	showSuspects(&b, suspects.GetSuspects())
-	slices.SortStableFunc(findings, func(a, b *halliganv1.Finding) int { return len(b.GetRows()) - len(a.GetRows()) })
+	slices.SortStableFunc(findings, func(a, b *halliganv1.Finding) int {
+		return cmp.Or(min(len(b.GetRows()), 1)-min(len(a.GetRows()), 1), strings.Compare(a.GetWay(), b.GetWay()))
+	})
+	var blind []string
 	for _, f := range findings {
 		showFinding(&b, f)
+		for _, text := range f.GetBlind() {
+			if f.GetError() == "" && !slices.Contains(blind, text) {
+				blind = append(blind, text)
+			}
+		}
+	}
+	if len(blind) > 0 {
+		fmt.Fprint(&b, "\nNOT SEEN:\n")
+	}
+	for _, text := range blind {
+		fmt.Fprintf(&b, "  %s\n", line(text))
 	}
 	return v.print(b.String())
 }
@@ -184,11 +199,6 @@ func showFinding(w io.Writer, f *halliganv1.Finding) {
 	}
 	if f.GetSampled() != "" {
 		fmt.Fprintf(w, "  sampled: %s\n", line(f.GetSampled()))
-	}
-	if f.GetError() == "" && len(f.GetBlind()) > 0 {
-		for _, b := range f.GetBlind() {
-			fmt.Fprintf(w, "  cannot see: %s\n", line(b))
-		}
 	}
 }
 

@@ -56,7 +56,7 @@ func TestTop(t *testing.T) {
 	}
 	want(t, out, `1. DaemonSet/collector\n, system:serviceaccount:telemetry:collector in telemetry, score 0.50`, "   20 connections\n",
 		"     halligan --cluster lab --node cp-1 revoke system:serviceaccount:telemetry:collector\n       takes its rights",
-		"WRITES: writes to etcd (12 writes/s, 5004 ms)\n  3.2   pods", `shop\x1b[2J`, `\u202eevil`, "  sampled: half\n", "  cannot see: reads\n",
+		"WRITES: writes to etcd (12 writes/s, 5004 ms)\n  3.2   pods", `shop\x1b[2J`, `\u202eevil`, "  sampled: half\n", "\nNOT SEEN:\n  reads\n",
 		"REQUESTS: requests (0, 0 ms)\n  blind: this agent does not ask the API server\n")
 	if strings.Contains(out, "before the connection") || strings.Count(out, "small") != topRows-2 || strings.Contains(out, "\x1b") {
 		t.Error(out)

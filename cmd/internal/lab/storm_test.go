@@ -331,6 +331,7 @@ func stormLab(t testing.TB, shape string, change ...func(*Options)) *Lab {
 func TestStormKinds(t *testing.T) {
 	l := stormLab(t, "b")
 	t.Run("told each second", func(t *testing.T) { toldEachSecond(t, l) })
+	t.Run("top finds it", func(t *testing.T) { topFindsIt(t, l) })
 	t.Run("pods come and go", func(t *testing.T) { podsComeAndGo(t, l) })
 	for _, kind := range []struct {
 		name string
