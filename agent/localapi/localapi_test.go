@@ -76,6 +76,15 @@ type server struct {
 
 func newServer(t *testing.T, answers map[string]func(http.ResponseWriter, *http.Request)) *server {
 	t.Helper()
+	return newServerAt(t, "127.0.0.1:0", answers)
+}
+
+func newServerAt(t *testing.T, address string, answers map[string]func(http.ResponseWriter, *http.Request)) *server {
+	t.Helper()
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
 	s := &server{answers: answers}
 	s.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.served.Add(1)
@@ -104,6 +113,8 @@ func newServer(t *testing.T, answers map[string]func(http.ResponseWriter, *http.
 			http.NotFound(w, r)
 		}
 	}))
+	s.Listener.Close()
+	s.Listener = listener
 	s.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
 	s.Config.ErrorLog = log.New(io.Discard, "", 0)
 	s.StartTLS()
@@ -183,7 +194,7 @@ func TestProbe(t *testing.T) {
 		"too many":                   {masters, year, answers{cheap: code(429)}, "answered ready", []string{"turns requests away"}},
 		"broken":                     {masters, year, answers{cheap: code(503, level, "level-exempt")}, "answered ready on exempt", []string{"503 Service Unavailable"}},
 		"redirected to another host": {masters, year, answers{cheap: code(302, "Location", "https://api.invalid/")}, "answered ready off exempt", []string{"302 Found"}},
-		"closed at once":             {masters, year, answers{cheap: func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }}, "", []string{"closes connections without an answer; act through etcd"}},
+		"closed at once":             {masters, year, answers{cheap: func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }}, "", []string{"closes connections without an answer; actions go through etcd"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -233,6 +244,7 @@ func words(s State) string {
 // TestSilent: what takes connections or requests and says nothing is told apart, and
 // bounded.
 func TestSilent(t *testing.T) {
+	t.Parallel()
 	quiet, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -247,14 +259,18 @@ func TestSilent(t *testing.T) {
 	s := newServer(t, map[string]func(http.ResponseWriter, *http.Request){cheap: func(http.ResponseWriter, *http.Request) { <-released }})
 	defer close(released)
 	admin := put(t, filepath.Join(t.TempDir(), "admin.conf"), s.admin(t, "boss", masters, time.Now().Add(year)))
-	for name, c := range map[string]struct{ address, want string }{
-		"connection": {quiet.Addr().String(), "takes connections and never answers: no TLS handshake, within 200ms"},
-		"request":    {s.address(), "takes requests and never answers them, within 200ms"},
-		"nobody":     {nobody.Addr().String(), "nothing listens at " + nobody.Addr().String()},
+	for name, c := range map[string]struct {
+		within        time.Duration
+		probes        int
+		address, want string
+	}{
+		"connection": {300 * time.Millisecond, 2, quiet.Addr().String(), "takes connections and never answers: no TLS handshake, within 300ms"},
+		"request":    {time.Second, 1, s.address(), "takes requests and never answers them, within 1s"},
+		"nobody":     {time.Second, 2, nobody.Addr().String(), "nothing listens at " + nobody.Addr().String()},
 	} {
 		e, log := open(t, c.address, admin)
-		e.files[0].creds, e.o.within = nil, 200*time.Millisecond
-		for range 2 {
+		e.o.within = c.within
+		for range c.probes {
 			e.probe(t.Context())
 		}
 		if got := e.Status(); !strings.Contains(got.Error, c.want) || got.Ready || got.LatencyMs != 0 || len(e.Warnings()) != 1 {
@@ -272,6 +288,7 @@ func TestSilent(t *testing.T) {
 // TestHalfOpen: a connection that was fine and is dead costs one time limit, not the
 // probe.
 func TestHalfOpen(t *testing.T) {
+	t.Parallel()
 	var s *server
 	var dead atomic.Bool
 	released := make(chan struct{})
@@ -284,14 +301,13 @@ func TestHalfOpen(t *testing.T) {
 	}})
 	defer close(released)
 	e, _ := open(t, s.address(), put(t, filepath.Join(t.TempDir(), "admin.conf"), s.admin(t, "boss", masters, time.Now().Add(year))))
-	e.o.within = 2 * time.Second
 	e.probe(t.Context())
 	e.probe(t.Context())
 	if got := words(e.State()); got != "answered ready on exempt" || s.served.Load() != 5 { // the level is asked for once
 		t.Fatalf("%s after %d requests: %v", got, s.served.Load(), e.State().Err)
 	}
 	dead.Store(true)
-	e.o.within = time.Second
+	e.o.within = 2 * time.Second
 	e.probe(t.Context())
 	if got := words(e.State()); got != "answered ready on exempt" {
 		t.Errorf("%s: %v", got, e.State().Err)
@@ -300,6 +316,7 @@ func TestHalfOpen(t *testing.T) {
 
 // TestCredentials: files come, change, break, end and go while the agent runs.
 func TestCredentials(t *testing.T) {
+	t.Parallel()
 	s := newServer(t, nil)
 	dir := t.TempDir()
 	super, admin := filepath.Join(dir, "super-admin.conf"), filepath.Join(dir, "admin.conf")
@@ -405,7 +422,7 @@ func TestRefused(t *testing.T) {
 
 // TestRun: it asks at once, and ends with the context; nothing is asked of a nil one.
 func TestRun(t *testing.T) {
-	s := newServer(t, nil)
+	s := newServerAt(t, "[::1]:0", nil)
 	e, log := open(t, s.address(), put(t, filepath.Join(t.TempDir(), "admin.conf"), s.admin(t, "boss", masters, time.Now().Add(year))))
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})

@@ -33,6 +33,8 @@ const (
 	asksAgain = time.Minute
 	// maxAnswer is how much of an answer is read, in bytes.
 	maxAnswer = 64 << 10
+	// besides is what to do without the API server.
+	besides = "actions go through etcd and do not need it"
 )
 
 // flowAPIs are where it was over the releases, the newest first.
@@ -72,9 +74,9 @@ func (c *credentials) ask(ctx context.Context, within time.Duration) (s State) {
 		s.Err = fault.New(fault.Unauthenticated, "have the file renewed", "it does not accept the credentials in %s", c.file)
 		return s
 	case a.code == http.StatusTooManyRequests:
-		s.Err = fault.New(fault.Failed, "act through etcd", "it turns requests away (429 Too Many Requests)")
+		s.Err = fault.New(fault.Failed, besides, "it turns requests away (429 Too Many Requests)")
 	case a.code >= 300 && a.code != http.StatusForbidden && a.code != http.StatusNotFound:
-		s.Err = fault.New(fault.Failed, "act through etcd", "it answers a small read with %d %s", a.code, http.StatusText(a.code))
+		s.Err = fault.New(fault.Failed, besides, "it answers a small read with %d %s", a.code, http.StatusText(a.code))
 	}
 	a, err = c.get(ctx, "/readyz", within)
 	switch {
@@ -176,9 +178,8 @@ func (c *credentials) try(ctx context.Context, path string, within time.Duration
 
 // explain says for people why there is no answer.
 func (c *credentials) explain(err error, stage int32, within time.Duration) error {
-	const next = "act through etcd"
 	address := strings.TrimPrefix(c.config.Host, "https://")
-	fail := func(format string, args ...any) error { return fault.New(fault.Unreachable, next, format, args...) }
+	fail := func(format string, args ...any) error { return fault.New(fault.Unreachable, besides, format, args...) }
 	var (
 		timeout net.Error
 		invalid *tls.CertificateVerificationError
