@@ -143,7 +143,7 @@ func TestWhoami(t *testing.T) {
 	s.fake.status = &halliganv1.StatusResponse{Node: "cp-1", Cluster: "lab", Actor: "anna", Role: "responder", Door: "ssh", Version: "v0.1.0",
 		CredentialExpires: timestamppb.New(noon.Add(50 * time.Hour)), Warnings: []string{"the bundle is \x1b[31mstale"}, Etcd: &halliganv1.EtcdStatus{Version: "3.7.3"},
 		LocalApi: &halliganv1.LocalAPIStatus{Endpoint: "127.0.0.1:6443\x1b", Probed: timestamppb.New(noon), LatencyMs: 3.14159, Ready: true, FlowControl: "on", Exempt: true},
-		Audit:    &halliganv1.AuditStatus{Events: 12, Signed: 11, Witnessed: map[string]uint64{"b.bastion": 9, "a.bastion\x1b": 10}, Bytes: 2048, Reserve: 2048},
+		Audit:    &halliganv1.AuditStatus{Events: 12, Signed: 11, Witnessed: map[string]uint64{"halligan.io/witness/b.bastion": 9, "a.bastion\x1b": 10}, Bytes: 2048, Reserve: 2048},
 		Bundle:   &halliganv1.BundleStatus{PolicyVersion: 3, InventoryVersion: 4, RevocationsVersion: 5, Signed: timestamppb.New(noon), FreshUntil: timestamppb.New(noon.Add(time.Hour))}}
 	status, out, _ := s.run(t.Context(), "whoami")
 	if status != 0 || out != "anna\n  role      responder\n  door      ssh\n  agent     cp-1 (lab)\n  until     credential ends in 2d2h, at 2026-11-25T14:00:00Z\n" {

@@ -50,7 +50,11 @@ func showPlan(w io.Writer, p *halliganv1.Plan, most int, line func(string) strin
 	fmt.Fprintf(&b, "Plan %s: %s\n", line(p.GetId()), line(p.GetSummary()))
 	row(&b, "who", fmt.Sprintf("%s as %s", line(p.GetActor()), line(p.GetRole())))
 	row(&b, "reason", reason(line, p.GetReason(), p.GetIncident()))
-	row(&b, "where", fmt.Sprintf("%s, cluster %s, revision %d", line(p.GetNode()), aside(line(orElse(p.GetClusterName(), p.GetCluster())), clusterID(p)), p.GetRevision()))
+	where := fmt.Sprintf("%s, cluster %s", line(p.GetNode()), aside(line(orElse(p.GetClusterName(), p.GetCluster())), clusterID(p)))
+	if p.GetRevision() != 0 { // the evidence of a lost node does not say
+		where += fmt.Sprintf(", revision %d", p.GetRevision())
+	}
+	row(&b, "where", where)
 	row(&b, "via", aside(line(p.GetVia()), line(p.GetViaReason())))
 	row(&b, "undoes", line(p.GetUndoes()))
 	if len(p.GetObjects()) > 0 {
@@ -545,7 +549,7 @@ func Evidence(a *halliganv1.AuditStatus) string {
 	}
 	text := fmt.Sprintf("%d events, %d signed", a.GetEvents(), a.GetSigned())
 	for _, witness := range slices.Sorted(maps.Keys(a.GetWitnessed())) {
-		text += fmt.Sprintf(", %d witnessed by %s", a.GetWitnessed()[witness], line(witness))
+		text += fmt.Sprintf(", %d witnessed by %s", a.GetWitnessed()[witness], line(strings.TrimPrefix(witness, "halligan.io/witness/")))
 	}
 	return text + fmt.Sprintf("; %s, and room for %d events when the disk is full", size(a.GetBytes()), a.GetReserve())
 }

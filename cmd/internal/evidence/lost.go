@@ -136,6 +136,7 @@ func (d *deed) entry(whole bool) *halliganv1.HistoryEntry {
 	}
 	if whole {
 		out.Plan = &halliganv1.Plan{Id: i.PlanID, Action: i.Action, Actor: out.Actor, Reason: i.Reason, Incident: i.Incident, Summary: i.Text, Sha256: i.PlanSHA256, Undoes: i.Undoes, Via: i.Via}
+		out.Plan.Node, out.Plan.ClusterName, _ = trust.CutServer(i.Origin)
 		if i.Actor != nil {
 			out.Plan.Role = i.Actor.Role
 		}

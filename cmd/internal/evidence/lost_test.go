@@ -66,7 +66,7 @@ func TestLost(t *testing.T) {
 		}
 		one, err := lost.History(t.Context(), first[:20])
 		must(t, err)
-		if len(one) != 1 || one[0].GetPlan().GetId() != first || len(one[0].GetResults()) != 1 {
+		if len(one) != 1 || one[0].GetPlan().GetId() != first || one[0].GetPlan().GetNode() != "cp-9" || one[0].GetPlan().GetClusterName() != "prod" || len(one[0].GetResults()) != 1 {
 			t.Errorf("%v", one)
 		}
 		from, proof, err := lost.Evidence(t.Context(), first)
