@@ -49,7 +49,9 @@ func TestKubeEffects(t *testing.T) {
 	acts = append(acts,
 		act{"cronjob is deleted", cronJobDeleted},
 		act{"pod is deleted", podDeleted},
-		act{"webhook is deleted", webhookDeleted},
+		act{"webhook is opened and deleted", webhookOpenedAndDeleted},
+		act{"node is cordoned", nodeCordoned},
+		act{"rollout is paused", rolloutPaused},
 		act{"custom resource is scaled", customScaled},
 		act{"writes race", writesRace},
 		act{"plan gets stale", planGetsStale},
@@ -425,7 +427,34 @@ func autoscalerFights(s scene) {
 	s.Logf("0 replicas stuck: ScalingDisabled after %s", took)
 }
 
-func webhookDeleted(s scene) {
+// nodeCordoned has a pod that can only run on one node.
+func nodeCordoned(s scene) {
+	cordoned := s.idIn(s.insist("cordon", "worker-002"))
+	s.apply(`{apiVersion: v1, kind: Pod, metadata: {name: it}, spec: {nodeSelector: {kubernetes.io/hostname: worker-002}, containers: [{name: main, image: registry.example.com/it}]}}`)
+	s.until("the scheduler leaves it", func() bool {
+		return s.field("pod/it", ".status.conditions[?(@.type=='PodScheduled')].reason") == "Unschedulable"
+	})
+	s.undo(cordoned)
+	s.Logf("the pod ran %s after undo", s.untilPods(1))
+}
+
+func rolloutPaused(s scene) {
+	s.apply("{apiVersion: apps/v1, kind: Deployment, metadata: {name: it}, spec: {replicas: 2" + selected + "}}")
+	s.untilPods(2)
+	paused := s.act("pause", "deploy/it")
+	s.kubectl("patch", "deployment", "it", "-p", `{"spec":{"template":{"metadata":{"annotations":{"release":"2"}}}}}`)
+	s.until("the controller has seen the new template", func() bool {
+		return s.field("deploy/it", ".metadata.generation") == s.field("deploy/it", ".status.observedGeneration") && s.field("deploy/it", ".spec.paused") == "true"
+	})
+	sets := func() int { return len(strings.Fields(s.kubectl("get", "replicasets", "-o", "name"))) }
+	if n := sets(); n != 1 {
+		s.Errorf("it went on: %d ReplicaSets", n)
+	}
+	s.undo(paused)
+	s.Logf("the rollout went on %s after undo", s.until("a new ReplicaSet", func() bool { return sets() == 2 }))
+}
+
+func webhookOpenedAndDeleted(s scene) {
 	s.apply(fmt.Sprintf(`{apiVersion: admissionregistration.k8s.io/v1, kind: ValidatingWebhookConfiguration, metadata: {name: %[1]s}, webhooks: [
   {name: dead.example.com, failurePolicy: Fail, sideEffects: None, admissionReviewVersions: [v1], timeoutSeconds: 1,
    clientConfig: {url: "https://%[2]s:1/"}, namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: %[1]s}},
@@ -438,10 +467,12 @@ func webhookDeleted(s scene) {
 		return err != nil
 	}
 	s.until("the webhook refuses", blocked)
-	deleted := s.idIn(s.insist("delete", "validatingwebhookconfigurations/"+s.ns))
-	opened := s.until("a create succeeds", func() bool { return !blocked() })
-	s.undo(deleted)
-	s.Logf("creates succeeded %s after the deletion, failed again %s after undo", opened, s.until("the webhook refuses again", blocked))
+	for _, verb := range []string{"open", "delete"} {
+		done := s.idIn(s.insist("webhook", verb, s.ns))
+		opened := s.until("a create succeeds", func() bool { return !blocked() })
+		s.undo(done)
+		s.Logf("creates succeeded %s after webhook %s, failed again %s after undo", opened, verb, s.until("the webhook refuses again", blocked))
+	}
 	s.kubectl("delete", "validatingwebhookconfiguration", s.ns)
 }
 
