@@ -123,7 +123,7 @@ var importers = []struct {
 }{
 	{"go.etcd.io/etcd/client/v3", []string{"agent/etcd", "bastion/store", "cmd", "internal/etcdcluster"},
 		"agent/etcd has the deadlines and knows which writes may be retried; bastion/store has an etcd of its own"},
-	{"k8s.io/client-go/rest", []string{"agent/localapi", "cmd"}, "agent/localapi has the deadlines, and never asks DNS"},
+	{"k8s.io/client-go/tools/clientcmd", []string{"agent/localapi", "cmd"}, "only there is the server that a kubeconfig names not believed, nor a program started"},
 	{"github.com/gliderlabs/ssh", []string{"internal/sshserver"}, "only there are its traps closed"},
 	{"github.com/hashicorp/yamux", []string{"api/mux"}, "both ends of a tunnel have the same bounds"},
 	{"github.com/hiddeco/sshsig", []string{"internal/trust/bundle", "internal/trust/approval"}, "only there are namespaces and hashes pinned"},
