@@ -252,6 +252,10 @@ func (s *stage) asks() []ask {
 			stream, err := c.Logs(context.Background(), &halliganv1.LogsRequest{Component: "etcd"})
 			return drain(stream, err)
 		}, "ryyryrrr", answered("Logs")},
+		{"", "top", nil, "top --by objects", func(c caller, _ string) error {
+			stream, err := c.Top(context.Background(), &halliganv1.TopRequest{By: []string{"objects"}})
+			return drain(stream, err)
+		}, "yyyryrrr", answered("Top")},
 		{"", "list logs", nil, "", func(c caller, _ string) error {
 			_, err := c.evidence().ListLogs(context.Background(), &halliganv1.ListLogsRequest{})
 			return err
