@@ -321,7 +321,6 @@ func (v *Verbs) Root(actions []*halliganv1.Action) *cobra.Command {
 		root.AddCommand(v.verb(action))
 	}
 	root.AddCommand(v.logsCommand())
-	root.AddCommand(v.logsCommand())
 	root.AddCommand(v.planCommand(), v.applyCommand(actions), v.whoamiCommand(), v.topCommand(),
 		&cobra.Command{
 			Use: "status", Short: "Show what the agent can do at this moment", Args: NoArguments,
