@@ -42,6 +42,8 @@ const (
 	cosignedFile   = "cosigned"
 	// maxNote bounds a signed note, in bytes.
 	maxNote = 64 << 10
+	// maxSealed bounds what is read of sealed before-images; bastions keep no more.
+	maxSealed = 128 << 20
 	// maxTar bounds what is unpacked of an archive: bytes and files.
 	maxTar, maxTarFiles = 16 << 30, 4 << 20
 	// apart begins what the name of a folder has behind the origin where it holds

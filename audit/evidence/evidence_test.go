@@ -922,6 +922,19 @@ func TestEndless(t *testing.T) {
 	}
 }
 
+// TestHugeSealed: a file without end is not read to the end.
+func TestHugeSealed(t *testing.T) {
+	w := newWorld(t)
+	w.daemon("cp-1.prod").record(plain(1)...)
+	huge := filepath.Join(w.dir, "cp-1.prod", "sealed", "x.age")
+	w.must(os.MkdirAll(filepath.Dir(huge), 0o700))
+	w.write(huge, nil)
+	w.must(os.Truncate(huge, 1<<40))
+	if _, r := w.verify(w.trust()); !r.OK() {
+		t.Errorf("%+v", r)
+	}
+}
+
 func FuzzDecode(f *testing.F) {
 	f.Add([]byte(`{"v":1,"id":"x","seq":1,"time":"2026-01-31T09:00:00Z","uptimeNs":0,"origin":"cp-1.prod","kind":"read"}`))
 	f.Add([]byte(`{"v":1,"parameters":{"a":[1,2]},"objects":[{"key":"k"}]}`))

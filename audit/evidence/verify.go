@@ -854,7 +854,7 @@ func (c *casts) check(f *folder, logs []*held) {
 			continue
 		}
 		sum := sha256.New()
-		_, err = io.Copy(sum, file)
+		_, err = io.Copy(sum, io.LimitReader(file, maxSealed))
 		_ = file.Close()
 		if err != nil || !c.images[hex.EncodeToString(sum.Sum(nil))] {
 			logs[len(logs)-1].note("%s: no event speaks of these bytes", f.file(name))
