@@ -24,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode"
@@ -376,6 +377,8 @@ type receiver struct {
 	got     []string
 	// drop ends a connection by force after so many messages.
 	drop int
+	// deaf hangs up, in order, before it has read anything.
+	deaf atomic.Bool
 }
 
 func newReceiver(t *testing.T) *receiver {
@@ -413,6 +416,10 @@ func newReceiver(t *testing.T) *receiver {
 }
 
 func (r *receiver) serve(conn *tls.Conn) {
+	if r.deaf.Load() {
+		_ = conn.Handshake()
+		return
+	}
 	in := bufio.NewReader(conn)
 	for {
 		digits, err := in.ReadString(' ')
@@ -465,6 +472,13 @@ func TestReceiver(t *testing.T) {
 		defer c.Close()
 		return Run(t.Context(), p.entries(), format(t, "rfc5424"), sink, c)
 	}
+	// It hangs up before it has read anything: so it has got nothing.
+	r.deaf.Store(true)
+	if res, err := run(many(t, 3)); !fault.Is(err, fault.Unreachable) || res.Sent != 0 {
+		t.Fatal(res, err)
+	}
+	r.deaf.Store(false)
+	r.take()
 	// It goes away in the middle: the cursor stays, and all of it comes again.
 	r.drop = 5
 	source := many(t, 3000)

@@ -19,7 +19,7 @@ import (
 // Receiver is a sink of syslog messages over TLS (RFC 5425). That transport has no
 // acknowledgements, so each batch has a connection of its own, whose orderly end
 // says that the receiver has read it all: one that goes away with messages unread
-// resets it.
+// resets it, or has ended it first.
 type Receiver struct {
 	ctx     context.Context
 	address netip.AddrPort
@@ -103,6 +103,9 @@ func (r *Receiver) Commit() error {
 	_ = r.conn.SetDeadline(time.Now().Add(r.patient))
 	err := r.w.Flush()
 	if err == nil {
+		err = r.stays()
+	}
+	if err == nil {
 		err = r.conn.CloseWrite()
 	}
 	if err == nil {
@@ -115,6 +118,25 @@ func (r *Receiver) Commit() error {
 		return r.broken(err)
 	}
 	return r.Close()
+}
+
+// settle is how long a receiver that reads nothing gets to be known by its end.
+const settle = 100 * time.Millisecond
+
+// stays refuses a receiver that has ended the connection although it was not at its
+// end: one that reads all of it waits for that.
+func (r *Receiver) stays() error {
+	if err := r.conn.SetReadDeadline(time.Now().Add(settle)); err != nil {
+		return err
+	}
+	_, err := io.CopyN(io.Discard, r.conn, 1<<20)
+	if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() {
+		return r.conn.SetDeadline(time.Now().Add(r.patient))
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		return errors.New("it ended the connection before the messages did")
+	}
+	return err
 }
 
 func (r *Receiver) broken(err error) error {

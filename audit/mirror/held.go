@@ -11,9 +11,13 @@ import (
 )
 
 // holdPace and holdBurst are how many events a second, and at once, one daemon may
-// have kept for it: people in an emergency make some in a minute. The bastion's own
-// log is not for others to fill.
-const holdPace, holdBurst = 1, 128
+// have kept for it, and maxHeld is how long each may be, in bytes (a daemon asks for
+// no longer ones: ledger.maxHeldBytes): people in an emergency make some in a minute.
+// The bastion's own log is not for others to fill.
+const (
+	holdPace, holdBurst = 0.2, 128
+	maxHeld             = 20 << 10
+)
 
 // Hold keeps an event of the copy's origin in the bastion's own log, and returns the
 // receipt for it: signed, or why there is none.
@@ -34,6 +38,8 @@ func (c *Copy) hold(ctx context.Context, log audit.Log, h *halliganv1.WitnessHol
 		return nil, fault.New(fault.Refused, "", "it is no event of %s", c.origin)
 	case e.Kind == audit.Held || e.Kind == audit.Adopted:
 		return nil, fault.New(fault.Refused, "", "what is held for others is not held again")
+	case len(h.GetEvent()) > maxHeld:
+		return nil, fault.New(fault.Refused, "", "an event of %d bytes is too long to be held", len(h.GetEvent()))
 	case !c.holds.Allow():
 		return nil, fault.New(fault.Refused, "", "too many events of %s are held", c.origin)
 	}

@@ -213,6 +213,10 @@ func TestHold(t *testing.T) {
 			t.Errorf("%s: %v", name, r)
 		}
 	}
+	long := &halliganv1.WitnessHold{Id: "e-1", Event: []byte(`{"v":1,"id":"e-1","origin":"cp-1.prod","kind":"intent","text":"` + strings.Repeat("x", maxHeld) + `"}`)}
+	if r := c.Hold(t.Context(), log, long); r.GetNote() != nil || !strings.Contains(r.GetRefused(), "too long") {
+		t.Errorf("%v", r)
+	}
 	held := 0
 	for range 1000 {
 		if c.Hold(t.Context(), log, ask).GetRefused() == "" {

@@ -294,9 +294,15 @@ func (l *Lost) sealed(ctx context.Context, node, action string, hashes []string)
 	var last error
 	best := -1
 	_, err = l.t.Bastions(ctx, func(ctx context.Context, d Daemon) {
-		got, err := readSealed(ctx, d, node, action)
-		sum := sha256.Sum256(got)
-		i := slices.Index(hashes, hex.EncodeToString(sum[:]))
+		got, i, err := readSealed(ctx, d, node, action, hashes)
+		for _, hash := range hashes { // a bastion that was sent another file since keeps both
+			if i >= 0 || err != nil || len(hash) < 8 {
+				break
+			}
+			if older, at, missing := readSealed(ctx, d, node, action+"-"+hash[:8], hashes); missing == nil && at >= 0 {
+				got, i = older, at
+			}
+		}
 		if err == nil && i < 0 {
 			err = fault.New(fault.Failed, "do not rely on that bastion", "%s has a file for %s that is not the one that the log tells of", d.Name, action)
 			l.t.note("%s", fault.Of(err).Message)
@@ -315,7 +321,8 @@ func (l *Lost) sealed(ctx context.Context, node, action string, hashes []string)
 	return file, err
 }
 
-func readSealed(ctx context.Context, d Daemon, node, action string) (file []byte, err error) {
+// readSealed returns a sealed file, and which of the hashes is its, -1 for none.
+func readSealed(ctx context.Context, d Daemon, node, action string, hashes []string) (file []byte, i int, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := d.ReadSealed(ctx, &halliganv1.ReadSealedRequest{Origin: node, ActionId: action})
@@ -325,12 +332,13 @@ func readSealed(ctx context.Context, d Daemon, node, action string) (file []byte
 			break
 		}
 		if len(file)+len(part.GetData()) > maxBrought {
-			return nil, fault.New(fault.Refused, "recover it with the offline key: halligan audit recover", "what was sealed of %s is more than the %d KiB that an agent takes", action, maxBrought>>10)
+			return nil, -1, fault.New(fault.Refused, "recover it with the offline key: halligan audit recover", "what was sealed of %s is more than the %d KiB that an agent takes", action, maxBrought>>10)
 		}
 		file = append(file, part.GetData()...)
 	}
 	if errors.Is(err, io.EOF) {
-		return file, nil
+		sum := sha256.Sum256(file)
+		return file, slices.Index(hashes, hex.EncodeToString(sum[:])), nil
 	}
-	return nil, received(err)
+	return nil, -1, received(err)
 }

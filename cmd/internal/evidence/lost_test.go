@@ -21,11 +21,16 @@ import (
 type keeper struct {
 	*peer
 	file []byte
+	// older are files that it had before, by the name that they have now.
+	older map[string][]byte
 }
 
-func (k keeper) ReadSealed(context.Context, *halliganv1.ReadSealedRequest, ...grpc.CallOption) (grpc.ServerStreamingClient[halliganv1.FilePart], error) {
-	out := &pieces{}
-	for part := range slices.Chunk(k.file, 5) {
+func (k keeper) ReadSealed(_ context.Context, req *halliganv1.ReadSealedRequest, _ ...grpc.CallOption) (grpc.ServerStreamingClient[halliganv1.FilePart], error) {
+	out, file := &pieces{}, k.file
+	if older, ok := k.older[req.GetActionId()]; ok {
+		file = older
+	}
+	for part := range slices.Chunk(file, 5) {
 		out.parts = append(out.parts, &halliganv1.FilePart{Data: part})
 	}
 	return out, nil
@@ -52,8 +57,8 @@ func TestLost(t *testing.T) {
 	liar.copyOf(node)
 	s := Surroundings{Err: t.Output(), Now: time.Now, Bundle: func() (*bundle.Bundle, error) { return w.bundle, nil }, State: func() (string, error) { return w.state, nil }}
 	s.Bastions = func(ctx context.Context, each func(context.Context, Daemon)) (map[string]error, error) {
-		each(ctx, Daemon{Name: liar.name, EvidenceClient: keeper{liar, []byte("something else")}})
-		each(ctx, Daemon{Name: honest.name, EvidenceClient: keeper{honest, file}})
+		each(ctx, Daemon{Name: liar.name, EvidenceClient: keeper{peer: liar, file: []byte("something else")}})
+		each(ctx, Daemon{Name: honest.name, EvidenceClient: keeper{peer: honest, file: file}})
 		return nil, nil
 	}
 	for _, named := range [][]string{{node.name}, nil} {
@@ -84,12 +89,22 @@ func TestLost(t *testing.T) {
 		t.Error(err)
 	}
 	s.Bastions = func(ctx context.Context, each func(context.Context, Daemon)) (map[string]error, error) {
-		each(ctx, Daemon{Name: liar.name, EvidenceClient: keeper{liar, []byte("something else")}})
+		each(ctx, Daemon{Name: liar.name, EvidenceClient: keeper{peer: liar, file: []byte("something else")}})
 		return nil, nil
 	}
 	lost, err := FetchLost(t.Context(), s, "prod", []string{node.name})
 	must(t, err)
 	if _, _, err := lost.Evidence(t.Context(), first); err == nil || !strings.Contains(err.Error(), "not the one that the log tells of") {
 		t.Error(err)
+	}
+	// Who has taken the node sends other files than it had sealed: a bastion keeps both.
+	s.Bastions = func(ctx context.Context, each func(context.Context, Daemon)) (map[string]error, error) {
+		each(ctx, Daemon{Name: liar.name, EvidenceClient: keeper{liar, []byte("something else"), map[string][]byte{first + "-" + hex.EncodeToString(sum[:4]): file}}})
+		return nil, nil
+	}
+	lost, err = FetchLost(t.Context(), s, "prod", []string{node.name})
+	must(t, err)
+	if _, proof, err := lost.Evidence(t.Context(), first); err != nil || string(proof.GetSealed()) != string(file) {
+		t.Errorf("%v, %v", proof, err)
 	}
 }
