@@ -39,11 +39,11 @@ test: build kube $(TOOLS)/etcdctl $(TOOLS)/grpcurl ## run all tests
 
 # What takes long in these is processes that are killed, elections and timeouts of
 # etcd, where a race detector sees nothing; make test runs them.
-PATIENT := ^(TestKill|TestKillBulk|TestLongNames|TestQuorumLost|TestQuorumLostMidAction|TestShared|TestSilentMember|TestShare|TestExpiry)$$
+PATIENT := ^(TestKill|TestKillBulk|TestLongNames|TestQuorumLost|TestQuorumLostMidAction|TestShared|TestSilentMember|TestShare|TestExpiry|TestLeaderLostMidAction|TestRunOnReadOnlyDisk|TestKilledAtEachStep|TestKilledInTheDriver|TestKillOnLedger|TestFaultsAtEachStep|TestEachByteOfTheSpool|TestDamage)$$
 
 .PHONY: race
 race: $(TOOLS)/etcdctl $(TOOLS)/grpcurl ## run the tests of concurrent code under the race detector
-	$(GO) test -buildvcs=false -race -skip '$(PATIENT)' -timeout 20m ./agent ./agent/action ./agent/console ./agent/diagnose ./agent/door ./agent/etcd ./agent/journal ./agent/localapi ./agent/sshd ./agent/tunnel ./api/grpcdoor ./api/mtls ./api/mux ./api/verb ./audit/cast ./audit/sealed ./bastion/... \
+	$(GO) test -buildvcs=false -race -skip '$(PATIENT)' -timeout 20m ./agent ./agent/action ./agent/console ./agent/diagnose ./agent/door ./agent/etcd ./agent/journal ./agent/localapi ./agent/sshd ./agent/tunnel ./api/grpcdoor ./api/mtls ./api/mux ./api/verb ./audit/cast ./audit/ledger ./audit/mirror ./audit/record ./audit/sealed ./audit/service ./bastion/... \
 		$(addprefix ./internal/,admission alarm daemonlog reload sshclient sshserver trust trust/bundle trust/credential trust/inforce ways)
 
 .PHONY: bench
