@@ -73,7 +73,7 @@ type AgentClient interface {
 	// History streams recorded actions, newest first.
 	History(ctx context.Context, in *HistoryRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[HistoryEntry], error)
 	// Top looks for whoever overloads the control plane, in several ways at once, and
-	// streams what each way found and, whenever that changes, who is suspected.
+	// streams what each way found and, at the end, who is suspected.
 	Top(ctx context.Context, in *TopRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TopEvent], error)
 	// Logs streams the log of one component of the control plane from the node's own
 	// files.
@@ -286,7 +286,7 @@ type AgentServer interface {
 	// History streams recorded actions, newest first.
 	History(*HistoryRequest, grpc.ServerStreamingServer[HistoryEntry]) error
 	// Top looks for whoever overloads the control plane, in several ways at once, and
-	// streams what each way found and, whenever that changes, who is suspected.
+	// streams what each way found and, at the end, who is suspected.
 	Top(*TopRequest, grpc.ServerStreamingServer[TopEvent]) error
 	// Logs streams the log of one component of the control plane from the node's own
 	// files.
