@@ -108,7 +108,11 @@ func Open(o Options) (*Evidence, error) {
 		return nil, fmt.Errorf("opening the recordings of sessions: %w", err)
 	}
 	e := &Evidence{Ledger: log, Doors: NewDoors(log), Recordings: recordings, o: o, since: time.Now()}
-	log.Note(audit.Event{Kind: audit.Start, Text: fmt.Sprintf("version %s; %d events before", version.String(), log.State().Events)})
+	text := fmt.Sprintf("version %s; %d events before", version.String(), log.State().Events)
+	if taken, torn := log.Found(); taken > 0 || torn > 0 {
+		text += fmt.Sprintf(", %d of them from the spool; %d bytes were torn and cut", taken, torn)
+	}
+	log.Note(audit.Event{Kind: audit.Start, Text: text})
 	ctx, stop := context.WithCancel(context.Background())
 	e.stop = stop
 	e.ticking.Go(func() { e.tick(ctx) })
